@@ -1,0 +1,105 @@
+"""Image lists: one image a line, `relative/path.JPEG label`. Paths may hold spaces."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from tools.checkpoint import write_text
+from tools.errors import BadInput
+
+Sample = tuple[str, int]
+"""(path relative to the image root, label)"""
+
+
+def read_list(path: str | Path, root: str | Path, num_classes: int) -> list[Sample]:
+    """Read and check a list.
+
+    Args:
+        root: folder that the paths start from; the first and last image must be there.
+        num_classes: labels are 0 to num_classes - 1.
+
+    Raises:
+        BadInput: unreadable, empty, or a bad line (named by its number).
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"image list {path}: cannot be read ({e}); expected lines of 'relative/path label'") from e
+    samples = [
+        _parse_line(line, f'{path}:{number}', num_classes)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip()
+    ]
+    if not samples:
+        raise BadInput(f"image list {path}: is empty; expected lines of 'relative/path label'")
+    for relative, _ in (samples[0], samples[-1]):
+        if not (Path(root) / relative).is_file():
+            raise BadInput(f'image list {path}: no file {relative} under {root}')
+    return samples
+
+
+def _parse_line(line: str, where: str, num_classes: int) -> Sample:
+    parts = line.strip().rsplit(maxsplit=1)
+    if len(parts) != 2:
+        raise BadInput(f"{where}: {line.strip()!r} has no label; expected 'relative/path label'")
+    relative, label = parts
+    if not label.isascii() or not label.isdigit():
+        raise BadInput(f'{where}: label {label!r} should be a whole number from 0 to {num_classes - 1}')
+    if int(label) >= num_classes:
+        raise BadInput(f'{where}: label {label} should be at most {num_classes - 1} (--num_classes {num_classes})')
+    if PurePosixPath(relative).is_absolute() or '..' in PurePosixPath(relative).parts:
+        raise BadInput(f'{where}: path {relative!r} leaves the image root; expected a relative path without ..')
+    return relative, int(label)
+
+
+def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> list[list[Sample]]:
+    """Images of each class folder under `root`, sorted by name; labels by the sorted order of the classes.
+
+    Args:
+        classes: folders to take; all of them where None.
+
+    Raises:
+        BadInput: no such folder, no classes, a class without images.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise BadInput(f'image root {root}: no such folder; expected one folder a class in it')
+    names = sorted(classes if classes is not None else (p.name for p in root.iterdir() if p.is_dir()))
+    if not names:
+        raise BadInput(f'image root {root}: no class folders in it')
+    absent = [name for name in names if not (root / name).is_dir()]
+    if absent:
+        raise BadInput(
+            f'image root {root}: {len(absent)} of {len(names)} class folders absent: {", ".join(absent[:3])}'
+        )
+    listed = []
+    for label, name in enumerate(names):
+        files = sorted(p for p in (root / name).rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        if not files:
+            raise BadInput(f'image root {root}: class folder {name} holds no images ({", ".join(IMG_EXTENSIONS)})')
+        listed.append([(p.relative_to(root).as_posix(), label) for p in files])
+    return listed
+
+
+def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Split each class at random into two parts, the first with a share of `ratio` (at least one image in each part).
+
+    Raises:
+        BadInput: a class of a single image.
+    """
+    first, second = [], []
+    for samples in by_class:
+        if len(samples) < 2:
+            raise BadInput(f'{samples[0][0]} is the only image of its class; a split needs two')
+        shuffled = random.Random(seed).sample(samples, len(samples))
+        cut = min(max(round(ratio * len(samples)), 1), len(samples) - 1)
+        first += sorted(shuffled[:cut])
+        second += sorted(shuffled[cut:])
+    return first, second
+
+
+def write_list(samples: Sequence[Sample], path: str | Path) -> None:
+    """Write a list, whole or not at all."""
+    write_text(path, ''.join(f'{relative} {label}\n' for relative, label in samples))

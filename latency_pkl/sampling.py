@@ -1,0 +1,116 @@
+"""Random networks of the search space, timed block by block while they run, and as a whole."""
+
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.config import NetworkConfig, build_config
+from models.model_eval import NetworkEval
+from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.profiling import measure_latency
+
+FULL_DEPTH_SHARE = 0.5
+END_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One network's times in ms: of the fixed layers (stem, mix layer, pool, classifier), and of each block by its
+    key.
+    """
+
+    fixed: float
+    blocks: list[tuple[str, int, float]]
+    """(latency key, mid channels, ms)"""
+
+
+def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -> tuple[Arch, Widths]:
+    """Depth, operators and widths at random. With `ends`, half of the networks have full depth and some widths are the
+    fewest or the most, so that all keys are seen over their whole range; without, all draws are uniform."""
+    arch: Arch = {}
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        full = ends and rng.random() < FULL_DEPTH_SHARE
+        depth = stage.depth if full else rng.choice(stage.exit_depths)
+        arch[name] = [rng.randrange(len(space.ops)) for _ in range(depth)]
+    widths = space.start_widths()
+    for block, index in space.chosen(arch):
+        op = space.ops[index]
+        low, high = op.min_width(block.in_ch), op.max_width(block.in_ch)
+        at_end = ends and rng.random() < END_SHARE
+        widths[block.stage][block.name][index] = rng.choice((low, high)) if at_end else rng.randint(low, high)
+    return arch, widths
+
+
+def random_config(rng: random.Random, ends: bool, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+    """The config of a `random_network`."""
+    return build_config(*random_network(rng, ends, space), num_classes, space)
+
+
+def build_network(config: NetworkConfig, device: torch.device, generator: torch.Generator) -> NetworkEval:
+    """A network to be timed: its weights are noise of a usual size, which is faster to make than a real
+    initialisation.
+    """
+    with torch.device('meta'):
+        net = NetworkEval(config)
+    net = net.to_empty(device=device).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.uniform_(-0.1, 0.1, generator=generator)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+    return net
+
+
+class Clock:
+    """Marks points of time: the processor's clock on a CPU, events on a GPU that are read after one synchronisation."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def mark(self):
+        """A point of time, for `elapsed`."""
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed(self, marks: list) -> list[float]:
+        """Milliseconds between one mark and the next."""
+        if self.device.type != 'cuda':
+            return [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+@torch.inference_mode()
+def time_blocks(net: NetworkEval, images: Tensor, img_size: int, passes: int) -> Sample:
+    """Time every block of a running network where it stands; medians over `passes` passes after two to warm up."""
+    clock = Clock(images.device)
+    places = [block for name in net.stage_names for block in getattr(net, name)]
+    runs = []
+    for _ in range(passes + 2):
+        marks = [clock.mark()]
+        x = net.second_stem(net.first_stem(images))
+        marks.append(clock.mark())
+        for block in places:
+            x = block(x)
+            marks.append(clock.mark())
+        net.classifier(net.feature_mix_layer(x).mean((2, 3)))
+        marks.append(clock.mark())
+        runs.append(marks)
+    if images.device.type == 'cuda':
+        torch.cuda.synchronize(images.device)
+    times = [statistics.median(part) for part in zip(*(clock.elapsed(marks) for marks in runs[2:]), strict=True)]
+    keys = [(key, spec.mid_channels) for _, spec, key in net.config.table_keys(img_size)]
+    blocks = [(key, mid, ms) for (key, mid), ms in zip(keys, times[1:-1], strict=True)]
+    return Sample(fixed=times[0] + times[-1], blocks=blocks)
+
+
+def time_whole(net: NetworkEval, batch_size: int, img_size: int, device: torch.device, repeats: int) -> float:
+    """Median time of one pass of the whole network in ms, measured as `parsing_model.py` does."""
+    return measure_latency(net, batch_size, img_size, device, repeats)

@@ -1,0 +1,265 @@
+"""The network config file (`model.config`): layer specs, reading with checks, writing.
+
+A config is JSON with the keys first_stem, second_stem, stage1, stage2, ... (lists of blocks), feature_mix_layer and
+classifier.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
+from tools.errors import BadInput
+
+ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
+MAX_CHANNELS = 65536
+MAX_BLOCKS = 1000
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Convolution, batch norm, activation. Every 'channels' is a count, every size is in pixels."""
+
+    kernel_size: int
+    stride: int
+    in_channels: int
+    out_channels: int
+    act_func: str | None
+    groups: int = 1
+    has_shuffle: bool = False
+    bias: bool = False
+    use_bn: bool = True
+    affine: bool = True
+    ops_order: str = 'weight_bn_act'
+    NAME = 'ConvLayer'
+
+
+@dataclass(frozen=True)
+class MBSpec:
+    """Inverted residual block: 1x1 expansion, depthwise, squeeze-excitation (where se_channels > 0), 1x1 projection."""
+
+    in_channels: int
+    mid_channels: int
+    se_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    act_func: str | None
+    groups: int = 1
+    has_shuffle: bool = False
+    bias: bool = False
+    use_bn: bool = True
+    affine: bool = True
+    NAME = 'MBInvertedResBlock'
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Fully connected layer."""
+
+    in_features: int
+    out_features: int
+    bias: bool = True
+    use_bn: bool = False
+    affine: bool = False
+    act_func: str | None = None
+    ops_order: str = 'weight_bn_act'
+    NAME = 'LinearLayer'
+
+
+Spec = ConvSpec | MBSpec | LinearSpec
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """One network: specs in order. `stages` maps stage1, stage2, ... to the blocks of that stage."""
+
+    first_stem: ConvSpec
+    second_stem: MBSpec
+    stages: dict[str, list[MBSpec]]
+    feature_mix_layer: ConvSpec
+    classifier: LinearSpec
+
+    def blocks(self) -> Iterator[tuple[str, MBSpec]]:
+        """(place, spec) of every inverted residual block, the stem's first."""
+        yield 'second_stem', self.second_stem
+        for name, blocks in self.stages.items():
+            for i, spec in enumerate(blocks):
+                yield f'{name}.{i}', spec
+
+    def table_keys(self, img_size: int) -> Iterator[tuple[str, MBSpec, str]]:
+        """(place, spec, key in a latency table) of every block behind the stem."""
+        size = after_stride(after_stride(img_size, self.first_stem.stride), self.second_stem.stride)
+        for place, spec in list(self.blocks())[1:]:
+            yield (
+                place,
+                spec,
+                table_key(
+                    size,
+                    spec.in_channels,
+                    spec.se_channels,
+                    spec.out_channels,
+                    spec.kernel_size,
+                    spec.stride,
+                    spec.act_func,
+                ),
+            )
+            size = after_stride(size, spec.stride)
+
+    def with_classes(self, num_classes: int) -> 'NetworkConfig':
+        """The same network with a classifier of `num_classes` outputs."""
+        return replace(self, classifier=replace(self.classifier, out_features=num_classes))
+
+    def to_dict(self) -> dict:
+        """The JSON form."""
+
+        def layer(spec: Spec) -> dict:
+            return {'name': spec.NAME, **asdict(spec)}
+
+        return {
+            'first_stem': layer(self.first_stem),
+            'second_stem': layer(self.second_stem),
+            **{name: [layer(spec) for spec in blocks] for name, blocks in self.stages.items()},
+            'feature_mix_layer': layer(self.feature_mix_layer),
+            'classifier': layer(self.classifier),
+        }
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> 'NetworkConfig':
+        """Check the JSON form and build the config from it. `where` names the source in error messages.
+
+        Raises:
+            BadInput: a key missing or unknown, a value of the wrong type or out of bounds, channels that do not chain.
+        """
+        if not isinstance(data, dict):
+            raise BadInput(f'{where}: expected a JSON object with first_stem, stage1, ..., classifier')
+        fixed = {'first_stem': ConvSpec, 'second_stem': MBSpec, 'feature_mix_layer': ConvSpec, 'classifier': LinearSpec}
+        stage_names = [f'stage{i}' for i in range(1, len(data) - len(fixed) + 1)]
+        for key in [*fixed, *stage_names]:
+            if key not in data:
+                raise BadInput(f'{where}: key {key!r} is missing (has: {", ".join(map(str, data))})')
+        stages = {}
+        for name in stage_names:
+            if not isinstance(data[name], list) or len(data[name]) > MAX_BLOCKS:
+                raise BadInput(f'{where}: {name} must be a list of at most {MAX_BLOCKS} blocks')
+            stages[name] = [_spec(MBSpec, block, f'{where}: {name}[{i}]') for i, block in enumerate(data[name])]
+        layers = {key: _spec(kind, data[key], f'{where}: {key}') for key, kind in fixed.items()}
+        config = cls(stages=stages, **layers)
+        _check_chain(config, where)
+        return config
+
+
+def parse_config(text: str, where: str) -> NetworkConfig:
+    """Read a config from its JSON text.
+
+    Raises:
+        BadInput: not JSON, or see `NetworkConfig.from_dict`.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f'{where}: not a JSON file ({e})') from e
+    return NetworkConfig.from_dict(data, where)
+
+
+def load_config(path: str | Path) -> NetworkConfig:
+    """Read a config file.
+
+    Raises:
+        BadInput: no such file, or not a config.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f'{path}: cannot be read as a config file ({e})') from e
+    return parse_config(text, str(path))
+
+
+def dump_config(config: NetworkConfig) -> str:
+    """The text of a config file."""
+    return json.dumps(config.to_dict(), indent=2) + '\n'
+
+
+def op_spec(block: Block, op: Op, width: int, affine: bool = True) -> MBSpec:
+    """The layer that an operator of `width` mid channels is at this place."""
+    return MBSpec(
+        in_channels=block.in_ch,
+        mid_channels=width,
+        se_channels=op.se_width(block.in_ch),
+        out_channels=block.out_ch,
+        kernel_size=op.kernel,
+        stride=block.stride,
+        act_func=block.act,
+        affine=affine,
+    )
+
+
+def fixed_layers(num_classes: int, space: SearchSpace = SPACE, affine: bool = True) -> dict:
+    """The layers before and behind the stages, by their names in a config."""
+    stem, head = space.stem, space.head
+    last_ch = space.stages[-1].out_ch
+    return {
+        'first_stem': ConvSpec(stem.kernel, stem.stride, 3, stem.conv_ch, stem.act, affine=affine),
+        'second_stem': MBSpec(
+            stem.conv_ch, stem.conv_ch, stem.se_ch, stem.out_ch, stem.kernel, 1, stem.act, affine=affine
+        ),
+        'feature_mix_layer': ConvSpec(1, 1, last_ch, head.out_ch, head.act, affine=affine),
+        'classifier': LinearSpec(head.out_ch, num_classes),
+    }
+
+
+def build_config(arch: Arch, widths: Widths, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+    """The config of an architecture with the given mid channels."""
+    stages: dict[str, list[MBSpec]] = {name: [] for name in space.stage_names}
+    for block, index in space.chosen(arch):
+        width = widths[block.stage][block.name][index]
+        stages[block.stage].append(op_spec(block, space.ops[index], width))
+    return NetworkConfig(stages=stages, **fixed_layers(num_classes, space))
+
+
+def _spec(kind: type, data: object, where: str) -> Spec:
+    if not isinstance(data, dict) or data.get('name') != kind.NAME:
+        raise BadInput(f'{where}: expected an object with "name": "{kind.NAME}"')
+    names = [f.name for f in fields(kind)]
+    unknown = sorted(map(str, data.keys() - {'name', *names}))
+    missing = [name for name in names if name not in data]
+    if unknown or missing:
+        raise BadInput(f'{where}: unknown keys {unknown}, missing keys {missing}')
+    for name in names:
+        _check_value(name, data[name], where)
+    spec = kind(**{name: data[name] for name in names})
+    if getattr(spec, 'has_shuffle', False) or (kind is MBSpec and spec.groups != 1):
+        raise BadInput(f'{where}: grouped or shuffled blocks are not part of TF-NAS (groups 1, has_shuffle false)')
+    if kind is ConvSpec and (spec.in_channels % spec.groups or spec.out_channels % spec.groups):
+        raise BadInput(f'{where}: groups {spec.groups} must divide {spec.in_channels} and {spec.out_channels} channels')
+    return spec
+
+
+def _check_value(name: str, value: object, where: str) -> None:
+    if name == 'act_func':
+        good, want = value is None or value in ACTIVATIONS, f'one of {", ".join(ACTIVATIONS)} or null'
+    elif name == 'ops_order':
+        good, want = value == 'weight_bn_act', '"weight_bn_act"'
+    elif name in ('has_shuffle', 'bias', 'use_bn', 'affine'):
+        good, want = isinstance(value, bool), 'true or false'
+    else:
+        low = 0 if name == 'se_channels' else 1
+        high = {'kernel_size': 31, 'stride': 8}.get(name, MAX_CHANNELS)
+        good = type(value) is int and low <= value <= high and (name != 'kernel_size' or value % 2 == 1)
+        want = f'{"an odd" if name == "kernel_size" else "a"} whole number from {low} to {high}'
+    if not good:
+        raise BadInput(f'{where}: {name} is {value!r}, should be {want}')
+
+
+def _check_chain(config: NetworkConfig, where: str) -> None:
+    if config.first_stem.in_channels != 3:
+        raise BadInput(f'{where}: first_stem takes {config.first_stem.in_channels} channels, images have 3')
+    channels = config.first_stem.out_channels
+    tail = [('feature_mix_layer', config.feature_mix_layer)]
+    for place, spec in [*config.blocks(), *tail]:
+        if spec.in_channels != channels:
+            raise BadInput(f'{where}: {place} takes {spec.in_channels} channels, the layer before it gives {channels}')
+        channels = spec.out_channels
+    if config.classifier.in_features != channels:
+        raise BadInput(f'{where}: classifier takes {config.classifier.in_features} features, gets {channels}')

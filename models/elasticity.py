@@ -1,0 +1,173 @@
+"""Elasticity-scaling of widths, channel masks, and the way between full-width weights and the widths in use.
+
+Paper: width level, section 3.4 and algorithm 1.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.latency import LatencyTable
+from models.layers import MID_DIMS
+from models.model_search import Network
+from models.parsing import Masks, mask_widths
+from models.search_space import SPACE, Arch, SearchSpace, Widths
+
+
+def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float) -> Widths:
+    """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
+
+    Where it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n; where it is too fast,
+    expand over stages 1 to n, 2 to n, ..., n. No step moves away from the target, and the result is slower than the
+    target only where even the least widths are.
+
+    Args:
+        arch: the current architecture.
+        widths: mid channels of all operators; those outside `arch` stay as they are.
+        table: latency table.
+        target: ms.
+
+    Returns:
+        New widths; the argument is not changed.
+    """
+    scaler = _Scaler(arch, widths, table, target)
+    last = len(table.space.stages)
+    if scaler.latency > target:
+        scaler.shrink(first_stage=1)
+        starts = range(2, last + 1)
+    elif scaler.latency < target:
+        starts = range(1, last + 1)
+    else:
+        starts = range(0)
+    for first in starts:
+        scaler.expand(first_stage=first)
+    return scaler.result()
+
+
+class _Scaler:
+    """The blocks of one architecture as flat lists, and their latency as widths move."""
+
+    def __init__(self, arch: Arch, widths: Widths, table: LatencyTable, target: float):
+        self.start, self.target = widths, target
+        self.picks = table.space.chosen(arch, table.img_size)
+        ops = [table.space.ops[index] for _, index in self.picks]
+        self.stage = [table.space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
+        self.low = [op.min_width(block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.high = [op.max_width(block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.curves = [table.curves[block.key(op)] for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.base = table.base
+        self.widths = [widths[block.stage][block.name][index] for block, index in self.picks]
+        self.latency = self.measure(self.widths)
+
+    def measure(self, widths: list[int]) -> float:
+        return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
+
+    def shrink(self, first_stage: int) -> None:
+        """Step down until the target is met (that step is kept) or every block of the range is at its least width."""
+        ratios = self.ratios(first_stage)
+        while self.latency > self.target:
+            stepped = self.stepped(ratios, -1)
+            if stepped == self.widths:
+                break
+            self.widths, self.latency = stepped, self.measure(stepped)
+
+    def expand(self, first_stage: int) -> None:
+        """Step up until the next step would pass the target (it is dropped) or every block is at its most."""
+        ratios = self.ratios(first_stage)
+        while True:
+            stepped = self.stepped(ratios, +1)
+            latency = self.measure(stepped)
+            if stepped == self.widths or latency > self.target:
+                break
+            self.widths, self.latency = stepped, latency
+
+    def ratios(self, first_stage: int) -> dict[int, int]:
+        """Channels a step for the blocks of a range, in proportion to their widths: block position -> channels."""
+        blocks = [i for i, stage in enumerate(self.stage) if stage >= first_stage]
+        smallest = min((self.widths[i] for i in blocks), default=1)
+        return {i: round(self.widths[i] / smallest) for i in blocks}
+
+    def stepped(self, ratios: dict[int, int], sign: int) -> list[int]:
+        """The widths one step on, each within its bounds."""
+        widths = list(self.widths)
+        for i, ratio in ratios.items():
+            widths[i] = min(max(widths[i] + sign * ratio, self.low[i]), self.high[i])
+        return widths
+
+    def result(self) -> Widths:
+        widths = {stage: {block: dict(ops) for block, ops in blocks.items()} for stage, blocks in self.start.items()}
+        for (block, index), width in zip(self.picks, self.widths, strict=True):
+            widths[block.stage][block.name][index] = width
+        return widths
+
+
+def start_masks(space: SearchSpace = SPACE) -> Masks:
+    """Masks that keep the first channels of every operator, as many as a search starts with."""
+    masks: Masks = OrderedDict()
+    for block, index, op in space.positions():
+        mask = (torch.arange(op.max_width(block.in_ch)) < op.start_width(block.in_ch)).float()
+        masks.setdefault(block.stage, OrderedDict()).setdefault(block.name, OrderedDict())[index] = mask
+    return masks
+
+
+def update_masks(masks: Masks, widths: Widths, full: Mapping[str, Tensor]) -> Masks:
+    """New masks of the given widths. An operator whose width changed keeps the channels whose full-width depthwise
+    kernels have the largest L1 norm (lower channel first where equal).
+
+    Args:
+        masks: present masks, not changed.
+        widths: wanted mid channels.
+        full: full-width weights, see `full_weights`.
+    """
+    new: Masks = OrderedDict()
+    for stage, blocks in masks.items():
+        for block, ops in blocks.items():
+            for index, mask in ops.items():
+                width = widths[stage][block][index]
+                if width != int(mask.sum()):
+                    kernel = full[f'{stage}.{block}.m_ops.{index}.depth_conv.conv.weight']
+                    order = kernel.abs().sum((1, 2, 3)).argsort(descending=True, stable=True).cpu()
+                    mask = torch.zeros_like(mask)
+                    mask[order[:width]] = 1
+                new.setdefault(stage, OrderedDict()).setdefault(block, OrderedDict())[index] = mask
+    return new
+
+
+def full_weights(num_classes: int, device: torch.device, space: SearchSpace = SPACE) -> dict[str, Tensor]:
+    """Fresh weights of the supernet with every operator at its maximum width, and its architecture parameters."""
+    net = Network(space.max_widths(), num_classes, space)
+    return {name: p.detach().to(device) for name, p in net.named_parameters()}
+
+
+@torch.no_grad()
+def gather(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
+    """Give `net` the widths of the masks and fill it with the channels that they keep."""
+    net.set_widths(mask_widths(masks))
+    for name, p, dim, kept in _slices(net, masks):
+        p.copy_(full[name] if kept is None else full[name].index_select(dim, kept))
+
+
+@torch.no_grad()
+def scatter(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
+    """Write the weights of `net` back into the full-width weights; channels that the masks drop keep their values."""
+    for name, p, dim, kept in _slices(net, masks):
+        if kept is None:
+            full[name].copy_(p)
+        else:
+            full[name].index_copy_(dim, kept, p)
+
+
+def _slices(net: Network, masks: Masks):
+    """(name, parameter, dimension of mid channels, kept channels or None) for every parameter of the supernet."""
+    mid_channels = {}
+    device = net.first_stem.conv.weight.device
+    for stage, blocks in masks.items():
+        for block, ops in blocks.items():
+            for index, mask in ops.items():
+                kept = mask.nonzero().flatten().to(device)
+                for weight, dim in MID_DIMS.items():
+                    mid_channels[f'{stage}.{block}.m_ops.{index}.{weight}'] = dim, kept
+    for name, p in net.named_parameters():
+        yield name, p, *mid_channels.get(name, (None, None))

@@ -1,0 +1,202 @@
+"""Latency tables: load, check, look up and sum.
+
+A table is a pickled OrderedDict: 'base' -> ms of stem, mix layer, pool and classifier, and for each block shape
+`MBInvertedResBlock_{input size}_{in}_{se}_{out}_k{kernel}_s{stride}_{act}` -> OrderedDict of mid channels -> ms.
+An optional entry 'meta' (a dict of plain values) says how the table was made.
+"""
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.config import NetworkConfig
+from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths
+from tools.checkpoint import write_atomic
+from tools.errors import BadInput
+
+LEAST_PLAUSIBLE_MS = 0.2
+"""A largest network faster than this is taken for a table in seconds."""
+
+
+class _TableUnpickler(pickle.Unpickler):
+    """Admits OrderedDict besides what a pickle holds natively (dict, list, tuple, str, int, float, bool, None)."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) == ('collections', 'OrderedDict'):
+            return OrderedDict
+        raise BadInput(f'asks for {module}.{name}; a latency table holds only dicts, numbers and strings')
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """A checked table for one search space and input size. All latencies in ms, or the unit that `meta` names."""
+
+    base: float
+    curves: dict[str, np.ndarray]
+    """Latency by mid channels: curves[key][width - 1]."""
+    meta: dict
+    img_size: int
+    space: SearchSpace = SPACE
+
+    @property
+    def unit(self) -> str:
+        """What the table counts in: 'ms' where it does not say otherwise."""
+        return str(self.meta.get('unit', 'ms'))
+
+    def of(self, block: Block, op: Op, width: int) -> float:
+        """Latency of one operator."""
+        return float(self.curves[block.key(op)][width - 1])
+
+    def total(self, arch: Arch, widths: Widths) -> float:
+        """Latency of a whole network: base plus its blocks."""
+        return self.base + sum(
+            self.of(block, self.space.ops[index], widths[block.stage][block.name][index])
+            for block, index in self.space.chosen(arch, self.img_size)
+        )
+
+    def of_config(self, config: NetworkConfig) -> float:
+        """Latency of the network in a config.
+
+        Raises:
+            BadInput: a block that is not of this table's space.
+        """
+        total = self.base
+        for place, spec, key in config.table_keys(self.img_size):
+            if key not in self.curves or spec.mid_channels > len(self.curves[key]):
+                raise BadInput(f'{place} ({key}, {spec.mid_channels} mid channels) is not in the latency table')
+            total += float(self.curves[key][spec.mid_channels - 1])
+        return total
+
+    def matrix(self, widths: Widths) -> Tensor:
+        """Latency of every operator at its present width, [blocks, ops] float32."""
+        return torch.tensor(
+            [
+                [self.of(block, op, widths[block.stage][block.name][i]) for i, op in enumerate(self.space.ops)]
+                for block in self.space.blocks(self.img_size)
+            ]
+        )
+
+
+def expected_latency(
+    base: float, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace = SPACE
+) -> Tensor:
+    """Latency of the mixture (paper, section 3.3), a scalar tensor differentiable in both kinds of weights.
+
+    The latency of an exit is that of all blocks before it; a stage's is the sum of its exits' latencies weighted
+    by softmax(betas).
+
+    Args:
+        base: of the fixed layers.
+        matrix: of each operator, [blocks, ops].
+        op_weights: mixture weights, [blocks, ops].
+        depth_weights: of each stage, [exits].
+    """
+    per_block = (op_weights * matrix).sum(dim=1)
+    total = per_block.new_full((), base)
+    for blocks, stage, weights in zip(
+        per_block.split([stage.depth for stage in space.stages]), space.stages, depth_weights, strict=True
+    ):
+        at_exit = blocks.cumsum(0)
+        if stage.input_is_exit:
+            at_exit = torch.cat([at_exit.new_zeros(1), at_exit])
+        total = total + weights @ at_exit
+    return total
+
+
+def load_table(
+    path: str | Path, img_size: int = 224, space: SearchSpace = SPACE, log: Callable[[str], object] = print
+) -> LatencyTable:
+    """Read and check a table.
+
+    Falling or negative values within the widths that a search can use are repaired by a running maximum, with one line
+    to `log` that counts them.
+
+    Raises:
+        BadInput: not a table, keys or widths of this space and size missing, values that are no finite numbers, units
+            that look like seconds.
+    """
+    data = _read(path)
+    base = data.get('base')
+    if not _is_number(base) or base <= 0:
+        raise BadInput(f"{path}: 'base' is {base!r}, should be a positive latency in ms")
+    wanted = space.table_widths(img_size)
+    missing = [key for key in wanted if not isinstance(data.get(key), dict)]
+    if missing:
+        raise BadInput(
+            f'{path}: {len(missing)} of {len(wanted)} keys of input size {img_size} are missing: '
+            f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
+            f'make a table of that size with: {_maker(img_size)}'
+        )
+    curves, repaired = {}, 0
+    for key, (low, high) in wanted.items():
+        curves[key], count = _curve(data[key], key, low, high, path, img_size)
+        repaired += count
+    table = LatencyTable(float(base), curves, dict(data.get('meta') or {}), img_size, space)
+    largest = base + sum(
+        max(table.of(b, op, op.max_width(b.in_ch)) for op in space.ops) for b in space.blocks(img_size)
+    )
+    if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
+        raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
+    if repaired:
+        log(f'{path}: {repaired} values were negative or fell with growing width; raised to the running maximum')
+    return table
+
+
+def save_table(base: float, curves: dict[str, np.ndarray], meta: dict, path: str | Path) -> None:
+    """Write a table in the published format plus `meta`, whole or not at all. `curves[key][width - 1]` in ms."""
+    data = OrderedDict(base=float(base), meta=meta)
+    for key, curve in curves.items():
+        data[key] = OrderedDict((width, float(ms)) for width, ms in enumerate(curve, start=1))
+    write_atomic(path, lambda f: pickle.dump(data, f, protocol=3))
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as e:
+        raise BadInput(f'{path}: no latency table there ({e.strerror}); make one with: {_maker(224)}') from e
+    try:
+        data = _TableUnpickler(io.BytesIO(raw)).load()
+    except BadInput as e:
+        raise BadInput(f'{path}: refused, the file {e}') from e
+    except Exception as e:  # a damaged pickle can raise anything at all
+        raise BadInput(f'{path}: not a pickled latency table ({type(e).__name__}: {e})') from e
+    if not isinstance(data, dict):
+        raise BadInput(f'{path}: holds a {type(data).__name__}, should be a dict of latencies by block shape')
+    return data
+
+
+def _curve(values: dict, key: str, low: int, high: int, path: str | Path, img_size: int) -> tuple[np.ndarray, int]:
+    """The curve of one key up to its widest, and how many values were repaired."""
+    widths = range(1, high + 1)
+    missing = [width for width in range(low, high + 1) if width not in values]
+    if missing:
+        raise BadInput(
+            f'{path}: {key} lacks {len(missing)} widths of {low} to {high}: {", ".join(map(str, missing[:3]))}; '
+            f'make a table with: {_maker(img_size)}'
+        )
+    bad = [width for width in widths if width in values and not _is_number(values[width])]
+    if bad:
+        raise BadInput(f'{path}: {key} at width {bad[0]} is {values[bad[0]]!r}, should be a latency in ms')
+    curve = np.array([values.get(width, values[low]) for width in widths], dtype=np.float64)
+    used = curve[low - 1 :]
+    mended = np.maximum.accumulate(np.maximum(used, 0))
+    count = int((mended != used).sum())
+    curve[low - 1 :] = mended
+    return curve, count
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _maker(img_size: int) -> str:
+    return f'python latency_pkl/make_lat_lut.py --img_size {img_size} --save_path latency_pkl/my_table.pkl'

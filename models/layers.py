@@ -1,0 +1,138 @@
+"""The layers that networks and supernets are made of. A layer is built from its spec and keeps it as `.spec`."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from models.config import ConvSpec, LinearSpec, MBSpec
+
+ACTIVATIONS = {None: nn.Identity, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'swish': nn.SiLU, 'h-swish': nn.Hardswish}
+INPLACE = ('relu', 'relu6', 'swish', 'h-swish')
+
+MID_DIMS = {
+    'inverted_bottleneck.conv.weight': 0,
+    'depth_conv.conv.weight': 0,
+    'squeeze_excite.conv_reduce.weight': 1,
+    'squeeze_excite.conv_expand.weight': 0,
+    'squeeze_excite.conv_expand.bias': 0,
+    'point_linear.conv.weight': 1,
+}
+"""Which dimension of each weight of an MBInvertedResBlock runs over the mid channels (all others do not)."""
+
+
+def activation(name: str | None) -> nn.Module:
+    """The activation of a config's `act_func`, in place: its input is always the output of a batch norm."""
+    return ACTIVATIONS[name](inplace=True) if name in INPLACE else ACTIVATIONS[name]()
+
+
+class ConvLayer(nn.Module):
+    """Conv2d, BatchNorm2d, activation: [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        spec: the layer.
+        running_stats: False for a supernet, whose batch norms always use the statistics of the batch.
+    """
+
+    def __init__(self, spec: ConvSpec, running_stats: bool = True):
+        super().__init__()
+        self.spec = spec
+        self.conv = nn.Conv2d(
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            padding=spec.kernel_size // 2,
+            groups=spec.groups,
+            bias=spec.bias,
+        )
+        if spec.use_bn:
+            self.bn = nn.BatchNorm2d(spec.out_channels, affine=spec.affine, track_running_stats=running_stats)
+        else:
+            self.bn = nn.Identity()
+        self.act = activation(spec.act_func)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class LinearLayer(nn.Module):
+    """Linear, optional BatchNorm1d and activation: [N, in_features] -> [N, out_features]."""
+
+    def __init__(self, spec: LinearSpec):
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.in_features, spec.out_features, bias=spec.bias)
+        self.bn = nn.BatchNorm1d(spec.out_features, affine=spec.affine) if spec.use_bn else nn.Identity()
+        self.act = activation(spec.act_func)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.linear(x)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention (Hu et al. 2018): pool, reduce, act, expand, sigmoid, scale. Keeps the shape [N, C, H, W]."""
+
+    def __init__(self, channels: int, se_channels: int, act_func: str | None):
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, se_channels, 1)
+        self.act = activation(act_func)
+        self.conv_expand = nn.Conv2d(se_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(scale))))
+
+
+class MBInvertedResBlock(nn.Module):
+    """Inverted residual block (Sandler et al. 2018) with optional squeeze-excitation after the depthwise convolution.
+
+    [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]. The input is added to the output
+    where shapes allow. Where mid_channels <= in_channels there is no expansion: the depthwise runs on in_channels.
+
+    Args:
+        spec: the block.
+        running_stats: see `ConvLayer`.
+        drop_connect: probability of dropping the residual branch of an image in training (Huang et al. 2016).
+    """
+
+    def __init__(self, spec: MBSpec, running_stats: bool = True, drop_connect: float = 0.0):
+        super().__init__()
+        self.spec = spec
+        expands = spec.mid_channels > spec.in_channels
+        mid = spec.mid_channels if expands else spec.in_channels
+
+        def conv(in_ch: int, out_ch: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: str | None = None):
+            shape = ConvSpec(
+                kernel, stride, in_ch, out_ch, act, groups, bias=spec.bias, use_bn=spec.use_bn, affine=spec.affine
+            )
+            return ConvLayer(shape, running_stats)
+
+        self.inverted_bottleneck = conv(spec.in_channels, mid, act=spec.act_func) if expands else None
+        self.depth_conv = conv(mid, mid, spec.kernel_size, spec.stride, groups=mid, act=spec.act_func)
+        self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func) if spec.se_channels else None
+        self.point_linear = conv(mid, spec.out_channels)
+        self.residual = spec.stride == 1 and spec.in_channels == spec.out_channels
+        self.drop_connect = StochasticDepth(drop_connect, 'row')
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The block without its residual connection."""
+        if self.inverted_bottleneck is not None:
+            x = self.inverted_bottleneck(x)
+        x = self.depth_conv(x)
+        if self.squeeze_excite is not None:
+            x = self.squeeze_excite(x)
+        return self.point_linear(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_connect(self.branch(x)) if self.residual else self.branch(x)
+
+
+def init_weights(net: nn.Module) -> None:
+    """Kaiming-normal convolutions (fan out), normal(0, 0.01) linear layers, zero biases; as for MobileNetV2."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode='fan_out')
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)

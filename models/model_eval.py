@@ -1,0 +1,60 @@
+"""One network, built from a config."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.config import NetworkConfig, load_config
+from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
+from tools.checkpoint import load_weights
+
+
+class NetworkEval(nn.Module):
+    """A found network: images [N, 3, H, W] -> logits [N, classes].
+
+    Args:
+        config: the network.
+        dropout_rate: before the classifier.
+        drop_connect_rate: of the last block; block i of n (the stem's block is 1) has rate * i / n.
+    """
+
+    def __init__(self, config: NetworkConfig, dropout_rate: float = 0.0, drop_connect_rate: float = 0.0):
+        super().__init__()
+        self.config = config
+        count = sum(1 for _ in config.blocks())
+        blocks = {
+            place: MBInvertedResBlock(spec, drop_connect=drop_connect_rate * i / count)
+            for i, (place, spec) in enumerate(config.blocks(), start=1)
+        }
+        self.first_stem = ConvLayer(config.first_stem)
+        self.second_stem = blocks['second_stem']
+        self.stage_names = list(config.stages)
+        for name, specs in config.stages.items():
+            self.add_module(name, nn.Sequential(*(blocks[f'{name}.{i}'] for i in range(len(specs)))))
+        self.feature_mix_layer = ConvLayer(config.feature_mix_layer)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.classifier = LinearLayer(config.classifier)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second_stem(self.first_stem(x))
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        x = self.feature_mix_layer(x).mean((2, 3))
+        return self.classifier(self.dropout(x))
+
+
+def load_network(
+    config_path: str | Path, weights: str | Path | None = None, num_classes: int | None = None
+) -> NetworkEval:
+    """A found network in evaluation mode, from its config file and, where given, its weights file.
+
+    Raises:
+        BadInput: a file that cannot be read, or weights of another network.
+    """
+    config = load_config(config_path)
+    net = NetworkEval(config.with_classes(num_classes) if num_classes else config)
+    if weights is not None:
+        load_weights(net, weights, device=torch.device('cpu'))
+    return net.eval()

@@ -1,0 +1,93 @@
+"""From a search checkpoint to an architecture, its widths, and the config of the found network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from models.config import NetworkConfig, build_config, parse_config
+from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.checkpoint import load_checkpoint, strip_module_prefix
+from tools.errors import BadInput
+
+Masks = dict[str, dict[str, dict[int, Tensor]]]
+"""0/1 masks of mid channels, [max width] each: masks[stage name][block name][op index]."""
+
+MASKS_KEY = 'mc_mask_dddict'
+
+
+def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace = SPACE) -> Arch:
+    """The most probable operator of each block and exit of each stage; blocks behind the exit fall away.
+
+    Args:
+        state: names without `module.`.
+    """
+    arch: Arch = {}
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        depth = stage.exit_depths[int(state[f'{name}.betas'].argmax())]
+        arch[name] = [int(state[f'{name}.block{i}.log_alphas'].argmax()) for i in range(1, depth + 1)]
+    return arch
+
+
+def mask_widths(masks: Masks) -> Widths:
+    """Number of channels that each mask keeps."""
+    return {
+        stage: {block: {op: int(mask.sum()) for op, mask in ops.items()} for block, ops in blocks.items()}
+        for stage, blocks in masks.items()
+    }
+
+
+def is_config_file(path: str | Path) -> bool:
+    """Whether a file holds JSON text (a config) rather than a checkpoint.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    try:
+        with open(path, 'rb') as f:
+            return f.read(64).lstrip(b'\xef\xbb\xbf \t\r\n').startswith((b'{', b'['))
+    except OSError as e:
+        raise BadInput(f'{path}: cannot be read ({e.strerror}); expected a searched model or a model.config') from e
+
+
+def load_architecture(path: str | Path, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+    """The config of the network in `path`, a searched model or a `model.config`.
+
+    Args:
+        num_classes: classifier outputs for a searched model; a config keeps its own.
+
+    Raises:
+        BadInput: the file is neither.
+    """
+    if is_config_file(path):
+        return parse_config(Path(path).read_text(encoding='utf-8-sig'), str(path))
+    state, masks = load_search_checkpoint(path, space)
+    return build_config(parse_architecture(state, space), mask_widths(masks), num_classes, space)
+
+
+def load_search_checkpoint(path: str | Path, space: SearchSpace = SPACE) -> tuple[dict[str, Tensor], Masks]:
+    """Full-width weights (names without `module.`) and masks of a searched model.
+
+    Raises:
+        BadInput: not a search checkpoint, or one of another search space.
+    """
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {'state_dict', MASKS_KEY} <= checkpoint.keys():
+        raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
+    state, masks = strip_module_prefix(checkpoint['state_dict']), checkpoint[MASKS_KEY]
+    for block, index, op in space.positions():
+        where = f'{block.stage}.{block.name}'
+        alphas = state.get(f'{where}.log_alphas')
+        if alphas is None or alphas.shape != (len(space.ops),):
+            raise BadInput(f'{path}: {where}.log_alphas should be {len(space.ops)} values; another search space?')
+        try:
+            mask = masks[block.stage][block.name][index]
+            good = mask.shape == (op.max_width(block.in_ch),) and bool(((mask == 0) | (mask == 1)).all())
+        except (KeyError, IndexError, TypeError, AttributeError):
+            good = False
+        if not good or mask.sum() < 1:
+            raise BadInput(f'{path}: mask of {where} op {index} is not {op.max_width(block.in_ch)} zeros and ones')
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):
+            raise BadInput(f'{path}: {name}.betas should be {len(stage.exit_depths)} values; another search space?')
+    return state, masks

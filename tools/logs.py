@@ -1,0 +1,44 @@
+"""Run folders and their logs."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from tools.errors import BadInput
+
+
+def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
+    """Make and return `<save>/<kind>-<time>-<note>/`, which did not exist before.
+
+    Raises:
+        BadInput: `save` cannot be written to.
+    """
+    stem = f'{kind}-{time.strftime("%Y%m%d-%H%M%S")}-{note}'
+    for suffix in ['', *(f'-{i}' for i in range(2, 100))]:
+        folder = Path(save) / (stem + suffix)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise BadInput(f'--save {save}: cannot make a run folder there ({e.strerror})') from e
+        return folder
+    raise BadInput(f'--save {save}: too many runs of the same name {stem}')
+
+
+def make_logger(folder: Path | None) -> logging.Logger:
+    """A logger to stdout and `<folder>/log.txt` (appended, a line at a time); a silent one where `folder` is None."""
+    logger = logging.Logger('tf-nas', logging.INFO if folder else logging.CRITICAL)
+    if folder:
+        formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
+        for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / 'log.txt', encoding='utf-8')):
+            handler.setFormatter(formatter)
+            logger.addHandler(handler)
+    return logger
+
+
+def log_flags(logger: logging.Logger, args) -> None:
+    """One line a flag, so that a log tells how its run was started."""
+    for name, value in sorted(vars(args).items()):
+        logger.info('--%s %s', name, value)

@@ -1,0 +1,125 @@
+"""Command-line options: a parser that reports errors in one line, checked number types, groups that scripts share."""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tools.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, whose unknown flags name the nearest known one, and whose help shows
+    the script's docstring (its runnable commands) and every default."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Report in one line and exit with code 2."""
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; unknown flags are errors."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split('=')[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f'unknown argument {unknown[0]}' + (f', did you mean {near[0]}?' if near else ''))
+        return parsed
+
+
+def run_script(main: Callable, args: argparse.Namespace) -> None:
+    """Run `main(args)`; input that cannot be used ends in one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except BadInput as e:
+        message = ' '.join(str(e).split())
+        print(f'{sys.argv[0]}: error: {message}', file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float from `low` to `high` (`open_low`: above `low`)."""
+
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+            bounds = f'above {low}' if open_low else f'of at least {low}'
+            bounds += f' and at most {high}' if high < math.inf else ''
+            raise argparse.ArgumentTypeError(f'{text!r} should be a{"n" * (kind is int)} {kind.__name__} {bounds}')
+        return value
+
+    return check
+
+
+def count(low: int = 1) -> Callable[[str], float]:
+    """An argparse type: a whole number of at least `low`."""
+    return number(int, low)
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a float from 0 up to, but not including, 1."""
+    return number(float, 0, math.nextafter(1, 0))(text)
+
+
+def yes_no(text: str) -> bool:
+    """An argparse type for flags that take the words True or False."""
+    if text.lower() not in ('true', 'false'):
+        raise argparse.ArgumentTypeError(f'{text!r} should be True or False')
+    return text.lower() == 'true'
+
+
+def add_device_arg(parser: Parser) -> None:
+    """--device."""
+    parser.add_argument(
+        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU where there is one'
+    )
+
+
+def add_arch_args(parser: Parser, required: bool = True) -> None:
+    """--model_path and --config_path, of which one names the network."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument('--model_path', help='a searched model (searched_model_NN.pth.tar) or a model.config')
+    group.add_argument('--config_path', help='a model.config')
+
+
+def add_eval_data_args(parser: Parser, batch_size: int, workers: int, num_classes: int) -> None:
+    """The validation images, and how they are loaded."""
+    parser.add_argument('--val_root', required=True, help='folder that the paths in --val_list start from')
+    parser.add_argument('--val_list', required=True, help="lines of 'relative/path label'")
+    parser.add_argument('--workers', type=count(0), default=workers, help='processes that load images')
+    parser.add_argument('--batch_size', type=count(), default=batch_size)
+    parser.add_argument('--num_classes', type=count(2), default=num_classes)
+    parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
+
+
+def add_training_args(parser: Parser) -> None:
+    """All flags of the training scripts, with the paper's recipe as defaults."""
+    add_arch_args(parser)
+    parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
+    parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
+    add_eval_data_args(parser, batch_size=512, workers=16, num_classes=1000)
+    add_device_arg(parser)
+    parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')
+    parser.add_argument('--note', default='try', help='last part of the name of the run folder')
+    parser.add_argument('--snapshot', help='a checkpoint.pth.tar to go on from, in its folder')
+    parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
+    parser.add_argument('--epochs', type=count(), default=250)
+    parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
+    parser.add_argument('--momentum', type=fraction, default=0.9)
+    parser.add_argument('--weight_decay', type=number(float, 0), default=1e-5)
+    parser.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0, help='largest gradient norm')
+    parser.add_argument('--label_smooth', type=fraction, default=0.1)
+    parser.add_argument('--dropout_rate', type=fraction, default=0.2)
+    parser.add_argument('--drop_connect_rate', type=fraction, default=0.2)
+    parser.add_argument('--seed', type=count(0), default=2)
