@@ -26,6 +26,7 @@ def get_args():
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     parser.add_argument('--num_classes', type=count(2), default=1000)
     parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
+    parser.add_argument('--threads', type=count(), default=1, help='CPU threads of Lat_CPU')
     add_device_arg(parser)
     return parser.parse_args()
 
@@ -48,6 +49,7 @@ def main(args):
         torch.backends.cudnn.benchmark = True
         for batch_size in (32, 1):
             print(f'Lat_GPU bs={batch_size}: {measure_latency(net, batch_size, args.img_size, device):.4f} ms')
+    torch.set_num_threads(args.threads)
     print(f'Lat_CPU bs=1: {measure_latency(net, 1, args.img_size, torch.device("cpu")):.4f} ms')
 
 

@@ -7,7 +7,7 @@ The paper's search, on a GPU with its latency table:
 A search on other images, at another input size, with lists of one's own:
 
     python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \
-        --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 3.0
+        --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def get_args():
     parser.add_argument('--num_classes', type=count(2), default=100)
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
-    parser.add_argument('--target_lat', type=positive, default=15.0, help='in ms')
+    parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
     add_device_arg(parser)
     return parser.parse_args()
 
@@ -180,6 +180,10 @@ def main(args):
     device = pick_device(args.device)
     notes = []
     table = load_table(args.lookup_path, args.img_size, SPACE, notes.append)
+    reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
+    notes.append(reach % (args.lookup_path, *table.reach(), table.unit))
+    print(notes[-1], flush=True)
+    args.target_lat = table.target(args.target_lat)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
     train_samples, val_samples, made = read_lists(args)

@@ -95,6 +95,7 @@ def make_loader(
         pin_memory=world.device.type == 'cuda',
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # of worker seeds, which nothing uses; keeps the global generator untouched
     )
 
 

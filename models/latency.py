@@ -75,6 +75,38 @@ class LatencyTable:
             total += float(self.curves[key][spec.mid_channels - 1])
         return total
 
+    def reach(self) -> tuple[float, float, float]:
+        """Latencies that networks of the space can have: (least, least at full depth, most)."""
+        least = shallow = most = self.base
+        blocks = self.space.blocks(self.img_size)
+        for name, stage in zip(self.space.stage_names, self.space.stages, strict=True):
+            for depth, block in enumerate((b for b in blocks if b.stage == name), start=1):
+                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in self.space.ops)
+                least += low if depth <= stage.exit_depths[0] else 0
+                shallow += low
+                most += max(self.of(block, op, op.max_width(block.in_ch)) for op in self.space.ops)
+        return least, shallow, most
+
+    def target(self, text: str) -> float:
+        """The latency that `--target_lat` asks for: a number, or a share such as '60%' of the way from least to most.
+
+        Raises:
+            BadInput: not a number, or out of reach for every network of the space.
+        """
+        least, shallow, most = self.reach()
+        try:
+            share = text.endswith('%')
+            target = float(text.removesuffix('%'))
+            target = least + (most - least) * target / 100 if share else target
+        except ValueError:
+            target = math.nan
+        if not least <= target <= most:
+            raise BadInput(
+                f'--target_lat {text}: should be from {least:.4f} to {most:.4f} {self.unit}, or a share such as 60%; '
+                f'at full depth networks start at {shallow:.4f} {self.unit}'
+            )
+        return target
+
     def matrix(self, widths: Widths) -> Tensor:
         """Latency of every operator at its present width, [blocks, ops] float32."""
         return torch.tensor(

@@ -1,0 +1,109 @@
+"""Generated images, lists and tables that the tests share."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.latency import LatencyTable
+from models.search_space import SPACE, Head, Op, SearchSpace, Stage, Stem
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL_SPACE = SearchSpace(
+    ops=(Op(3, 3, False), Op(5, 3, True), Op(3, 6, False)),
+    stages=(
+        Stage(depth=1, in_ch=4, out_ch=6, stride=2, act='relu'),
+        Stage(depth=2, in_ch=6, out_ch=6, stride=1, act='swish'),
+        Stage(depth=2, in_ch=6, out_ch=8, stride=2, act='h-swish'),
+    ),
+    stem=Stem(conv_ch=6, out_ch=4, kernel=3, stride=2, se_ch=2, act='relu'),
+    head=Head(out_ch=16, act='swish'),
+)
+"""A space of three operators and five blocks; stage 2 keeps its shape, so that its input is an exit too."""
+
+NUM_CLASSES = 3
+
+
+torch.set_num_threads(1)  # with more, processes beside the tests slow them down many times over
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_space():
+    return SMALL_SPACE
+
+
+def make_table(space: SearchSpace = SPACE, img_size: int = 224, seed: int = 0, base: float = 1.0) -> LatencyTable:
+    """A table of rising random curves."""
+    rng = np.random.default_rng(seed)
+    curves = {
+        key: 0.05 + np.cumsum(rng.uniform(0.0005, 0.0015, high) * rng.uniform(0.5, 2))
+        for key, (_, high) in space.table_widths(img_size).items()
+    }
+    return LatencyTable(base, curves, {}, img_size, space)
+
+
+def random_arch(space: SearchSpace, rng: random.Random):
+    """Depths, operators and widths at random."""
+    arch = {
+        name: [rng.randrange(len(space.ops)) for _ in range(rng.choice(stage.exit_depths))]
+        for name, stage in zip(space.stage_names, space.stages, strict=True)
+    }
+    widths = space.start_widths()
+    for block, index, op in space.positions():
+        low, high = op.min_width(block.in_ch), op.max_width(block.in_ch)
+        widths[block.stage][block.name][index] = rng.randint(low, high)
+    return arch, widths
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """A folder of class folders with noisy images of one colour a class, and lists of them."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    lines = []
+    for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
+        (folder / f'class {label}').mkdir()
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 30, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f'class {label}' / f'{i}.png')
+            lines.append(f'class {label}/{i}.png {label}')
+    random.Random(0).shuffle(lines)
+    (folder / 'train.txt').write_text('\n'.join(lines[:20]) + '\n')
+    (folder / 'val.txt').write_text('\n'.join(lines[20:]) + '\n')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def run_script():
+    """Run a script of the project as a user does; returns the completed process. `cwd`: another copy of the project."""
+
+    def run(*words, code=0, cwd=ROOT, env=None):
+        command = [sys.executable, *map(str, words)]
+        environment = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''} | (env or {})
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
+        return done
+
+    return run
+
+
+@pytest.fixture
+def project_copy(tmp_path):
+    """A copy of the project's code, for tests that edit it."""
+    copy = tmp_path / 'project'
+    ignored = shutil.ignore_patterns('.git', '.venv', '__pycache__', 'checkpoints', 'demo', '*.png', '.*cache')
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy

@@ -1,0 +1,269 @@
+"""Every script from the shell, on generated images, at the smallest sizes."""
+
+import os
+import re
+import socket
+import sys
+
+import pytest
+import torch
+
+from models.config import load_config
+from models.parsing import load_search_checkpoint
+from models.search_space import SPACE
+
+SIZE = ['--img_size', '32']
+SMALL = [*SIZE, '--num_classes', '3', '--workers', '0']
+
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory, run_script):
+    path = tmp_path_factory.mktemp('table') / 'flops.pkl'
+    out = run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--num_classes', '3', '--save_path', path).stdout
+    assert '66 block shapes' in out
+    return path
+
+
+def search(images, table, save, *more):
+    return [
+        'train_search.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list', images / 'val.txt',
+        '--lookup_path', table, '--save', save, *SMALL, '--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1',
+        '--target_lat', '40%', '--print_freq', '1', *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def searched(images, table, tmp_path_factory, run_script):
+    """A finished search: its folder and what it printed."""
+    save = tmp_path_factory.mktemp('search')
+    out = run_script(*search(images, table, save, '--note', 'test run')).stdout
+    (folder,) = save.iterdir()
+    return folder, out
+
+
+def train(script, images, save, *more):
+    return [
+        script, '--train_root', images, '--val_root', images, '--train_list', images / 'train.txt', '--val_list',
+        images / 'val.txt', '--save', save, *SMALL, '--batch_size', '8', '--lr', '0.02', '--epochs', '2', *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def found(searched, table, tmp_path_factory, run_script):
+    """The config of the searched network, and what the parser printed."""
+    path = tmp_path_factory.mktemp('found') / 'model.config'
+    words = ['--model_path', searched[0] / 'searched_model_01.pth.tar', '--save_path', path, '--lookup_path', table]
+    out = run_script('parsing_model.py', *words, '--print_lat', '--num_classes', '3', *SIZE).stdout
+    return path, out
+
+
+@pytest.fixture(scope='module')
+def trained(found, images, tmp_path_factory, run_script):
+    save = tmp_path_factory.mktemp('trained')
+    out = run_script(*train('train_eval.py', images, save, '--config_path', found[0])).stdout
+    (folder,) = save.iterdir()
+    return folder, out
+
+
+def test_search_writes_checkpoints_and_log(searched):
+    folder, out = searched
+    assert re.fullmatch(r'search-\d{8}-\d{6}-test run', folder.name)
+    names = ['log.txt', 'searched_model_00.pth.tar', 'searched_model_01.pth.tar']
+    assert sorted(p.name for p in folder.iterdir()) == names
+    log = (folder / 'log.txt').read_text()
+    assert 'networks reach from' in log and '--target_lat' in log
+    assert log.count(' ops ') == 18 and log.count(' exits ') == 6
+    assert re.search(r'epoch 0 Gumbel paths: val_top1 \d+\.\d\d', log)
+    patterns = [rf'{name} lat: (\d+\.\d{{4}})' for name in ('Before, the current', 'After, the current', 'the target')]
+    before, after, target = (float(re.search(pattern, log).group(1)) for pattern in patterns)
+    assert abs(after - target) <= abs(before - target) and after <= target
+
+
+def test_search_checkpoint_has_the_published_form(searched):
+    checkpoint = torch.load(searched[0] / 'searched_model_01.pth.tar', weights_only=True)
+    assert {'state_dict', 'mc_mask_dddict', 'epoch'} <= checkpoint.keys()
+    state = checkpoint['state_dict']
+    assert all(name.startswith('module.') for name in state)
+    assert state['module.stage3.block2.m_ops.5.inverted_bottleneck.conv.weight'].shape == (640, 80, 1, 1)
+    masks = checkpoint['mc_mask_dddict']
+    assert masks['stage3']['block2'][5].shape == (640,) and masks['stage3']['block2'][5].dtype == torch.float32
+    assert state['module.stage1.block1.log_alphas'].exp().sum().item() == pytest.approx(1, abs=1e-5)
+    warmed_up, _ = load_search_checkpoint(searched[0] / 'searched_model_00.pth.tar')
+    assert warmed_up['stage1.block1.log_alphas'].unique().numel() == 1
+
+
+def test_parser_agrees_with_the_searchs_last_latency(searched, found):
+    path, out = found
+    latency = float(re.search(r'Lat_LUT: (\d+\.\d+)', out).group(1))
+    last = re.findall(r'After, the current lat: (\d+\.\d{4})', (searched[0] / 'log.txt').read_text())[-1]
+    assert latency == pytest.approx(float(last), abs=1e-4)
+    # the table counts multiply-adds, so its sum is what the parser counts on the network itself
+    assert float(re.search(r'FLOPs: (\d+\.\d+) M', out).group(1)) == pytest.approx(latency, abs=0.006)
+    assert re.search(r'Params: \d+\.\d+ M', out) and re.search(r'Lat_CPU bs=1: \d+\.\d+ ms', out)
+    assert 'running on the CPU' in out
+    assert load_config(path).classifier.out_features == 3
+
+
+def test_training_and_testing(trained, found, images, run_script):
+    folder, out = trained
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'checkpoint.pth.tar',
+        'log.txt',
+        'model.config',
+        'model_best.pth.tar',
+    ]
+    checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=True)
+    assert {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'} <= checkpoint.keys()
+    words = ['--val_root', images, '--val_list', images / 'val.txt', '--weights', folder / 'model_best.pth.tar', *SMALL]
+    for flag in ('--config_path', '--model_path'):
+        tested = run_script('test.py', *words, flag, found[0], '--batch_size', '5').stdout
+        top1 = float(re.search(r'Val_acc_top1: (\d+\.\d\d)', tested).group(1))
+        assert top1 == pytest.approx(checkpoint['best_acc_top1'], abs=0.01)
+        assert 'Val_acc_top5: 100.00' in tested  # three classes
+
+
+def test_training_goes_on_from_a_snapshot_to_the_same_end(trained, found, images, tmp_path, run_script):
+    words = train('train_eval.py', images, tmp_path, '--config_path', found[0])
+    run_script(*words, '--epochs', '1', '--lr', '0.02', '--note', 'cut')
+    # one epoch of a schedule of two: as if the run had been stopped after its first epoch
+    whole = torch.load(trained[0] / 'checkpoint.pth.tar', weights_only=True)
+    run = tmp_path / next(tmp_path.iterdir()).name
+    run_script(*words, '--snapshot', run / 'checkpoint.pth.tar')
+    resumed = torch.load(run / 'checkpoint.pth.tar', weights_only=True)
+    assert resumed['epoch'] == 2 and len(list(tmp_path.iterdir())) == 1
+    assert all(torch.equal(value, resumed['state_dict'][name]) for name, value in whole['state_dict'].items())
+
+
+@pytest.mark.parametrize('launcher', [['-m', 'torch.distributed.run'], ['-m', 'torch.distributed.launch']])
+def test_two_processes_train_together(launcher, searched, images, tmp_path, run_script):
+    model = searched[0] / 'searched_model_01.pth.tar'
+    words = train('train_eval_amp.py', images, tmp_path, '--model_path', model, '--opt_level', 'O1', '--epochs', '1')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    run_script(*launcher, '--nproc_per_node=2', f'--master_port={port}', *words, '--channels_last')
+    (folder,) = tmp_path.iterdir()  # one process wrote
+    log = (folder / 'log.txt').read_text()
+    assert 'step 2/2' in log and log.count('val_top1') == 1
+
+
+def test_default_lists_are_made_from_class_folders(project_copy, images, table, run_script):
+    (project_copy / 'dataset' / 'imagenet100_classes.txt').write_text('class_0\nclass_2\n')
+    root = project_copy / 'images'
+    for name in ('0', '2'):
+        (root / f'class_{name}').mkdir(parents=True)
+        for image in (images / f'class {name}').iterdir():
+            os.link(image, root / f'class_{name}' / image.name)
+    words = [
+        '--img_root',
+        root,
+        '--lookup_path',
+        table,
+        *SMALL,
+        '--batch_size',
+        '4',
+        '--epochs',
+        '1',
+        '--target_lat',
+        '40%',
+    ]
+    out = run_script('train_search.py', *words, '--warmup_epochs', '1', cwd=project_copy).stdout
+    lists = sorted((project_copy / 'dataset').glob('ImageNet-100-effb0_*.txt'))
+    assert 'made dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt' in out and '20 and 4 images of 2 classes' in out
+    assert [len(path.read_text().splitlines()) for path in lists] == [20, 4]
+    assert lists[1].read_text().splitlines()[-1].startswith('class_2/') and lists[1].read_text().splitlines()[
+        -1
+    ].endswith(' 1')
+
+
+def test_a_space_without_se_needs_edited_rows_only(project_copy, images, run_script):
+    table_of_space = project_copy / 'models' / 'search_space.py'
+    text = table_of_space.read_text()
+    edited = re.sub(r'        Op\(.*se=True\),\n', '', text).replace('depth=4', 'depth=1').replace('depth=3', 'depth=2')
+    edited = edited.replace("act='swish'", "act='h-swish'")
+    assert edited.count('        Op(') == 4 and edited != text
+    table_of_space.write_text(edited)
+    path, save = project_copy / 'flops.pkl', project_copy / 'runs'
+    out = run_script(
+        'latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--save_path', path, cwd=project_copy
+    ).stdout
+    assert '16 block shapes' in out  # 8 shapes, 2 kernels
+    run_script(*search(images, path, save), cwd=project_copy)
+    (folder,) = save.iterdir()
+    model = folder / 'searched_model_01.pth.tar'
+    config = project_copy / 'model.config'
+    words = [
+        '--model_path',
+        model,
+        '--save_path',
+        config,
+        '--num_classes',
+        '3',
+        '--lookup_path',
+        path,
+        '--print_lat',
+        *SIZE,
+    ]
+    run_script('parsing_model.py', *words, cwd=project_copy)
+    run_script(*train('train_eval.py', images, save, '--config_path', config, '--epochs', '1'), cwd=project_copy)
+    weights = next(save.glob('eval-*')) / 'checkpoint.pth.tar'
+    words = ['--val_root', images, '--val_list', images / 'val.txt', '--config_path', config, '--weights', weights]
+    assert 'Val_acc_top1' in run_script('test.py', *words, *SMALL, cwd=project_copy).stdout
+    assert '"se_channels": 0' in config.read_text() and load_config(config).second_stem.se_channels == 8
+    assert {spec.se_channels for blocks in load_config(config).stages.values() for spec in blocks} == {0}
+
+
+def test_make_lists_of_any_folder(images, tmp_path, run_script):
+    script = 'dataset/make_lists.py'
+    run_script(script, '--img_root', images, '--list', tmp_path / 'all.txt')
+    assert len((tmp_path / 'all.txt').read_text().splitlines()) == 36
+    lists = ['--train_list', tmp_path / 't.txt', '--val_list', tmp_path / 'v.txt']
+    assert '9 images of 3 classes' in run_script(script, '--img_root', images, *lists, '--ratio', '0.75').stdout
+    assert '--list' in run_script(script, '--img_root', images, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--target_lat', '9999'], '--target_lat 9999: should be from'),
+        (['--target_lat', '-1'], '--target_lat -1: should be from'),
+        (['--lookup_path', 'absent.pkl'], 'absent.pkl: no latency table there'),
+        (['--img_size', '64'], 'keys of input size 64 are missing'),
+        (['--num_classes', '2'], 'label 2 should be at most 1'),
+        (['--batch_size', '1000'], 'fewer than one batch'),
+        (['--warmup_epochs', '3'], '--warmup_epochs 3 should be at most --epochs 2'),
+        (['--epochs', '0'], "--epochs: '0' should be an int of at least 1"),
+        (['--T', '0'], "--T: '0' should be a float above 0"),
+        (['--w_lr', 'nan'], "--w_lr: 'nan'"),
+        (['--device', 'cuda'], 'no CUDA GPU is available'),
+        (['--tagret_lat', '3'], 'unknown argument --tagret_lat, did you mean --target_lat?'),
+        (['--save', '/proc/none'], '--save /proc/none: cannot make a run folder'),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_no_folder(more, message, images, table, tmp_path, run_script):
+    done = run_script(*search(images, table, tmp_path, *more), code=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_the_commands_of_each_script(run_script):
+    for script in ('train_search.py', 'parsing_model.py', 'train_eval.py', 'train_eval_amp.py', 'test.py'):
+        assert f'python {script}' in run_script(script, '--help').stdout.replace(
+            'torchrun --nproc_per_node=2', 'python'
+        )
+
+
+def test_importing_does_nothing(run_script, tmp_path):
+    modules = [
+        'train_search',
+        'parsing_model',
+        'train_eval',
+        'train_eval_amp',
+        'test',
+        'models',
+        'latency_pkl.make_lat_lut',
+    ]
+    code = f'import sys; sys.path.insert(0, {str(os.getcwd())!r}); import {", ".join(modules)}'
+    done = run_script('-c', code, cwd=tmp_path)
+    assert done.stdout == '' and done.stderr == '' and not list(tmp_path.iterdir())
+    assert sys.executable and len(SPACE.ops) == 8
