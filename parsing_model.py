@@ -3,18 +3,31 @@
     python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_89.pth.tar \
         --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
     python parsing_model.py --config_path models/zoo/tf_nas_a.config --num_classes 10 --save_path model.config
+
+The most probable network of a search that meets a target, for one target or several; and corrected by its measured time:
+
+    python parsing_model.py --model_path searched_model_89.pth.tar --lookup_path table.pkl --target_lat 12 15 18
+    python parsing_model.py --model_path searched_model_89.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
 """
+
+from pathlib import Path
 
 import torch
 
-from models.config import dump_config
+from models.config import build_config, dump_config
+from models.elasticity import fit_widths
 from models.latency import load_table
 from models.model_eval import NetworkEval
-from models.parsing import load_architecture
+from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
+from models.targeting import most_probable
 from tools.checkpoint import write_text
 from tools.distributed import pick_device
+from tools.errors import BadInput
 from tools.options import Parser, add_arch_args, add_device_arg, count, run_script
 from tools.profiling import count_mult_adds, count_params, measure_latency
+
+MEASURED_ROUNDS = 5
+MEASURED_CLOSE = 0.005
 
 
 def get_args():
@@ -22,35 +35,95 @@ def get_args():
     parser = Parser(__doc__)
     add_arch_args(parser)
     parser.add_argument('--save_path', default='./model.config', help='config file to write')
-    parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table for Lat_LUT')
+    parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
+    parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
+    parser.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
+    parser.add_argument(
+        '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
+    )
     parser.add_argument('--num_classes', type=count(2), default=1000)
     parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
-    parser.add_argument('--threads', type=count(), default=1, help='CPU threads of Lat_CPU')
+    parser.add_argument('--threads', type=count(), help="CPU threads of measured latencies; default: the table's, or 1")
     add_device_arg(parser)
     return parser.parse_args()
 
 
-def main(args):
-    """Read, write, print."""
-    device = pick_device(args.device)
-    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
-    table = load_table(args.lookup_path, args.img_size) if args.print_lat else None
-    predicted = table.of_config(config) if table else None
-    write_text(args.save_path, dump_config(config))
-    print(f'Config: {args.save_path}')
+def fit(state, widths, table, target, args):
+    """The most probable network that meets a latency in the table, and that latency."""
+    arch = most_probable(state, table, target)
+    config = build_config(
+        arch, fit_widths(arch, widths, table, target, args.width_divisor), args.num_classes, table.space
+    )
+    return config, table.of_config(config)
+
+
+def fit_to_clock(state, widths, table, target, args, device):
+    """`fit`, corrected by the measured time of the network until that meets the target; prints each round."""
+    batch_size = int(table.meta.get('batch_size', 32 if device.type == 'cuda' else 1))
+    aim, best = target, (float('inf'), None)
+    for number in range(1, MEASURED_ROUNDS + 1):
+        config, predicted = fit(state, widths, table, aim, args)
+        measured = measure_latency(NetworkEval(config), batch_size, args.img_size, device, repeats=100)
+        print(f'Round {number}: predicted {predicted:.4f}, measured {measured:.4f}, target {target:.4f} ms')
+        best = min(best, (abs(measured / target - 1), config), key=lambda pair: pair[0])
+        if best[0] <= MEASURED_CLOSE:
+            break
+        least, _, most = table.reach()
+        aim = min(max(aim * target / measured, least), most)
+    print(f'Measured latency is within {100 * best[0]:.2f} % of the target')
+    return best[1]
+
+
+def fitted_configs(args, table, device):
+    """(path, config) for each target."""
+    if args.config_path or is_config_file(args.model_path):
+        raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
+    state, masks = load_search_checkpoint(args.model_path)
+    path = Path(args.save_path)
+    for text in args.target_lat:
+        target = table.target(text)
+        one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
+        print(f'Target: {target:.4f} {table.unit}')
+        if args.fit_measured:
+            yield one, fit_to_clock(state, mask_widths(masks), table, target, args, device)
+        else:
+            yield one, fit(state, mask_widths(masks), table, target, args)[0]
+
+
+def report(path, config, table, args, device):
+    """Write one config and print what is known of it."""
+    write_text(path, dump_config(config))
+    print(f'Config: {path}')
     net = NetworkEval(config)
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
-    if not table:
-        return
-    print(f'Lat_LUT: {predicted:.4f} {table.unit}')
-    if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
-        for batch_size in (32, 1):
-            print(f'Lat_GPU bs={batch_size}: {measure_latency(net, batch_size, args.img_size, device):.4f} ms')
-    torch.set_num_threads(args.threads)
-    print(f'Lat_CPU bs=1: {measure_latency(net, 1, args.img_size, torch.device("cpu")):.4f} ms')
+    if table:
+        print(f'Lat_LUT: {table.of_config(config):.4f} {table.unit}')
+    if args.print_lat:
+        if device.type == 'cuda':
+            for batch_size in (32, 1):
+                print(f'Lat_GPU bs={batch_size}: {measure_latency(net, batch_size, args.img_size, device):.4f} ms')
+        print(f'Lat_CPU bs=1: {measure_latency(net, 1, args.img_size, torch.device("cpu")):.4f} ms')
+
+
+def main(args):
+    """Read, fit where a target is given, write, print."""
+    device = pick_device(args.device)
+    table = load_table(args.lookup_path, args.img_size) if args.print_lat or args.target_lat else None
+    if args.fit_measured and not args.target_lat:
+        raise BadInput('--fit_measured needs a --target_lat')
+    if args.fit_measured and table.unit != 'ms':
+        raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
+    torch.set_num_threads(args.threads or int(table.meta.get('threads', 1) if table else 1))
+    torch.backends.cudnn.benchmark = True
+    if args.target_lat:
+        configs = fitted_configs(args, table, device)
+    else:
+        config = load_architecture(args.model_path or args.config_path, args.num_classes)
+        configs = [(args.save_path, config.with_classes(args.num_classes))]
+    for path, config in configs:
+        report(path, config, table, args, device)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,15 @@ from dataset.lists import list_folder, read_list, split_by_class, write_list
 from dataset.loaders import Batches, make_loader
 from dataset.make_lists import read_classes
 from dataset.transforms import train_transform, val_transform
-from models.elasticity import full_weights, gather, scale_widths, scatter, start_masks, update_masks
+from models.elasticity import (
+    full_weights,
+    gather,
+    latency_range,
+    scale_widths,
+    scatter,
+    start_masks,
+    update_masks,
+)
 from models.latency import expected_latency, load_table
 from models.model_search import Network
 from models.parsing import MASKS_KEY, mask_widths, parse_architecture
@@ -69,6 +77,7 @@ def get_args():
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
+    parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
     add_device_arg(parser)
     return parser.parse_args()
 
@@ -175,6 +184,21 @@ def log_architecture(net, log):
         log('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
 
+def scale_to_target(full, masks, table, args, log):
+    """Elasticity-scaling of the current architecture; returns the new widths."""
+    arch, widths = parse_architecture(full), mask_widths(masks)
+    scaled = scale_widths(arch, widths, table, args.target_lat, args.width_divisor)
+    for when, values in (('Before', widths), ('After', scaled)):
+        log('%s, the current lat: %.4f, the target lat: %.4f', when, table.total(arch, values), args.target_lat)
+    least, most = latency_range(arch, table)
+    if not least <= args.target_lat <= most:
+        reach = (
+            'The current architecture reaches %.4f to %.4f with its own operators: not the target. Another one may yet;'
+        )
+        log(f'{reach} parsing_model.py --target_lat finds the most probable that does.', least, most)
+    return scaled
+
+
 def main(args):
     """The search: per epoch train, scale the widths to the target, validate, save."""
     device = pick_device(args.device)
@@ -218,12 +242,7 @@ def main(args):
         if not warming_up:
             temperature *= args.T_decay
             log_architecture(net, logger.info)
-            arch, widths = parse_architecture(full), mask_widths(masks)
-            scaled = scale_widths(arch, widths, table, args.target_lat)
-            for when, values in (('Before', widths), ('After', scaled)):
-                latency = table.total(arch, values)
-                logger.info('%s, the current lat: %.4f, the target lat: %.4f', when, latency, args.target_lat)
-            masks = update_masks(masks, scaled, full)
+            masks = update_masks(masks, scale_to_target(full, masks, table, args, logger.info), full)
         state = {f'module.{name}': value for name, value in full.items()}
         checkpoint = {'state_dict': state, MASKS_KEY: masks, 'epoch': epoch, 'args': vars(args)}
         save_checkpoint(checkpoint, folder / f'searched_model_{epoch:02d}.pth.tar')

@@ -6,6 +6,7 @@ Paper: width level, section 3.4 and algorithm 1.
 from collections import OrderedDict
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,16 @@ from models.layers import MID_DIMS
 from models.model_search import Network
 from models.parsing import Masks, mask_widths
 from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.errors import BadInput
+
+CLOSE_ENOUGH = 1e-4
+"""Share of the target that `fit_widths` leaves open."""
+
+FILL_STEPS = 32
+"""Steps that `fit_widths` may move one block at a time."""
 
 
-def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float) -> Widths:
+def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1) -> Widths:
     """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
 
     Where it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n; where it is too fast,
@@ -28,41 +36,66 @@ def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float)
         widths: mid channels of all operators; those outside `arch` stay as they are.
         table: latency table.
         target: ms.
+        divisor: all widths stay multiples of it; the paper's rule has 1.
 
     Returns:
         New widths; the argument is not changed.
     """
-    scaler = _Scaler(arch, widths, table, target)
-    last = len(table.space.stages)
-    if scaler.latency > target:
-        scaler.shrink(first_stage=1)
-        starts = range(2, last + 1)
-    elif scaler.latency < target:
-        starts = range(1, last + 1)
-    else:
-        starts = range(0)
-    for first in starts:
-        scaler.expand(first_stage=first)
+    scaler = _Scaler(arch, widths, table, target, divisor)
+    scaler.scale()
     return scaler.result()
+
+
+def fit_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1) -> Widths:
+    """`scale_widths`, then single blocks, or two that trade channels, moved to close what is left.
+
+    Arguments and result as for `scale_widths`; never above the target where that leaves any choice.
+    """
+    scaler = _Scaler(arch, widths, table, target, divisor)
+    scaler.scale()
+    scaler.fill()
+    return scaler.result()
+
+
+def latency_range(arch: Arch, table: LatencyTable) -> tuple[float, float]:
+    """Latency of an architecture at its least and at its most widths, in ms."""
+    scaler = _Scaler(arch, table.space.start_widths(), table, target=0.0)
+    return scaler.measure(scaler.low), scaler.measure(scaler.high)
 
 
 class _Scaler:
     """The blocks of one architecture as flat lists, and their latency as widths move."""
 
-    def __init__(self, arch: Arch, widths: Widths, table: LatencyTable, target: float):
-        self.start, self.target = widths, target
+    def __init__(self, arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1):
+        self.start, self.target, self.divisor, self.last_stage = widths, target, divisor, len(table.space.stages)
         self.picks = table.space.chosen(arch, table.img_size)
         ops = [table.space.ops[index] for _, index in self.picks]
         self.stage = [table.space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
-        self.low = [op.min_width(block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
-        self.high = [op.max_width(block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
+        places = [(op, block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.low = [-(-op.min_width(in_ch) // divisor) * divisor for op, in_ch in places]
+        self.high = [op.max_width(in_ch) // divisor * divisor for op, in_ch in places]
+        if any(low > high for low, high in zip(self.low, self.high, strict=True)):
+            raise BadInput(f'width divisor {divisor}: some blocks have no such width; use a smaller one')
         self.curves = [table.curves[block.key(op)] for (block, _), op in zip(self.picks, ops, strict=True)]
         self.base = table.base
-        self.widths = [widths[block.stage][block.name][index] for block, index in self.picks]
+        self.widths = [
+            min(max(round(widths[block.stage][block.name][index] / divisor) * divisor, low), high)
+            for (block, index), low, high in zip(self.picks, self.low, self.high, strict=True)
+        ]
         self.latency = self.measure(self.widths)
 
     def measure(self, widths: list[int]) -> float:
         return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
+
+    def scale(self) -> None:
+        """All passes of the paper."""
+        if self.latency > self.target:
+            self.shrink(first_stage=1)
+            starts = range(2, self.last_stage + 1)
+        else:
+            starts = range(1 if self.latency < self.target else self.last_stage + 1, self.last_stage + 1)
+        for first in starts:
+            self.expand(first_stage=first)
 
     def shrink(self, first_stage: int) -> None:
         """Step down until the target is met (that step is kept) or every block of the range is at its least width."""
@@ -83,6 +116,34 @@ class _Scaler:
                 break
             self.widths, self.latency = stepped, latency
 
+    def fill(self) -> None:
+        """Move one or two blocks at a time by whatever fills most of the gap to the target, until it is small enough or
+        nothing fills more of it. Two blocks can trade channels where single ones are too coarse."""
+        while (gap := self.target - self.latency) > CLOSE_ENOUGH * self.target:
+            moves = [self.moves(i) for i in range(len(self.widths))]
+            best = (0.0, self.widths)
+            for i, (widths_i, gains_i) in enumerate(moves):
+                for j in range(i + 1, len(moves)):
+                    widths_j, gains_j = moves[j]
+                    partner = np.searchsorted(gains_j, gap - gains_i, side='right') - 1
+                    gains = np.where(partner >= 0, gains_i + gains_j[partner], -np.inf)
+                    at = int(gains.argmax())
+                    if best[0] < gains[at] <= gap:
+                        stepped = list(self.widths)
+                        stepped[i], stepped[j] = int(widths_i[at]), int(widths_j[partner[at]])
+                        best = (float(gains[at]), stepped)
+            latency = self.measure(best[1])
+            if not self.latency < latency <= self.target:
+                break
+            self.widths, self.latency = best[1], latency
+
+    def moves(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Widths that `fill` may give a block, the present one among them, and what each adds to the latency."""
+        reach = FILL_STEPS * self.divisor
+        low, high = max(self.widths[i] - reach, self.low[i]), min(self.widths[i] + reach, self.high[i])
+        widths = np.arange(low, high + 1, self.divisor)
+        return widths, self.curves[i][widths - 1] - self.curves[i][self.widths[i] - 1]
+
     def ratios(self, first_stage: int) -> dict[int, int]:
         """Channels a step for the blocks of a range, in proportion to their widths: block position -> channels."""
         blocks = [i for i, stage in enumerate(self.stage) if stage >= first_stage]
@@ -93,7 +154,7 @@ class _Scaler:
         """The widths one step on, each within its bounds."""
         widths = list(self.widths)
         for i, ratio in ratios.items():
-            widths[i] = min(max(widths[i] + sign * ratio, self.low[i]), self.high[i])
+            widths[i] = min(max(widths[i] + sign * ratio * self.divisor, self.low[i]), self.high[i])
         return widths
 
     def result(self) -> Widths:

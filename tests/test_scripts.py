@@ -19,7 +19,9 @@ SMALL = [*SIZE, '--num_classes', '3', '--workers', '0']
 @pytest.fixture(scope='module')
 def table(tmp_path_factory, run_script):
     path = tmp_path_factory.mktemp('table') / 'flops.pkl'
-    out = run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--num_classes', '3', '--save_path', path).stdout
+    out = run_script(
+        'latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--num_classes', '3', '--save_path', path
+    ).stdout
     assert '66 block shapes' in out
     return path
 

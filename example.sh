@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# From images to a tested network. Unedited, this does the whole job on the demo images, on a CPU or a GPU, in minutes.
+# For ImageNet, set the paths in the block below: then it runs the paper's recipe, one command per stage.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# ---------------------------------------------------------------- paths to edit
+imagenet=''                                    # folder with train/ and val/ (class folders); empty: the demo
+table=latency_pkl/latency_gpu.pkl              # latency table; one of your own device comes from make_lat_lut.py
+target=15.0                                    # ms in that table
+save=checkpoints                               # run folders go here
+gpus=2                                         # of the mixed-precision training
+# -----------------------------------------------------------------------------
+
+source tools/environment.sh
+use_environment requirements.txt torch torchvision numpy PIL scipy tqdm
+
+newest() { ls -td $1* | head -n 1; } # newest PATTERN: the last changed file or folder of that name
+
+if [ -z "$imagenet" ]; then
+    demo=demo
+    images=$demo/images
+    share=30% # of the way from the fastest network of the search space to the slowest
+    rm -rf $demo
+
+    echo '== 1/6 images: 7,200 of Fashion-MNIST, in ten classes'
+    "$python" dataset/demo/unpack.py --to $images
+
+    echo '== 2/6 latency table of this machine, at 64 pixels'
+    "$python" latency_pkl/make_lat_lut.py --img_size 64 --num_classes 10 --budget 40 --save_path $demo/latency.pkl
+
+    echo '== 3/6 search'
+    "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
+        --val_list $images/search_val.txt --num_classes 10 --img_size 64 --batch_size 64 --workers 2 \
+        --epochs 14 --warmup_epochs 12 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --print_freq 25 --save $demo --note demo
+
+    echo '== 4/6 found architecture'
+    "$python" parsing_model.py --model_path "$(newest "$demo/search-*/searched_model_")" --save_path $demo/model.config \
+        --num_classes 10 --img_size 64 --lookup_path $demo/latency.pkl --target_lat "$share" --fit_measured --print_lat
+
+    echo '== 5/6 training the found network from scratch'
+    "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
+        --val_list $images/test.txt --config_path $demo/model.config --num_classes 10 --img_size 64 --batch_size 64 \
+        --epochs 8 --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note demo
+
+    echo '== 6/6 testing it'
+    "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path $demo/model.config \
+        --weights "$(newest "$demo/eval-*/model_best.pth.tar")" --num_classes 10 --img_size 64 --workers 2
+    echo "The found network: $demo/model.config; the logs: $demo/search-*/log.txt and $demo/eval-*/log.txt"
+    exit
+fi
+
+# 1. Search on 100 classes. The lists of ./dataset/ImageNet-100-* are made by the first run.
+"$python" train_search.py --img_root "$imagenet/train" \
+    --train_list ./dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt \
+    --val_list ./dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt \
+    --lookup_path "$table" --target_lat "$target" --lambda_lat 0.1 --num_classes 100 --img_size 224 --batch_size 32 \
+    --epochs 90 --warmup_epochs 10 --w_lr 0.025 --w_mom 0.9 --w_wd 1e-5 --a_lr 0.01 --a_wd 5e-4 --a_beta1 0.5 \
+    --a_beta2 0.999 --grad_clip 5 --T 5.0 --T_decay 0.96 --seed 2 --workers 4 --print_freq 100 --device auto \
+    --save "$save" --note example
+
+# 2. Its architecture as a config file, with size, multiply-adds and latency.
+"$python" parsing_model.py --model_path "$(newest "$save/search-*-example/searched_model_")" --save_path model.config \
+    --lookup_path "$table" --print_lat --num_classes 1000 --img_size 224 --device auto
+
+# 3. Training from scratch on 1,000 classes, in mixed precision; full precision on one machine: train_eval.py.
+"$python" dataset/make_lists.py --img_root "$imagenet/train" --list dataset/ImageNet-1000_train.txt
+"$python" dataset/make_lists.py --img_root "$imagenet/val" --list dataset/ImageNet-1000_val.txt
+"$python" -m torch.distributed.run --nproc_per_node="$gpus" train_eval_amp.py --train_root "$imagenet/train" \
+    --train_list dataset/ImageNet-1000_train.txt --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt \
+    --config_path model.config --opt_level O1 --sync_bn --channels_last --num_classes 1000 --img_size 224 \
+    --batch_size 512 --epochs 250 --lr 0.2 --momentum 0.9 --weight_decay 1e-5 --grad_clip 5 --label_smooth 0.1 \
+    --dropout_rate 0.2 --drop_connect_rate 0.2 --seed 2 --workers 16 --print_freq 100 --save "$save" --note example
+
+# 4. Its accuracy.
+"$python" test.py --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt --config_path model.config \
+    --weights "$(newest "$save/eval-*-example/model_best.pth.tar")" --num_classes 1000 --img_size 224 --batch_size 256 \
+    --workers 16 --device auto
