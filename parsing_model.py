@@ -4,10 +4,10 @@
         --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
     python parsing_model.py --config_path models/zoo/tf_nas_a.config --num_classes 10 --save_path model.config
 
-The most probable network of a search that meets a target, for one target or several; and corrected by its measured time:
+The most probable network of a search that meets a target; several targets; and corrected by its measured time:
 
-    python parsing_model.py --model_path searched_model_89.pth.tar --lookup_path table.pkl --target_lat 12 15 18
-    python parsing_model.py --model_path searched_model_89.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
+    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 12 15 18
+    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 python latency_pkl/make_lat_lut.py --device cpu --save_path latency_pkl/my_cpu.pkl
 python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 --save_path latency_pkl/my_gpu.pkl
 python latency_pkl/make_lat_lut.py --metric flops --save_path latency_pkl/flops.pkl
+python latency_pkl/make_lat_lut.py --estimate titan_rtx --save_path latency_pkl/latency_gpu.pkl
 python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
 """
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_curves
 from latency_pkl.sampling import build_network, random_config, time_blocks, time_whole
 from models.config import fixed_layers, op_spec
@@ -47,6 +49,7 @@ def get_args():
         '--save_path', help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl'
     )
     parser.add_argument('--seed', type=count(0), default=2)
+    parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
     parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
@@ -160,6 +163,14 @@ def counted_table(args):
     return base, curves, {'unit': unit, 'device': 'any', 'method': 'counted'}
 
 
+def estimated_table(args):
+    """A table of a card that is not at hand: (base, curves, meta)."""
+    card = CARDS[args.estimate]
+    base, curves = estimate(card, args.img_size, args.batch_size, args.num_classes)
+    method = 'estimated, not measured: a physical model of the card, see latency_pkl/estimate.py'
+    return base, curves, {'unit': 'ms', 'device': card.name, 'batch_size': args.batch_size, 'method': method}
+
+
 def check(args, device):
     """Time fresh networks against a table; returns whether the mean error is within the tolerance."""
     table = load_table(args.check, args.img_size)
@@ -178,14 +189,18 @@ def check(args, device):
 def main(args):
     """Make a table, or check one."""
     start = time.monotonic()
-    device = pick_device(args.device) if args.metric == 'latency' else torch.device('cpu')
+    measures = args.metric == 'latency' and not args.estimate
+    device = pick_device(args.device) if measures else torch.device('cpu')
     torch.set_num_threads(args.threads)
-    args.batch_size = args.batch_size or (32 if device.type == 'cuda' else 1)
+    args.batch_size = args.batch_size or (32 if device.type == 'cuda' or args.estimate else 1)
     if args.check:
         if not check(args, device):
             sys.exit(1)
         return
-    base, curves, meta = measured_table(args, device) if args.metric == 'latency' else counted_table(args)
+    if args.estimate:
+        base, curves, meta = estimated_table(args)
+    else:
+        base, curves, meta = measured_table(args, device) if measures else counted_table(args)
     meta |= {
         'metric': args.metric,
         'img_size': args.img_size,
@@ -196,7 +211,8 @@ def main(args):
         'date': time.strftime('%Y-%m-%d'),
         'seed': args.seed,
     }
-    path = args.save_path or f'latency_pkl/{args.metric}_{device.type}_{args.img_size}_bs{args.batch_size}.pkl'
+    of = args.estimate or device.type
+    path = args.save_path or f'latency_pkl/{args.metric}_{of}_{args.img_size}_bs{args.batch_size}.pkl'
     save_table(base, curves, meta, path)
     print(
         f'{path}: {len(curves)} block shapes, base {base:.4f} {meta["unit"]}, made in {time.monotonic() - start:.0f} s'

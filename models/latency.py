@@ -177,6 +177,9 @@ def load_table(
     )
     if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
         raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
+    method = str(table.meta.get('method', ''))
+    if method.startswith('estimated'):
+        log(f'{path}: latencies of {table.meta.get("device")} are {method.split(":")[0]}')
     if repaired:
         log(f'{path}: {repaired} values were negative or fell with growing width; raised to the running maximum')
     return table

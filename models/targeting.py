@@ -33,6 +33,9 @@ def most_probable(state: Mapping[str, Tensor], table: LatencyTable, target: floa
     """The architecture of the highest sum of log-probabilities, of operators and exits, whose widths can meet
     the target.
 
+    The operators of all blocks count, those of blocks behind an exit with their most probable one, which is free to be
+    chosen there; so an architecture that `parse_architecture` finds is kept where its widths can meet the target.
+
     Its latency at least widths is at most `target`, that at most widths at least `target`. Mostly only one of the two
     binds: a best architecture under one of them that happens to fulfil the other is the best under both, and is found
     much faster.
@@ -93,8 +96,9 @@ def _stage_front(state: Mapping[str, Tensor], table: LatencyTable, name: str, bo
         if depth:
             block = blocks[depth - 1]
             ops = range(len(space.ops))
+            log_alphas = state[f'{name}.{block.name}.log_alphas'].double().cpu()
             block_front = _Front(
-                F.log_softmax(state[f'{name}.{block.name}.log_alphas'].double().cpu(), dim=0).numpy(),
+                (log_alphas - log_alphas.max()).numpy(),  # what a choice costs against the most probable operator
                 np.array([table.of(block, space.ops[i], space.ops[i].min_width(block.in_ch)) for i in ops]),
                 np.array([table.of(block, space.ops[i], space.ops[i].max_width(block.in_ch)) for i in ops]),
                 np.arange(len(space.ops), dtype=np.int8)[:, None],

@@ -1,0 +1,200 @@
+"""Meeting targets: exact choice against brute force, width fits, curves from timings, estimates of cards."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, SMALL_SPACE, make_table, random_arch
+from latency_pkl.estimate import CARDS, block_work, estimate
+from latency_pkl.fit import drift, features, fit_curves
+from latency_pkl.sampling import Sample, build_network, random_config, time_blocks
+from models.config import load_config, op_spec
+from models.elasticity import fit_widths, latency_range, scale_widths
+from models.latency import LatencyTable
+from models.model_eval import NetworkEval
+from models.parsing import parse_architecture
+from models.search_space import SPACE
+from models.targeting import most_probable
+
+
+def random_state(space, seed, spread=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        f'{b.stage}.{b.name}.log_alphas': torch.randn(len(space.ops), generator=generator) * spread
+        for b in space.blocks()
+    }
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        state[f'{name}.betas'] = torch.randn(len(stage.exit_depths), generator=generator) * spread
+    return state
+
+
+def logp(arch, state, space):
+    total = 0.0
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        total += state[f'{name}.betas'].double().log_softmax(0)[stage.exit_depths.index(len(arch[name]))].item()
+        for i in range(1, stage.depth + 1):
+            logps = state[f'{name}.block{i}.log_alphas'].double().log_softmax(0)
+            total += (logps[arch[name][i - 1]] if i <= len(arch[name]) else logps.max()).item()
+    return total
+
+
+def all_architectures(space):
+    of_stage = [
+        [list(ops) for depth in stage.exit_depths for ops in itertools.product(range(len(space.ops)), repeat=depth)]
+        for stage in space.stages
+    ]
+    for choice in itertools.product(*of_stage):
+        yield dict(zip(space.stage_names, choice, strict=True))
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_most_probable_architecture_equals_brute_force(seed):
+    table, state = make_table(SMALL_SPACE, 32, seed, base=0.1), random_state(SMALL_SPACE, seed)
+    known = [(logp(a, state, SMALL_SPACE), *latency_range(a, table)) for a in all_architectures(SMALL_SPACE)]
+    assert len(known) == 3 * 13 * 12
+    least, _, most = table.reach()
+    for target in np.linspace(least, most, 25):
+        fitting = [p for p, low, high in known if low <= target <= high]
+        if not fitting:
+            continue
+        arch = most_probable(state, table, float(target))
+        low, high = latency_range(arch, table)
+        assert low <= target * (1 + 1e-9) and high >= target * (1 - 1e-9)
+        assert logp(arch, state, SMALL_SPACE) == pytest.approx(max(fitting), abs=1e-9)
+
+
+def test_both_bounds_bind_in_narrow_spaces():
+    """Curves with wide gaps between operators: neither bound alone gives the answer."""
+    table = make_table(SMALL_SPACE, 32)
+    for i, curve in enumerate(table.curves.values()):
+        curve[:] = 1.0 + 2.7 * (i % 3) + 0.001 * np.arange(len(curve))
+    hits = 0
+    for seed in range(8):
+        state = random_state(SMALL_SPACE, seed)
+        known = [(logp(a, state, SMALL_SPACE), *latency_range(a, table)) for a in all_architectures(SMALL_SPACE)]
+        for target in np.linspace(4, 24, 41):
+            fitting = [p for p, low, high in known if low <= target <= high]
+            if fitting:
+                hits += 1
+                assert logp(most_probable(state, table, float(target)), state, SMALL_SPACE) == pytest.approx(
+                    max(fitting)
+                )
+            else:
+                with pytest.raises(ValueError, match='no architecture'):
+                    most_probable(state, table, float(target))
+    assert hits > 5
+
+
+def test_unbound_targets_give_the_most_probable_of_all():
+    table = make_table(SPACE, 64)
+    state = random_state(SPACE, 1)
+    parsed = parse_architecture(state)
+    assert most_probable(state, table, sum(latency_range(parsed, table)) / 2) == parsed
+
+
+@pytest.mark.parametrize('divisor', [1, 8])
+def test_fit_meets_targets_closer_than_scaling_and_never_above(divisor):
+    table, rng = make_table(base=0.3), random.Random(6)
+    gaps = []
+    for _ in range(60):
+        arch, widths = random_arch(SPACE, rng)
+        least, most = latency_range(arch, table)
+        target = rng.uniform(least * 1.05, most)
+        fitted = fit_widths(arch, widths, table, target, divisor)
+        gap = (target - table.total(arch, fitted)) / target
+        assert 0 <= gap
+        if divisor == 1:
+            assert gap <= (target - table.total(arch, scale_widths(arch, widths, table, target))) / target
+        for block, index in SPACE.chosen(arch):
+            width, op = fitted[block.stage][block.name][index], SPACE.ops[index]
+            assert op.min_width(block.in_ch) <= width <= op.max_width(block.in_ch) and width % divisor == 0
+        gaps.append(gap)
+    assert max(gaps) <= (0.005 if divisor == 1 else 0.02)
+    assert np.mean(np.array(gaps) <= 0.001) >= (0.99 if divisor == 1 else 0.5)
+
+
+def timed_networks(count, noise, seed, img_size=64):
+    """Samples as if timed on a machine whose blocks take a known time, whose speed drifts, and whose clock is noisy."""
+    rng, generator = random.Random(seed), np.random.default_rng(seed)
+    truth = {}
+    for block in SPACE.blocks(img_size):
+        for op in SPACE.ops:
+            high = SPACE.table_widths(img_size)[block.key(op)][1]
+            shape = features(block, op, np.arange(1, high + 1)) @ (
+                np.array([3e4, 2e4, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0]) / 1e7
+            )
+            truth[block.key(op)] = shape * (1 + 0.1 * np.sin(len(truth)))
+    samples = []
+    for i in range(count):
+        slow = 1 + 0.3 * math.sin(i / 25)
+        config = random_config(rng, ends=True, num_classes=10)
+        blocks = [
+            (key, spec.mid_channels, truth[key][spec.mid_channels - 1] * slow * generator.normal(1, noise))
+            for _, spec, key in config.table_keys(img_size)
+        ]
+        samples.append(Sample(0.5 * slow * generator.normal(1, noise), blocks))
+    return truth, samples
+
+
+def test_curves_recover_the_truth_through_drift_and_noise():
+    truth, samples = timed_networks(150, noise=0.03, seed=0)
+    base, curves, spread = fit_curves(samples, 64)
+    scale = np.median([curves[k][-1] / truth[k][-1] for k in truth])
+    assert abs(scale - 1) < 0.1 and 0.3 < spread < 0.8 and base == pytest.approx(0.5 * scale, rel=0.06)
+    errors = []
+    for key, (low, high) in SPACE.table_widths(64).items():
+        assert len(curves[key]) == high and (np.diff(curves[key]) >= 0).all() and curves[key][0] > 0
+        errors.append(np.abs(curves[key][low - 1 :] / truth[key][low - 1 :] / scale - 1).mean())
+    assert np.mean(errors) < 0.03 and max(errors) < 0.09
+
+
+def test_drift_follows_the_fixed_layers():
+    slowness = drift([1.0] * 20 + [1.5] * 19)
+    assert slowness[:15] == pytest.approx(1.0) and slowness[25:] == pytest.approx(1.5)
+
+
+def test_blocks_are_timed_where_they_stand():
+    config = random_config(random.Random(0), ends=True, num_classes=10)
+    cpu = torch.device('cpu')
+    net = build_network(config, cpu, torch.Generator().manual_seed(0))
+    assert isinstance(net, NetworkEval) and not net.training and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
+    sample = time_blocks(net, torch.randn(1, 3, 64, 64), 64, passes=3)
+    assert [(k, m) for k, m, _ in sample.blocks] == [(k, s.mid_channels) for _, s, k in config.table_keys(64)]
+    assert sample.fixed > 0 and all(ms > 0 for _, _, ms in sample.blocks)
+
+
+def test_random_networks_reach_both_ends_of_widths():
+    rng, seen = random.Random(0), {}
+    for _ in range(200):
+        for _, spec, key in random_config(rng, ends=True, num_classes=10).table_keys(224):
+            seen.setdefault(key, set()).add(spec.mid_channels)
+    ranges = SPACE.table_widths(224)
+    assert seen.keys() == ranges.keys()
+    ends = [(min(seen[k]) == low) + (max(seen[k]) == high) for k, (low, high) in ranges.items()]
+    assert np.mean(ends) > 1.5
+
+
+def test_work_of_a_block_by_hand():
+    block = SPACE.blocks()[5]  # stage 3, block 1: 28 pixels, 40 -> 80 channels, stride 2, swish
+    work = block_work(op_spec(block, SPACE.ops[4], 100), 100, 28, batch=2)
+    inside, outside = 2 * 28 * 28, 2 * 14 * 14
+    assert work.dense == inside * 100 * 40 + outside * 80 * 100
+    assert work.depthwise == outside * 100 * 9
+    assert work.squeeze == 2 * 2 * 100 * 40
+    # expansion 3 passes over its output and one over its input, swish 5; depthwise the same; SE 3; projection
+    traffic = inside * (40 + 8 * 100) + inside * 100 + outside * 8 * 100 + outside * 3 * 100 + outside * (100 + 3 * 80)
+    assert work.traffic == traffic
+    assert work.kernels == 4 + 4 + 7 + 2
+
+
+def test_estimated_titan_rtx_gives_tf_nas_a_its_published_time():
+    base, curves = estimate(CARDS['titan_rtx'], 224, 32, 1000)
+    table = LatencyTable(base, curves, {}, 224)
+    assert table.of_config(load_config(ROOT / 'models' / 'zoo' / 'tf_nas_a.config')) == pytest.approx(18.0, rel=0.02)
+    assert all((np.diff(curve) >= 0).all() and curve[0] > 0 for curve in curves.values())
+    faster = LatencyTable(*estimate(CARDS['a100'], 224, 32, 1000), {}, 224)
+    assert faster.reach()[2] < table.reach()[2]
