@@ -13,7 +13,7 @@ gpus=2                                         # of the mixed-precision training
 # -----------------------------------------------------------------------------
 
 source tools/environment.sh
-use_environment requirements.txt torch torchvision numpy PIL scipy tqdm
+use_environment requirements.txt torch torchvision numpy PIL scipy tqdm matplotlib
 
 newest() { ls -td $1* | head -n 1; } # newest PATTERN: the last changed file or folder of that name
 
@@ -32,7 +32,7 @@ if [ -z "$imagenet" ]; then
     echo '== 3/6 search'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
         --val_list $images/search_val.txt --num_classes 10 --img_size 64 --batch_size 64 --workers 2 \
-        --epochs 14 --warmup_epochs 12 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --epochs 12 --warmup_epochs 10 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
         --print_freq 25 --save $demo --note demo
 
     echo '== 4/6 found architecture'
@@ -42,7 +42,7 @@ if [ -z "$imagenet" ]; then
     echo '== 5/6 training the found network from scratch'
     "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
         --val_list $images/test.txt --config_path $demo/model.config --num_classes 10 --img_size 64 --batch_size 64 \
-        --epochs 8 --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note demo
+        --epochs 5 --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note demo
 
     echo '== 6/6 testing it'
     "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path $demo/model.config \

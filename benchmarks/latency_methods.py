@@ -1,0 +1,112 @@
+"""Predicted against measured latency of random networks: blocks timed alone in a loop, and a table made in context.
+
+python benchmarks/latency_methods.py --table latency_pkl/latency_cpu.pkl --plot docs/images/latency_methods.png
+"""
+
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from latency_pkl.sampling import build_network, random_config
+from models.latency import load_table
+from tools.distributed import pick_device
+from tools.options import Parser, add_device_arg, count, run_script
+from tools.profiling import measure_latency
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+
+
+def get_args():
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    add_device_arg(parser)
+    parser.add_argument('--table', required=True, help='a table of this machine, made by make_lat_lut.py')
+    parser.add_argument('--plot', help='picture to write')
+    parser.add_argument('--networks', type=count(2), default=20)
+    parser.add_argument('--img_size', type=count(32), default=224)
+    parser.add_argument('--seed', type=count(0), default=77)
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def time_alone(layer, shape, device, repeats=30):
+    """Median ms of one layer in a loop of its own, each pass synchronised, as published tables were made."""
+    x, times = torch.randn(shape, device=device), []
+    for i in range(repeats + 5):
+        start = time.perf_counter()
+        layer(x)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        if i >= 5:
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def isolated_sum(net, batch_size, img_size, device):
+    """Sum of the times of a network's parts, each timed alone."""
+    total, x = 0.0, torch.randn(batch_size, 3, img_size, img_size, device=device)
+    parts = [net.first_stem, net.second_stem, *(b for name in net.stage_names for b in getattr(net, name))]
+    parts += [net.feature_mix_layer, lambda x: net.classifier(x.mean((2, 3)))]
+    for part in parts:
+        total += time_alone(part, tuple(x.shape), device)
+        with torch.inference_mode():
+            x = part(x)
+    return total
+
+
+def plot(path, measured, methods):
+    """Scatter of predicted over measured, a marker a method, with the line where both are equal."""
+    figure, axes = plt.subplots(figsize=(6, 5), dpi=120)
+    for (name, predicted), marker, colour in zip(methods.items(), 'o^', ('#0072b2', '#d55e00'), strict=True):
+        axes.scatter(measured, predicted, marker=marker, color=colour, label=name, s=36)
+    ends = [0, 1.05 * max(measured)]
+    axes.plot(ends, ends, color='0.5', linewidth=1, label='predicted = measured')
+    axes.set(xlabel='measured latency of the whole network [ms]', ylabel='predicted latency [ms]', xlim=ends, ylim=ends)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(args):
+    """Time random networks whole and in parts, print the errors of both predictions, draw them."""
+    device = pick_device(args.device)
+    table = load_table(args.table, args.img_size)
+    torch.set_num_threads(int(table.meta.get('threads', 1)))
+    batch_size = int(table.meta.get('batch_size', 1))
+    rng, generator = random.Random(args.seed), torch.Generator(device).manual_seed(args.seed)
+    methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
+    for _ in range(args.networks):
+        net = build_network(random_config(rng, ends=False, num_classes=1000), device, generator)
+        measured.append(measure_latency(net, batch_size, args.img_size, device, repeats=30))
+        methods['in-context table'].append(table.of_config(net.config))
+        start = time.monotonic()
+        methods['blocks timed alone'].append(isolated_sum(net, batch_size, args.img_size, device))
+        alone_seconds += time.monotonic() - start
+    for name, predicted in methods.items():
+        ratio = np.array(predicted) / np.array(measured)
+        errors = 100 * (ratio - 1)
+        print(
+            f'{name}: predicted / measured {ratio.min():.3f} to {ratio.max():.3f}, '
+            f'mean error {np.abs(errors).mean():.2f} %, worst {np.abs(errors).max():.2f} %, bias {errors.mean():+.2f} %'
+        )
+    widths = sum(high for _, high in table.space.table_widths(args.img_size).values())
+    blocks = args.networks * 12
+    hours = alone_seconds / blocks * widths / 3600
+    print(f'Timing all {widths} widths alone would take some {hours:.1f} hours here')
+    if args.plot:
+        plot(args.plot, measured, methods)
+        print(f'Plot: {args.plot}')
+
+
+if __name__ == '__main__':
+    run_script(main, get_args())
