@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.config import NetworkConfig, build_config
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
-from tools.profiling import measure_latency
+from tools.profiling import keep_freed_memory, measure_latency
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -90,6 +90,7 @@ class Clock:
 @torch.inference_mode()
 def time_blocks(net: NetworkEval, images: Tensor, img_size: int, passes: int) -> Sample:
     """Time every block of a running network where it stands; medians over `passes` passes after two to warm up."""
+    keep_freed_memory()
     clock = Clock(images.device)
     places = [block for name in net.stage_names for block in getattr(net, name)]
     runs = []

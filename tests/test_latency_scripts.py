@@ -1,0 +1,118 @@
+"""The table maker, its check and estimates, and the parser's targets, from the shell."""
+
+import re
+
+import pytest
+
+from models.config import load_config
+from models.elasticity import full_weights, start_masks
+from models.latency import load_table
+from models.parsing import MASKS_KEY
+from models.search_space import SPACE
+from tools.checkpoint import save_checkpoint
+
+MAKER = 'latency_pkl/make_lat_lut.py'
+SIZE = ['--img_size', '32']
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory, run_script):
+    """A table measured in a few seconds, and what its maker printed."""
+    path = tmp_path_factory.mktemp('tables') / 'cpu.pkl'
+    out = run_script(
+        MAKER, '--device', 'cpu', *SIZE, '--num_classes', '10', '--budget', '12', '--save_path', path
+    ).stdout
+    return path, out
+
+
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory):
+    """A search checkpoint with probabilities that differ."""
+    import torch
+
+    torch.manual_seed(3)
+    full = full_weights(10, torch.device('cpu'))
+    for name, value in full.items():
+        if name.endswith(('log_alphas', 'betas')):
+            value.copy_(torch.randn_like(value))
+    path = tmp_path_factory.mktemp('searched') / 'searched_model_00.pth.tar'
+    save_checkpoint({'state_dict': full, MASKS_KEY: start_masks()}, path)
+    return path
+
+
+def test_measured_table_covers_the_space_and_tells_how_it_was_made(measured):
+    path, out = measured
+    table = load_table(path, 32)
+    assert table.curves.keys() == SPACE.table_widths(32).keys()
+    for name in ('device', 'batch_size', 'threads', 'img_size', 'torch', 'date', 'samples', 'residual_mean_percent'):
+        assert name in table.meta
+    assert table.meta['batch_size'] == 1 and table.meta['img_size'] == 32 and table.meta['samples'] > 20
+    least, shallow, most = table.reach()
+    assert 0 < table.base < least < shallow < most
+    assert re.search(r'unseen networks: mean error \d+\.\d\d %, worst \d+\.\d\d %, bias [+-]\d+\.\d\d %', out)
+    assert not list(path.parent.glob('.*'))  # no temporary file left
+
+
+def test_check_exits_by_its_tolerance(measured, run_script):
+    words = [MAKER, '--check', measured[0], '--device', 'cpu', *SIZE, '--networks', '4', '--num_classes', '10']
+    out = run_script(*words, '--tolerance', '1000').stdout
+    assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 4
+    run_script(*words, '--tolerance', '0', code=1)
+
+
+def test_too_small_a_budget_says_so(tmp_path, run_script):
+    done = run_script(
+        MAKER, '--device', 'cpu', *SIZE, '--budget', '5', '--save_path', tmp_path / 't.pkl', '--img_size', '448', code=2
+    )
+    assert 'give it more seconds' in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_estimates_are_marked_as_such(tmp_path, run_script, images):
+    path = tmp_path / 'v100.pkl'
+    run_script(MAKER, '--estimate', 'v100', '--save_path', path)
+    lines = []
+    table = load_table(path, log=lines.append)
+    assert 'NVIDIA V100' in table.meta['device'] and len(lines) == 1 and 'estimated, not measured' in lines[0]
+    assert 'choose from' in run_script(MAKER, '--estimate', 'v1000', code=2).stderr
+
+
+def test_several_targets_give_several_configs(measured, searched, tmp_path, run_script):
+    words = ['parsing_model.py', '--model_path', searched, '--lookup_path', measured[0], *SIZE, '--num_classes', '10']
+    out = run_script(
+        *words, '--save_path', tmp_path / 'net.config', '--target_lat', '20%', '45%', '--width_divisor', '8'
+    ).stdout
+    targets = [float(t) for t in re.findall(r'Target: (\d+\.\d+) ms', out)]
+    predicted = [float(t) for t in re.findall(r'Lat_LUT: (\d+\.\d+) ms', out)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['net_20%.config', 'net_45%.config']
+    for target, latency, share in zip(targets, predicted, ('20%', '45%'), strict=True):
+        assert 0.97 * target <= latency <= target + 1e-4
+        config = load_config(tmp_path / f'net_{share}.config')
+        assert all(s.mid_channels % 8 == 0 for blocks in config.stages.values() for s in blocks)
+        assert load_table(measured[0], 32).of_config(config) == pytest.approx(latency, abs=1e-4)
+
+
+def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_script):
+    words = ['parsing_model.py', '--model_path', searched, '--lookup_path', measured[0], *SIZE, '--num_classes', '10']
+    out = run_script(*words, '--save_path', tmp_path / 'n.config', '--target_lat', '40%', '--fit_measured').stdout
+    rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+), target (\d+\.\d+) ms', out)
+    assert [int(number) for number, *_ in rounds] == list(range(1, len(rounds) + 1)) and 1 <= len(rounds) <= 5
+    best = min(abs(float(measured_ms) / float(target) - 1) for _, _, measured_ms, target in rounds)
+    assert f'within {100 * best:.2f} %' in out
+    if len(rounds) > 1:  # the second aim moves against the first error
+        (_, first, slow, target), (_, second, *_) = rounds[:2]
+        assert (float(second) < float(first)) == (float(slow) > float(target))
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--target_lat', '5%', '--config_path', 'models/zoo/tf_nas_a.config'], 'needs a searched model'),
+        (['--fit_measured', '--config_path', 'models/zoo/tf_nas_a.config'], '--fit_measured needs a --target_lat'),
+        (['--target_lat', '150%'], '--target_lat 150%: should be from'),
+    ],
+)
+def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_path, run_script):
+    network = [] if '--config_path' in words else ['--model_path', searched]
+    shared = ['--lookup_path', measured[0], *SIZE, '--save_path', tmp_path / 'n.config']
+    done = run_script('parsing_model.py', *network, *words, *shared, code=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
