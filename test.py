@@ -10,9 +10,10 @@ from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.checkpoint import load_weights
 from tools.distributed import World, pick_device
-from tools.engine import Precision, evaluate
+from tools.engine import evaluate
 from tools.errors import BadInput
 from tools.options import Parser, add_arch_args, add_device_arg, add_eval_data_args, run_script
+from tools.precision import Precision
 
 
 def get_args():
