@@ -17,6 +17,7 @@ from training_runs import (
     small_config,
 )
 
+import train_eval_amp
 from dataset.loaders import make_loader
 from models.model_eval import NetworkEval
 from tools.distributed import World, join_world, leave_world, wrap_model
@@ -50,7 +51,7 @@ def one_update(rank, size, port, batch_norm, path):
     world = join_world('cpu', None)
     torch.manual_seed(5)
     net = NetworkEval(small_config(batch_norm))
-    net.train = lambda mode=True: net.eval()
+    net.eval().train = lambda mode=True: net
     optimizer = torch.optim.SGD(net.parameters(), 0.5, 0.9, weight_decay=1e-4, fused=True)
     state = TrainState(net, optimizer, Precision(world.device))
     batch = torch.stack([Numbers()[(0, i)][0] for i in range(8)]), torch.arange(8) % 3
@@ -168,8 +169,6 @@ def test_launchers_that_pass_the_rank_as_a_flag_are_read(data, tmp_path, monkeyp
     monkeypatch.delenv('LOCAL_RANK', raising=False)
     for name in ('RANK', 'WORLD_SIZE'):
         monkeypatch.setenv(name, {'RANK': '1', 'WORLD_SIZE': '2'}[name])
-    import train_eval_amp
-
     monkeypatch.setattr('sys.argv', ['train_eval_amp.py', *flags(data, tmp_path), flag])
     world = join_world('auto', train_eval_amp.get_args().local_rank)
     assert world == World(torch.device('cuda', 1), 1, 2)
