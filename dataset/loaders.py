@@ -95,10 +95,10 @@ def make_loader(
         batch_size,
         sampler=EpochSampler(dataset, batch_size, world, shuffle, drop_last, args.seed),
         num_workers=workers,
+        worker_init_fn=start_worker,
         pin_memory=world.device.type == 'cuda',
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        worker_init_fn=start_worker,
     )
 
 
