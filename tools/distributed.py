@@ -88,7 +88,13 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
             raise BadInput(f'local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    restarts, store = restart_store()
+    if store:  # by default a restarted process may read the addresses of its dead predecessors
+        attempt = dist.PrefixStore(f'attempt {restarts}', store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     return World(device, rank, size)
 
 
