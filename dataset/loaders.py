@@ -12,7 +12,7 @@ from dataset.lists import Sample, read_list
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.interrupt import leave_signals_to_main
+from tools.interrupt import outlive_signals
 from tools.rng import derive_seed
 
 
@@ -112,7 +112,7 @@ def make_train_val_loaders(args, world: World) -> tuple[DataLoader, DataLoader]:
     train = read_list(args.train_list, args.train_root, args.num_classes)
     val = read_list(args.val_list, args.val_root, args.num_classes)
     for_training, for_validation = train_transform(args.img_size, args.auto_augment), val_transform(args.img_size)
-    start = leave_signals_to_main
+    start = outlive_signals
     return (
         make_loader(args.train_root, train, for_training, args, world, True, True, args.train_list, start),
         make_loader(args.val_root, val, for_validation, args, world, False, False, args.val_list, start),

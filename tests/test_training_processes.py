@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from argparse import Namespace
 
 import pytest
@@ -190,3 +191,12 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
 def test_sync_bn_on_a_cpu_is_refused_in_one_line(data, tmp_path):  # noqa: F811
     output = run('train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True), code=2)
     assert len(output.splitlines()) == 1 and not (tmp_path / 'save').exists()
+
+
+def test_a_bad_image_found_by_a_worker_ends_in_one_line_at_once(data, tmp_path):  # noqa: F811
+    lines = (data / 'train.txt').read_text().splitlines()
+    (tmp_path / 'bad.txt').write_text('\n'.join([lines[0], 'none.png 1', *lines[1:]]))
+    began = time.monotonic()
+    output = run('train_eval.py', flags(data, tmp_path, train_list=tmp_path / 'bad.txt', workers=2), code=2)
+    assert 'none.png: cannot be read as an image' in output.splitlines()[-1] and 'Traceback' not in output
+    assert time.monotonic() - began < 60

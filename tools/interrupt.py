@@ -9,6 +9,8 @@ from pathlib import Path
 EXIT_CODES = {0: 0, signal.SIGTERM: 0, signal.SIGINT: 130}
 """Exit code of a run by the signal that stopped it: asked to make room, it has done so; interrupted, it says so."""
 
+GRACE = 15
+
 
 class StopRequest:
     """SIGTERM or SIGINT while in the context, remembered in `signal` until the run looks; a second SIGINT interrupts.
@@ -33,13 +35,18 @@ class StopRequest:
         self.signal = self.signal or number
 
 
-def leave_signals_to_main(_worker: int = 0) -> None:
-    """For a process that loads images: the main process, which needs its images until it stops, ends it.
+def outlive_signals(_worker: int = 0) -> None:
+    """For a process that loads images: the main process needs its images until the next update is done, and ends it.
 
-    Ctrl-C and batch systems signal every process of a run. A second SIGTERM does end the worker.
+    Ctrl-C and batch systems signal every process of a run. A worker ends `GRACE` seconds after SIGTERM, or at a second.
     """
+
+    def end_later(number: int, _frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, end_later)
 
 
 def resume_command(snapshot: Path) -> str:

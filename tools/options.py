@@ -43,8 +43,10 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     try:
         code = main(args)
     except BadInput as e:
-        message = ' '.join(str(e).split())
-        print(f'{sys.argv[0]}: error: {message}', file=sys.stderr)
+        message = str(e).rpartition('tools.errors.BadInput: ')[
+            2
+        ]  # without the traceback of a process that loads images
+        print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
 

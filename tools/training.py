@@ -4,7 +4,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -124,6 +125,20 @@ def open_run_folder(args, world: World, snapshot: Snapshot, config_text: str) ->
     return folder, logger
 
 
+@contextmanager
+def ended_with(*loaders: DataLoader) -> Iterator[None]:
+    """End the processes that load images with the context, which torch leaves to the garbage collector.
+
+    After an error that comes late, and such processes hold up the exit.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            if iterator := getattr(loader, '_iterator', None):
+                iterator._shutdown_workers()
+
+
 class Keeper:
     """Writes checkpoints, and knows whether the run is to stop.
 
@@ -180,7 +195,7 @@ def fit(
     """
     layout, mix = memory_format(args, world.device), make_mix(args)
     train_loader, val_loader = loaders
-    with StopRequest() as stop:
+    with StopRequest() as stop, ended_with(*loaders):
         keeper = Keeper(folder, world, args, stop)
         while state.epoch < args.epochs and (end := last_batch(state.epoch, len(train_loader), args)):
             set_lr(state.optimizer, lr_at(state.epoch, args))
