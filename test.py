@@ -1,45 +1,104 @@
-"""Top-1 and top-5 accuracy of a trained network.
+"""Top-1 and top-5 accuracy of a trained network, or the classes of one image.
 
 python test.py --val_root /data/imagenet/val --val_list val.txt --config_path model.config --weights weights.pth.tar
+python test.py --image photo.jpg --config_path model.config --weights weights.pth.tar
 """
 
+import csv
+import io
+from pathlib import Path
+
+import torch
+
 from dataset.lists import read_list
-from dataset.loaders import make_loader
+from dataset.loaders import load_rgb, make_loader
 from dataset.transforms import val_transform
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.checkpoint import load_weights
+from tools.checkpoint import put_weights, read_weights, write_text
 from tools.distributed import World, pick_device
-from tools.engine import Precision, evaluate
+from tools.engine import evaluate
 from tools.errors import BadInput
 from tools.options import Parser, add_arch_args, add_device_arg, add_eval_data_args, run_script
+from tools.precision import Precision
+
+LAYOUT = torch.channels_last
 
 
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
-    add_eval_data_args(parser, batch_size=256, workers=16, num_classes=1000)
+    add_eval_data_args(parser, batch_size=256, workers=16, num_classes=1000, required=False)
     parser.add_argument('--weights', required=True, help='a checkpoint or state dict of the network')
+    parser.add_argument('--no_average', action='store_true', help='not the moving average where --weights holds one')
+    parser.add_argument('--image', help='an image file; prints its five most probable classes')
+    parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     parser.set_defaults(seed=0)
     add_device_arg(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.image and not (args.val_root and args.val_list):
+        parser.error('give --val_root and --val_list, or --image')
+    if args.export_predictions and not args.val_list:
+        parser.error('--export_predictions writes the predictions for --val_root and --val_list; give both')
+    return args
 
 
-def main(args):
-    """Build the network, load its weights, evaluate."""
-    world = World(pick_device(args.device))
+def load_net(args):
+    """The network in evaluation mode with its weights."""
     path = args.model_path or args.config_path
     config = load_architecture(path, args.num_classes)
     if config.classifier.out_features != args.num_classes:
         raise BadInput(f'{path} has {config.classifier.out_features} classes, --num_classes says {args.num_classes}')
     net = NetworkEval(config)
-    load_weights(net, args.weights)
+    weights, key = read_weights(args.weights, average=not args.no_average)
+    bias = weights.get('classifier.linear.bias')
+    if bias is not None and len(bias) != args.num_classes:
+        raise BadInput(f'{args.weights} is for {len(bias)} classes, --num_classes says {args.num_classes}')
+    put_weights(net, weights, args.weights)
+    if key.endswith('ema'):
+        print(f'Weights: the moving average in {args.weights} ({key})')
+    return net.eval()
+
+
+def predictions_csv(samples, probabilities):
+    """CSV text with one line an image: path, label, its most probable class and that probability, the top five."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['path', 'label', 'predicted', 'probability', 'top5'])
+    top = probabilities.topk(min(5, probabilities.shape[1]))
+    for (path, label), values, classes in zip(samples, top.values.tolist(), top.indices.tolist(), strict=True):
+        writer.writerow([path, label, classes[0], f'{values[0]:.6f}', ' '.join(map(str, classes))])
+    return text.getvalue()
+
+
+@torch.inference_mode()
+def classify(net, args, device):
+    """Print the most probable classes of one image."""
+    image = val_transform(args.img_size)(load_rgb(args.image))
+    top = net(image[None].to(device, memory_format=LAYOUT)).softmax(1)[0].topk(min(5, args.num_classes))
+    for place, (probability, label) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
+        print(f'{place}. class {label} probability {probability:.4f}')
+
+
+def main(args):
+    """Build the network, load its weights, evaluate."""
+    if args.export_predictions and not Path(args.export_predictions).absolute().parent.is_dir():
+        raise BadInput(f'--export_predictions {args.export_predictions}: its folder does not exist')
+    world = World(pick_device(args.device))
+    net = load_net(args).to(world.device, memory_format=LAYOUT)
+    if args.image:
+        classify(net, args, world.device)
+    if not args.val_list:
+        return
     samples = read_list(args.val_list, args.val_root, args.num_classes)
     loader = make_loader(args.val_root, samples, val_transform(args.img_size), args, world, False, False, args.val_list)
-    result = evaluate(net.to(world.device), loader, Precision(world.device), world)
+    logits = []
+    result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append)
     print(f'Val_acc_top1: {result["top1"]:.2f}')
     print(f'Val_acc_top5: {result["top5"]:.2f}')
+    if args.export_predictions:
+        write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))
 
 
 if __name__ == '__main__':

@@ -2,23 +2,23 @@
 
     python train_eval.py --train_root /data/imagenet/train --val_root /data/imagenet/val --train_list train.txt \
         --val_list val.txt --config_path model.config
-    python train_eval.py ... --snapshot checkpoints/eval-<time>-try/checkpoint.pth.tar
+    python train_eval.py ... --snapshot auto                 (goes on with the newest checkpoint under --save)
+    torchrun --nproc_per_node=4 train_eval.py ...            (one process a GPU, faster than one process for all)
 
-For mixed precision or many processes see train_eval_amp.py.
+For mixed precision see train_eval_amp.py.
 """
 
 import torch
-from torch import nn
 
 from dataset.loaders import make_train_val_loaders
 from models.config import dump_config
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.distributed import World, pick_device
-from tools.engine import Precision
+from tools.distributed import join_world, leave_world, wrap_model
 from tools.options import Parser, add_training_args, run_script
+from tools.precision import Precision
 from tools.rng import derive_seed
-from tools.training import fit, open_run_folder
+from tools.training import fit, memory_format, open_run_folder, start_state
 
 
 def get_args():
@@ -29,16 +29,19 @@ def get_args():
 
 
 def main(args):
-    """Build the network, load the data, train."""
-    world = World(pick_device(args.device))
+    """Join the other processes if there are any, build the network, load the data, train."""
+    world = join_world(args.device, args.local_rank)
     config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     loaders = make_train_val_loaders(args, world)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     torch.backends.cudnn.benchmark = True
-    net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate).to(world.device)
-    folder, logger = open_run_folder(args, world, dump_config(config))
-    model = nn.DataParallel(net) if torch.cuda.device_count() > 1 and world.device.type == 'cuda' else net
-    fit(model, *loaders, Precision(world.device), world, args, folder, logger)
+    net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
+    net = net.to(world.device, memory_format=memory_format(args, world.device))
+    state, snapshot = start_state(net, Precision(world.device), world, args)
+    folder, logger = open_run_folder(args, world, snapshot, dump_config(config))
+    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, logger)
+    leave_world(world)
+    return code
 
 
 if __name__ == '__main__':

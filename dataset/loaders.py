@@ -12,6 +12,7 @@ from dataset.lists import Sample, read_list
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
+from tools.interrupt import outlive_signals
 from tools.rng import derive_seed
 
 
@@ -72,12 +73,14 @@ def make_loader(
     shuffle: bool,
     drop_last: bool,
     what: str,
+    start_worker: Callable[[int], None] | None = None,
 ) -> DataLoader:
     """A loader of batches (images [N, 3, H, W], labels [N]) for this process. Its `sampler` is an `EpochSampler`.
 
     Args:
         args: batch_size and workers, totals over all processes, and seed.
         what: names the images in errors.
+        start_worker: called with its number in each process that loads images.
 
     Raises:
         BadInput: with `drop_last`, fewer images than one batch.
@@ -92,6 +95,7 @@ def make_loader(
         batch_size,
         sampler=EpochSampler(dataset, batch_size, world, shuffle, drop_last, args.seed),
         num_workers=workers,
+        worker_init_fn=start_worker,
         pin_memory=world.device.type == 'cuda',
         drop_last=drop_last,
         persistent_workers=workers > 0,
@@ -100,16 +104,19 @@ def make_loader(
 
 
 def make_train_val_loaders(args, world: World) -> tuple[DataLoader, DataLoader]:
-    """The loaders of a training script from its flags (roots, lists, num_classes, img_size, batch_size, workers, seed).
+    """The loaders of a training script from its flags (roots, lists, num_classes, img_size, batch_size, workers, seed,
+    auto_augment).
 
     Raises:
         BadInput: see `read_list` and `make_loader`.
     """
     train = read_list(args.train_list, args.train_root, args.num_classes)
     val = read_list(args.val_list, args.val_root, args.num_classes)
+    for_training, for_validation = train_transform(args.img_size, args.auto_augment), val_transform(args.img_size)
+    start = outlive_signals
     return (
-        make_loader(args.train_root, train, train_transform(args.img_size), args, world, True, True, args.train_list),
-        make_loader(args.val_root, val, val_transform(args.img_size), args, world, False, False, args.val_list),
+        make_loader(args.train_root, train, for_training, args, world, True, True, args.train_list, start),
+        make_loader(args.val_root, val, for_validation, args, world, False, False, args.val_list, start),
     )
 
 

@@ -3,6 +3,8 @@
 import os
 import pickle
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a damaged checkpoint raises."""
+
+WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+"""Where checkpoints of ours and of common training scripts hold the weights, the moving average first."""
 
 
 def write_atomic(path: str | Path, write) -> None:
@@ -46,6 +63,29 @@ def save_checkpoint(data: dict[str, Any], path: str | Path) -> None:
     write_atomic(path, lambda f: torch.save(data, f))
 
 
+def previous_of(path: str | Path) -> Path:
+    """Where `save_and_keep_previous` keeps the file before: `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
+    path = Path(path)
+    stem, _, suffixes = path.name.partition('.')
+    return path.with_name(f'{stem}.previous.{suffixes}')
+
+
+def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint whole or not at all, and keep the one before; at no time is there none under `path`."""
+    path = Path(path)
+    if path.exists():
+        link = path.with_name(f'.{path.name}.link')
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except (
+            OSError
+        ):  # a file system without hard links; the previous file alone is there while the new one is written
+            os.replace(path, link)
+        os.replace(link, previous_of(path))
+    save_checkpoint(data, path)
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any:
     """Read a checkpoint of tensors and plain values; nothing in the file is executed.
 
@@ -53,8 +93,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any
         BadInput: no such file, damaged, or it holds other objects than tensors, numbers, strings and containers.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f'{damaged} is damaged')
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except UNREADABLE as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
 
@@ -69,18 +113,46 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if hasattr(model, 'module') else model
 
 
+def read_weights(
+    path: str | Path, device: torch.device | str = 'cpu', average: bool = True
+) -> tuple[dict[str, Tensor], str]:
+    """Weights of a plain state dict or a checkpoint, without `module.`, and the checkpoint's key they stood under ('').
+
+    Args:
+        average: take the moving average of the weights where the file has one.
+
+    Raises:
+        BadInput: unreadable, or without weights.
+    """
+    checkpoint = load_checkpoint(path, device)
+    keys = WEIGHT_KEYS if average else WEIGHT_KEYS[2:]
+    key = next((key for key in keys if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)), '')
+    state = checkpoint[key] if key else checkpoint
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
+        raise BadInput(f'{path}: holds no state dict of tensors')
+    return {name: value for name, value in strip_module_prefix(state).items() if name != 'n_averaged'}, key
+
+
+def _is_weight(item: tuple) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
 def load_weights(model: nn.Module, path: str | Path, device: torch.device | str = 'cpu') -> None:
-    """Load a network's weights: a plain state dict or a checkpoint with `state_dict`, with or without `module.`.
+    """Load a network's weights from a file: see `read_weights` and `put_weights`.
 
     Raises:
         BadInput: unreadable, or of another network; the message counts and names what does not fit.
     """
-    checkpoint = load_checkpoint(path, device)
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get('state_dict'), dict):
-        checkpoint = checkpoint['state_dict']
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
-        raise BadInput(f'{path}: holds no state dict of tensors')
-    state, wanted = strip_module_prefix(checkpoint), model.state_dict()
+    put_weights(model, read_weights(path, device)[0], path)
+
+
+def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Load a state dict without `module.` that came from `where`.
+
+    Raises:
+        BadInput: of another network; the message counts and names what does not fit.
+    """
+    wanted = model.state_dict()
     problems = [
         _name_some('missing', [name for name in wanted if name not in state]),
         _name_some('unexpected', [name for name in state if name not in wanted]),
@@ -94,7 +166,7 @@ def load_weights(model: nn.Module, path: str | Path, device: torch.device | str 
         ),
     ]
     if any(problems):
-        raise BadInput(f'{path}: weights of another network: {"; ".join(filter(None, problems))}')
+        raise BadInput(f'{where}: weights of another network: {"; ".join(filter(None, problems))}')
     model.load_state_dict(state)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tools.errors import BadInput
 
@@ -28,6 +28,20 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def agree(self, *values: int) -> list[int]:
+        """The largest of each value over all processes, to take decisions together; without waiting for a GPU."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def same_buffers(self, *modules: nn.Module) -> None:
+        """Give all processes the first one's buffers (the running statistics of batch norm)."""
+        if self.size > 1:
+            for buffer in (buffer for module in modules for buffer in module.buffers()):
+                dist.broadcast(buffer, 0)
 
     def share(self, count: int, what: str) -> int:
         """This process's part of a total such as the batch size.
@@ -62,22 +76,59 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
         device_choice: see `pick_device`; each process takes the GPU of its local rank, or the CPU with gloo.
         local_rank: of the command line, for launchers that pass it; the environment's LOCAL_RANK goes first.
     """
-    size = int(os.environ.get('WORLD_SIZE', 1))
+    size, rank = _from_environment('WORLD_SIZE', 1), _from_environment('RANK', 0)
     if size == 1:
         return World(pick_device(device_choice))
-    rank = int(os.environ['RANK'])
-    local_rank = int(os.environ.get('LOCAL_RANK', local_rank if local_rank is not None else rank))
+    if 'RANK' not in os.environ or not 0 <= rank < size:
+        raise BadInput(f'WORLD_SIZE is {size} but RANK is {os.environ.get("RANK")}: start the processes with torchrun')
+    local_rank = _from_environment('LOCAL_RANK', local_rank if local_rank is not None else rank)
     device = pick_device(device_choice if rank == 0 or device_choice != 'auto' or torch.cuda.is_available() else 'cpu')
     if device.type == 'cuda':
         if local_rank >= torch.cuda.device_count():
             raise BadInput(f'local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    restarts, store = restart_store()
+    if store:  # by default a restarted process may read the addresses of its dead predecessors
+        attempt = dist.PrefixStore(f'attempt {restarts}', store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     return World(device, rank, size)
+
+
+def wrap_model(net: nn.Module, world: World) -> nn.Module:
+    """The network on all devices of the run: one a process, or all visible GPUs where there is a single process.
+
+    Each process keeps its own running statistics of batch norm; `World.same_buffers` evens them out before they matter.
+    """
+    if world.size > 1:
+        devices = [world.device] if world.device.type == 'cuda' else None
+        return nn.parallel.DistributedDataParallel(net, devices, forward_sync_buffers=False)
+    if world.device.type == 'cuda' and torch.cuda.device_count() > 1:
+        return nn.DataParallel(net)
+    return net
+
+
+def restart_store() -> tuple[int, dist.Store | None]:
+    """How often torchrun has restarted this run, and a store that outlives restarts (None without torchrun)."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return 0, None
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    return _from_environment('TORCHELASTIC_RESTART_COUNT', 0), dist.PrefixStore('tf-nas', store)
 
 
 def leave_world(world: World) -> None:
     """Leave the process group."""
     if world.size > 1:
         dist.destroy_process_group()
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise BadInput(
+            f'environment variable {name}={text!r} should be a whole number; launchers such as torchrun set it'
+        )
+    return int(text)

@@ -1,8 +1,9 @@
 """The loops over batches that train and evaluate a classifier, in any precision, on one or many processes."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tools.distributed import World
+from tools.precision import Precision
 from tools.rng import derive_seed
+from tools.snapshot import TrainState
 
 
 class Tally:
-    """Running sums of loss, hits and images, kept on the device; read only when printed."""
+    """Running sums of loss, hits and images, kept on the device; read only when printed.
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+    Args:
+        start: sums to go on from.
+    """
+
+    def __init__(self, device: torch.device, start: list[float] | None = None):
+        self.sums = torch.tensor(start or [0.0] * 4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -27,97 +34,136 @@ class Tally:
         count = torch.full((), len(labels), device=loss.device)
         self.sums += torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum(), count])
 
+    def total(self, world: World) -> list[float]:
+        """The sums over all processes."""
+        return world.sum(self.sums.clone()).tolist()
+
     def read(self, world: World | None = None) -> dict[str, float]:
         """Mean loss, top1 and top5 in per cent, and images; over all processes where `world` is given."""
-        sums = world.sum(self.sums.clone()) if world else self.sums
-        loss, top1, top5, images = sums.tolist()
+        loss, top1, top5, images = self.total(world) if world else self.sums.tolist()
         images = max(images, 1)
         return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'images': images}
 
 
-class Precision:
-    """Autocast and gradient scaling, both no-ops in full precision.
-
-    Args:
-        device: where the model runs.
-        dtype: of autocast; None for full precision.
-        loss_scale: a fixed scale, or None for the scaler's dynamic one. Only float16 is scaled.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None = None, loss_scale: float | None = None):
-        self.device, self.dtype = device, dtype
-        options = {} if loss_scale is None else {'init_scale': loss_scale, 'growth_interval': 2**31 - 1}
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16, **options)
-
-    def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-        """Backward, clip the unscaled gradients to a total norm of `grad_clip`, and update."""
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], grad_clip)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-
-def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def to_device(
+    loader: DataLoader, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches on the device, copied without waiting where the loader pins its memory."""
     for images, labels in loader:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True).to(memory_format=memory_format)
+        yield images, labels.to(device, non_blocking=True)
 
 
 def train_epoch(
     model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
+    state: TrainState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    end: int,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     world: World,
     args,
-    epoch: int,
     log: Callable[..., None],
-) -> dict[str, float]:
-    """One pass over the training images; returns the numbers of `Tally`.
+    after_update: Callable[[TrainState, Tally], bool],
+) -> dict[str, float] | None:
+    """Train on the rest of an epoch's batches; returns the numbers of `Tally`, or None where it was stopped.
 
     Args:
-        args: needs seed, label_smooth, grad_clip, print_freq.
-        log: called with a format string and its arguments every print_freq steps.
+        model: `state.net`, wrapped for many devices.
+        batches: from batch `state.step` of the epoch on.
+        end: the epoch's number of batches.
+        mix: MixUp or CutMix: makes soft labels of images and labels.
+        args: needs seed, label_smooth, grad_accum, grad_clip, print_freq.
+        log: called with a format string and its arguments every print_freq batches.
+        after_update: called after each update; says whether to stop.
     """
     model.train()
-    tally = Tally(world.device)
-    for step, (images, labels) in enumerate(to_device(loader, world.device)):
-        torch.manual_seed(derive_seed(args.seed, 'dropout', epoch, step, world.rank))
-        with precision.autocast():
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smooth)
-        precision.step(loss, optimizer, args.grad_clip)
+    tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
+    for step, (images, labels) in zip(range(state.step, end), batches, strict=False):
+        group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
+        updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
+        torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
+        mixed, targets = mix(images, labels) if mix else (images, labels)
+        with nullcontext() if updates or world.size == 1 else model.no_sync():
+            with state.precision.autocast():
+                logits = model(state.precision.inputs(mixed)).float()
+                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
+            state.precision.backward(loss / group, state.optimizer)
         tally.add(loss, logits, labels)
-        if step % args.print_freq == 0 or step == len(loader) - 1:
-            now = tally.read()
-            log(
-                'epoch %d step %d/%d lr %.5f loss %.4f top1 %.2f top5 %.2f',
-                epoch,
-                step + 1,
-                len(loader),
-                optimizer.param_groups[0]['lr'],
-                now['loss'],
-                now['top1'],
-                now['top5'],
-            )
+        if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
+            log_step(log, tally, rate, state, step, end, args.batch_size)
+        if updates:
+            state.precision.step(state.optimizer, args.grad_clip)
+            if state.ema:
+                state.ema.update_parameters(state.net)
+            state.step = step + 1
+            if after_update(state, tally):
+                return None
+    state.sums = tally.total(world)
     return tally.read(world)
 
 
+class Rate:
+    """Batches a second since the last reading."""
+
+    def __init__(self, step: int):
+        self.step, self.time = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        """`step`: batches done."""
+        now = time.monotonic()
+        rate = (step - self.step) / max(now - self.time, 1e-9)
+        self.step, self.time = step, now
+        return rate
+
+
+def log_step(log: Callable[..., None], tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int):
+    """One line about the epoch so far. `batch`: images of a batch over all processes."""
+    now = tally.read()
+    log(
+        'epoch %d step %d/%d lr %.5f loss %.4f top1 %.2f top5 %.2f images/s %.1f',
+        state.epoch,
+        step + 1,
+        end,
+        state.optimizer.param_groups[0]['lr'],
+        now['loss'],
+        now['top1'],
+        now['top5'],
+        rate.read(step + 1) * batch,
+    )
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, precision: Precision, world: World) -> dict[str, float]:
-    """Loss and accuracies over all images of a loader, each counted once over all processes."""
-    model.eval()
+def evaluate(
+    net: nn.Module,
+    loader: DataLoader,
+    precision: Precision,
+    world: World,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    stops: Callable[[], bool] = lambda: False,
+    see: Callable[[Tensor], None] | None = None,
+) -> dict[str, float] | None:
+    """Loss and accuracies over all images of a loader, each counted once over all processes.
+
+    Args:
+        net: not wrapped for many processes, which may have different numbers of batches.
+        stops: asked before each batch whether to stop; then the result is None.
+        see: gets the logits of each batch.
+    """
+    net.eval()
     tally = Tally(world.device)
-    for images, labels in to_device(loader, world.device):
+    batches = to_device(loader, world.device, memory_format)
+    for _ in range(len(loader)):
+        if stops():
+            return None
+        batch = next(batches, None)
+        if batch is None:  # this process has one batch fewer
+            continue
+        images, labels = batch
         with precision.autocast():
-            logits = model(images).float()
+            logits = net(precision.inputs(images)).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
+        if see:
+            see(logits)
     return tally.read(world)
 
 

@@ -36,13 +36,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
-    """Run `main(args)`; input that cannot be used ends in one line on stderr and exit code 2."""
+    """Run `main(args)` and exit with what it returns (None: 0).
+
+    Input that cannot be used ends in one line on stderr and exit code 2.
+    """
     try:
-        main(args)
+        code = main(args)
     except BadInput as e:
-        message = ' '.join(str(e).split())
-        print(f'{sys.argv[0]}: error: {message}', file=sys.stderr)
+        message = str(e).rpartition('tools.errors.BadInput: ')[
+            2
+        ]  # without the traceback of a process that loads images
+        print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
@@ -79,6 +85,11 @@ def yes_no(text: str) -> bool:
     return text.lower() == 'true'
 
 
+def dynamic_or_positive(text: str) -> str | float:
+    """An argparse type: the word 'dynamic' or a positive float."""
+    return text if text == 'dynamic' else number(float, 0, open_low=True)(text)
+
+
 def add_device_arg(parser: Parser) -> None:
     """--device."""
     parser.add_argument(
@@ -93,10 +104,10 @@ def add_arch_args(parser: Parser, required: bool = True) -> None:
     group.add_argument('--config_path', help='a model.config')
 
 
-def add_eval_data_args(parser: Parser, batch_size: int, workers: int, num_classes: int) -> None:
+def add_eval_data_args(parser: Parser, batch_size: int, workers: int, num_classes: int, required: bool = True) -> None:
     """The validation images, and how they are loaded."""
-    parser.add_argument('--val_root', required=True, help='folder that the paths in --val_list start from')
-    parser.add_argument('--val_list', required=True, help="lines of 'relative/path label'")
+    parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
+    parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
     parser.add_argument('--workers', type=count(0), default=workers, help='processes that load images')
     parser.add_argument('--batch_size', type=count(), default=batch_size)
     parser.add_argument('--num_classes', type=count(2), default=num_classes)
@@ -112,7 +123,15 @@ def add_training_args(parser: Parser) -> None:
     add_device_arg(parser)
     parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
-    parser.add_argument('--snapshot', help='a checkpoint.pth.tar to go on from, in its folder')
+    parser.add_argument(
+        '--snapshot', help='a checkpoint.pth.tar to go on from, in its folder; auto: the newest good one under --save'
+    )
+    parser.add_argument(
+        '--save_freq',
+        type=number(float, 0),
+        default=10.0,
+        help='minutes between two checkpoints within an epoch; 0: after each step',
+    )
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
     parser.add_argument('--epochs', type=count(), default=250)
     parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
@@ -123,3 +142,52 @@ def add_training_args(parser: Parser) -> None:
     parser.add_argument('--dropout_rate', type=fraction, default=0.2)
     parser.add_argument('--drop_connect_rate', type=fraction, default=0.2)
     parser.add_argument('--seed', type=count(0), default=2)
+    add_speed_args(parser)
+    add_recipe_args(parser)
+
+
+def add_speed_args(parser: Parser) -> None:
+    """Flags that change how fast a network is trained and not what it learns."""
+    parser.add_argument(
+        '--channels_last',
+        action=argparse.BooleanOptionalAction,
+        help='NHWC memory layout; by default on the CPU and in mixed precision',
+    )
+    parser.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
+    parser.add_argument('--local_rank', '--local-rank', type=count(0), help='set by launchers')
+
+
+def add_recipe_args(parser: Parser) -> None:
+    """Flags that leave the paper's recipe; all off by default."""
+    alpha = number(float, 0)
+    parser.add_argument(
+        '--ema_decay', type=fraction, default=0.0, help='keep and evaluate a moving average of the weights'
+    )
+    parser.add_argument('--mixup', type=alpha, default=0.0, help='alpha of MixUp')
+    parser.add_argument(
+        '--cutmix', type=alpha, default=0.0, help='alpha of CutMix; with --mixup: one of them at random'
+    )
+    parser.add_argument(
+        '--auto_augment', choices=('autoaugment', 'randaugment', 'trivialaugment'), help='in place of colour jitter'
+    )
+    parser.add_argument('--grad_accum', type=count(), default=1, help='batches whose gradients make one update')
+    parser.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
+    parser.add_argument(
+        '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images an update'
+    )
+    parser.add_argument('--max_steps', type=count(), help='stop after so many updates, for trials')
+
+
+def add_amp_args(parser: Parser) -> None:
+    """Flags of mixed precision."""
+    parser.add_argument(
+        '--opt_level',
+        choices=('O0', 'O1', 'O2', 'O3'),
+        help='O0: float32 (default); O1: autocast; O2: half network, float32 master weights and batch norm; O3: half',
+    )
+    parser.add_argument(
+        '--amp_dtype', choices=('float16', 'bfloat16'), help='default: float16 on GPUs, bfloat16 on CPUs'
+    )
+    parser.add_argument('--amp_backend', choices=('native', 'apex'), default='native')
+    parser.add_argument('--loss_scale', type=dynamic_or_positive, help="'dynamic' (default) or a number; float16 only")
+    parser.add_argument('--keep_batchnorm_fp32', type=yes_no, help='True or False; default: False with O3 only')

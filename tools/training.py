@@ -1,109 +1,233 @@
 """Training a network from scratch, epoch by epoch, with checkpoints; shared by both training scripts."""
 
 import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from tools.checkpoint import load_checkpoint, save_checkpoint, unwrap, write_text
-from tools.distributed import World
-from tools.engine import Precision, cosine_lr, evaluate, set_lr, train_epoch
-from tools.errors import BadInput
+from tools.checkpoint import save_and_keep_previous, save_checkpoint, write_text
+from tools.distributed import World, restart_store
+from tools.engine import Tally, cosine_lr, evaluate, set_lr, to_device, train_epoch
+from tools.interrupt import EXIT_CODES, StopRequest, resume_command
 from tools.logs import log_flags, make_logger, make_run_folder
+from tools.precision import Precision
+from tools.snapshot import CHECKPOINT, Snapshot, TrainState, compare_flags, find_snapshot
 
 WARMUP_EPOCHS = 5
 LARGE_BATCH = 256
+RECIPE_BATCH = 512
+"""The batch size that the default learning rate belongs to."""
 
 
 def lr_at(epoch: int, args) -> float:
     """Learning rate of an epoch: cosine, and for large batches a linear warm-up before it.
 
     Args:
-        args: lr, epochs, batch_size.
+        args: lr, lr_scale, epochs, batch_size, grad_accum.
     """
-    if args.batch_size > LARGE_BATCH and epoch < WARMUP_EPOCHS:
-        return args.lr * (epoch + 1) / WARMUP_EPOCHS
-    return cosine_lr(args.lr, epoch, args.epochs)
+    batch = args.batch_size * args.grad_accum
+    lr = args.lr * batch / RECIPE_BATCH if args.lr_scale == 'linear' else args.lr
+    if batch > LARGE_BATCH and epoch < WARMUP_EPOCHS:
+        return lr * (epoch + 1) / WARMUP_EPOCHS
+    return cosine_lr(lr, epoch, args.epochs)
 
 
-def open_run_folder(args, world: World, config_text: str) -> tuple[Path | None, logging.Logger]:
+def last_batch(epoch: int, batches: int, args) -> int:
+    """How many of an epoch's batches to train on before `args.max_steps` updates are made."""
+    if args.max_steps is None:
+        return batches
+    updates_left = args.max_steps - epoch * math.ceil(batches / args.grad_accum)
+    return min(batches, max(updates_left, 0) * args.grad_accum)
+
+
+def memory_format(args, device: torch.device) -> torch.memory_format:
+    """Layout of images and weights: channels last where asked for, and by default where it is known to be faster.
+
+    Args:
+        args: channels_last, and opt_level where there is mixed precision.
+    """
+    half = getattr(args, 'opt_level', None) not in (None, 'O0')
+    chosen = args.channels_last if args.channels_last is not None else half or device.type == 'cpu'
+    return torch.channels_last if chosen else torch.contiguous_format
+
+
+def make_optimizer(net: nn.Module, args) -> torch.optim.SGD:
+    """SGD over all parameters, without weight decay on batch norm where `args.no_weight_decay_bn`."""
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    spared = {p for module in norms for p in module.parameters()} if args.no_weight_decay_bn else set()
+    groups = [{'params': [p for p in net.parameters() if p not in spared], 'weight_decay': args.weight_decay}]
+    if spared:
+        groups.append({'params': [p for p in net.parameters() if p in spared], 'weight_decay': 0.0})
+    return torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
+
+
+def make_mix(args) -> Callable | None:
+    """MixUp, CutMix or a random choice of them; None where both are off."""
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=args.num_classes)] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=args.num_classes)] if args.cutmix else []
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def start_state(net: nn.Module, precision: Precision, world: World, args) -> tuple[TrainState, Snapshot]:
+    """The state that training starts from: fresh, or the snapshot's that the flags or a restart ask for.
+
+    Args:
+        net: on its device, in its memory format.
+
+    Raises:
+        BadInput: a snapshot that is bad, or does not fit the network or the flags.
+    """
+    snapshot = find_snapshot(args)
+    net, optimizer = precision.prepare(net, make_optimizer(net, args))
+    average = get_ema_multi_avg_fn(args.ema_decay)
+    ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None
+    state = TrainState(net, optimizer, precision, ema)
+    if snapshot.checkpoint:
+        differing = compare_flags(snapshot, args)
+        state.load(snapshot.checkpoint, snapshot.path, world)
+        snapshot = Snapshot(snapshot.folder, snapshot.path, None, (*snapshot.notes, *filter(None, [differing])))
+    if args.compile:
+        state.net.compile()
+    return state, snapshot
+
+
+def open_run_folder(args, world: World, snapshot: Snapshot, config_text: str) -> tuple[Path | None, logging.Logger]:
     """The folder and logger of a run: the snapshot's folder where it goes on from one, else a new one.
 
     The folder gets `model.config`. Processes other than the first get None and a silent logger.
 
     Args:
-        args: save, note and snapshot, and all else for the head of the log.
+        args: save and note, and all else for the head of the log.
         config_text: contents of the `model.config`.
     """
     if not world.is_first:
         return None, make_logger(None)
-    folder = Path(args.snapshot).parent if args.snapshot else make_run_folder(args.save, 'eval', args.note)
+    folder = snapshot.folder or make_run_folder(args.save, 'eval', args.note)
+    for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
+        leftover.unlink()
     write_text(folder / 'model.config', config_text)
+    _, store = restart_store()
+    if store:
+        store.set('folder', str(folder.resolve()))
     logger = make_logger(folder)
     log_flags(logger, args)
+    for note in snapshot.notes:
+        logger.info(note)
     return folder, logger
+
+
+@contextmanager
+def ended_with(*loaders: DataLoader) -> Iterator[None]:
+    """End the processes that load images with the context, which torch leaves to the garbage collector.
+
+    After an error that comes late, and such processes hold up the exit.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            if iterator := getattr(loader, '_iterator', None):
+                iterator._shutdown_workers()
+
+
+class Keeper:
+    """Writes checkpoints, and knows whether the run is to stop.
+
+    Args:
+        folder: gets the files; None in processes that write nothing.
+        stop: this process's signals; the processes agree on stopping after the same update.
+    """
+
+    def __init__(self, folder: Path | None, world: World, args, stop: StopRequest):
+        self.folder, self.world, self.args, self.stop = folder, world, args, stop
+        self.signal, self.saved_at = 0, time.monotonic()
+
+    def after_update(self, state: TrainState, tally: Tally) -> bool:
+        """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop."""
+        due = self.world.is_first and time.monotonic() - self.saved_at >= 60 * self.args.save_freq
+        due, self.signal = self.world.agree(due, self.stop.signal)
+        if due or self.signal:
+            state.sums = tally.total(self.world)
+            self.save(state)
+        return self.signal != 0
+
+    def stops(self) -> bool:
+        """Whether a signal came, to any process."""
+        (self.signal,) = self.world.agree(self.stop.signal)
+        return self.signal != 0
+
+    def save(self, state: TrainState, is_best: bool = False) -> None:
+        """Write `checkpoint.pth.tar` and, where it is the best, `model_best.pth.tar`."""
+        self.saved_at = time.monotonic()
+        if self.folder:
+            checkpoint = state.to_checkpoint(self.args)
+            if is_best:
+                save_checkpoint(checkpoint, self.folder / 'model_best.pth.tar')
+            save_and_keep_previous(checkpoint, self.folder / CHECKPOINT)
 
 
 def fit(
     model: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    precision: Precision,
+    state: TrainState,
+    loaders: tuple[DataLoader, DataLoader],
     world: World,
     args,
     folder: Path | None,
     logger: logging.Logger,
-) -> None:
-    """Train for `args.epochs`, from `args.snapshot` on where given, evaluating and saving after each epoch.
+) -> int:
+    """Train until `args.epochs` epochs or `args.max_steps` updates are done, evaluating and saving after each epoch.
+
+    SIGTERM and SIGINT stop it after the next update, with a checkpoint. Returns the exit code.
 
     Args:
+        model: `state.net`, wrapped for many devices.
+        loaders: of training and validation images.
         folder: gets `checkpoint.pth.tar`, and `model_best.pth.tar` for the best top-1; None where nothing is written.
     """
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    first, best = resume(model, optimizer, precision, args.snapshot, world) if args.snapshot else (0, (0.0, 0.0))
-    for epoch in range(first, args.epochs):
-        set_lr(optimizer, lr_at(epoch, args))
-        train_loader.sampler.set_epoch(epoch)
-        train = train_epoch(model, train_loader, optimizer, precision, world, args, epoch, logger.info)
-        val = evaluate(model, val_loader, precision, world)
-        improved = val['top1'] > best[0]
-        best = max(best, (val['top1'], val['top5']))
-        logger.info('epoch %d train_loss %.4f train_top1 %.2f', epoch, train['loss'], train['top1'])
-        logger.info('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f', epoch, val['top1'], val['top5'], best[0])
+    layout, mix = memory_format(args, world.device), make_mix(args)
+    train_loader, val_loader = loaders
+    with StopRequest() as stop, ended_with(*loaders):
+        keeper = Keeper(folder, world, args, stop)
+        while state.epoch < args.epochs and (end := last_batch(state.epoch, len(train_loader), args)):
+            set_lr(state.optimizer, lr_at(state.epoch, args))
+            train_loader.sampler.set_epoch(state.epoch, state.step)
+            batches = to_device(train_loader, world.device, layout)
+            train = train_epoch(model, state, batches, end, mix, world, args, logger.info, keeper.after_update)
+            if train is None:
+                break
+            world.same_buffers(state.net, *filter(None, [state.ema]))
+            val = evaluate(state.evaluated(), val_loader, state.precision, world, layout, keeper.stops)
+            if val is None:
+                keeper.save(state)
+                break
+            is_best = val['top1'] > state.best[0] or state.epoch == 0
+            state.best = max(state.best, (val['top1'], val['top5']))
+            log_epoch(logger, state, train, val)
+            if end == len(train_loader):
+                state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
+            keeper.save(state, is_best)
+            if state.step:
+                break
+    if keeper.signal:
+        logger.info('stopped by %s; to go on:', signal.Signals(keeper.signal).name)
         if folder:
-            checkpoint = {
-                'epoch': epoch + 1,
-                'state_dict': {f'module.{name}': value for name, value in unwrap(model).state_dict().items()},
-                'best_acc_top1': best[0],
-                'best_acc_top5': best[1],
-                'optimizer': optimizer.state_dict(),
-                'scaler': precision.scaler.state_dict(),
-            }
-            if improved:
-                save_checkpoint(checkpoint, folder / 'model_best.pth.tar')
-            save_checkpoint(checkpoint, folder / 'checkpoint.pth.tar')
+            logger.info(resume_command(folder / CHECKPOINT))
+    else:
+        logger.info('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+    return EXIT_CODES[keeper.signal]
 
 
-def resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, path: str, world: World
-) -> tuple[int, tuple[float, float]]:
-    """Load a checkpoint of `fit`; returns the epoch to go on with and the best (top1, top5) so far.
-
-    Raises:
-        BadInput: not such a checkpoint, or one of another network.
-    """
-    checkpoint = load_checkpoint(path, world.device)
-    wanted = {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}
-    if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
-        raise BadInput(f'--snapshot {path}: not a training checkpoint (keys {", ".join(sorted(wanted))})')
-    state = {name.removeprefix('module.'): value for name, value in checkpoint['state_dict'].items()}
-    try:
-        unwrap(model).load_state_dict(state)
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (RuntimeError, ValueError) as e:
-        raise BadInput(f'--snapshot {path}: of another network ({str(e).splitlines()[0]})') from e
-    if checkpoint.get('scaler'):
-        precision.scaler.load_state_dict(checkpoint['scaler'])
-    return checkpoint['epoch'], (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
+def log_epoch(logger: logging.Logger, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
+    """The two lines at the end of an epoch."""
+    logger.info('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
+    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
+    logger.info('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)

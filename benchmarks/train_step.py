@@ -1,0 +1,171 @@
+"""Images a second of one training step (forward, backward, metrics): the project's form against a plain one.
+
+    python benchmarks/train_step.py                        TF-NAS-A at 224, batch 16, on a GPU where there is one
+    python benchmarks/train_step.py --batch_size 256       for a GPU
+
+The plain form: contiguous layout, swish composed in Python, one `.item()` a step. The project's: channels last (as the
+training scripts choose it), torch's swish, metrics that stay on the device; in float32 and in autocast. All forms take
+turns in one run. The bound is the time that the machine needs for the step's multiply-adds (three times those of the
+forward pass) at the speed of a large matrix product, or for reading and writing each operator's tensors once at the
+speed of a copy, whichever is longer.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.config import load_config
+from models.model_eval import NetworkEval
+from tools.distributed import pick_device
+from tools.engine import Tally
+from tools.options import Parser, add_device_arg, count, run_script
+from tools.precision import Precision
+from tools.profiling import count_mult_adds, device_name
+
+CONFIG = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
+
+
+class PlainSwish(nn.Module):
+    """x * sigmoid(x), as three operators of autograd."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of all tensors that operators read and write, views not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def get_args():
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument('--config_path', default=str(CONFIG), help='a model.config')
+    parser.add_argument('--batch_size', type=count(2), default=16)
+    parser.add_argument('--img_size', type=count(32), default=224)
+    parser.add_argument('--rounds', type=count(3), default=7)
+    add_device_arg(parser)
+    return parser.parse_args()
+
+
+def make_plain(net):
+    """Replace every swish by its Python composition, in place."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.SiLU):
+                setattr(module, name, PlainSwish())
+    return net
+
+
+def make_step(net, layout, precision, images, labels, plain=False):
+    """One step as a function without arguments."""
+    net, images, tally = net.to(memory_format=layout).train(), images.to(memory_format=layout), Tally(images.device)
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        with precision.autocast():
+            logits = net(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        precision.scaler.scale(loss).backward()
+        if plain:
+            loss.item()
+        else:
+            tally.add(loss, logits, labels)
+
+    return step
+
+
+def wait(device):
+    """Wait until the device has done what it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def seconds(step, device, repeats=1):
+    """Time of one call."""
+    wait(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    wait(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def machine_speed(device, dtype):
+    """Multiply-adds a second of a large matrix product, and bytes a second of a copy (read and written)."""
+    size = 8192 if device.type == 'cuda' else 1536
+    a = torch.randn(size, size, device=device).to(dtype)
+    x = torch.empty(2**28 if device.type == 'cuda' else 2**25, device=device)
+    y = torch.zeros_like(x)
+    product = min(seconds(lambda: a @ a, device) for _ in range(5))
+    copy = min(seconds(lambda: y.copy_(x), device) for _ in range(5))
+    return size**3 / product, 2 * x.numel() * x.element_size() / copy
+
+
+def bound(step, device, dtype, step_mult_adds):
+    """Shortest time of a step in seconds, and what it is bound by."""
+    with Traffic() as traffic:
+        step()
+    mult_adds, bandwidth = machine_speed(device, dtype)
+    times = {'multiply-adds': step_mult_adds / mult_adds, 'memory': traffic.bytes / bandwidth}
+    name = max(times, key=times.get)
+    return times[name], name
+
+
+def main(args):
+    """Time all forms in turns; print medians, the ratio and the share of the bound."""
+    device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    config = load_config(args.config_path)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    labels = torch.arange(args.batch_size, device=device) % config.classifier.out_features
+    half = torch.float16 if device.type == 'cuda' else torch.bfloat16
+    full_layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
+
+    def form(layout, precision, plain=False):
+        net = NetworkEval(config).to(device)
+        return make_step(make_plain(net) if plain else net, layout, precision, images, labels, plain)
+
+    full, mixed = Precision(device), Precision(device, half)
+    forms = {
+        'plain': (form(torch.contiguous_format, full, plain=True), torch.float32),
+        'ours': (form(full_layout, full), torch.float32),
+        f'ours, {str(half).removeprefix("torch.")}': (form(torch.channels_last, mixed), half),
+    }
+    print(f'{device_name(device)}, {torch.get_num_threads()} threads, batch {args.batch_size}, size {args.img_size}')
+    times = {name: [] for name in forms}
+    for turn in range(args.rounds + 1):
+        for name, (step, _) in forms.items():
+            took = seconds(step, device, repeats=10 if device.type == 'cuda' else 1)
+            times[name] += [took] if turn else []  # the first turn warms up
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    mult_adds = 3e6 * args.batch_size * count_mult_adds(NetworkEval(config), args.img_size)
+    for name, (step, dtype) in forms.items():
+        least, what = bound(step, device, dtype, mult_adds)
+        print(
+            f'{name}: {args.batch_size / medians[name]:.1f} images/s, {medians["plain"] / medians[name]:.2f} x plain,'
+            f' {100 * least / medians[name]:.0f} % of the {what} bound ({args.batch_size / least:.1f} images/s)'
+        )
+
+
+if __name__ == '__main__':
+    run_script(main, get_args())

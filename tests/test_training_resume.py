@@ -1,0 +1,254 @@
+"""Runs that are killed, stopped and restarted end as if nothing had happened."""
+
+import os
+import random
+import shlex
+import signal
+from argparse import Namespace
+
+import pytest
+import torch
+from training_runs import (
+    assert_same_end,
+    command,
+    data,  # noqa: F401  (a fixture)
+    finish,
+    flags,
+    kill_all,
+    load,
+    only_run,
+    ranks_of,
+    run,
+    start,
+    wait_for_steps,
+)
+
+from tools.checkpoint import load_checkpoint, previous_of, save_and_keep_previous
+from tools.errors import BadInput
+from tools.snapshot import find_snapshot
+
+EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):  # noqa: F811
+    """Folders of runs that nothing disturbed, by number of processes; made when asked for."""
+    made = {}
+
+    def get(processes, **changes):
+        key = (processes, *changes.items())
+        if key not in made:
+            save = tmp_path_factory.mktemp('whole')
+            run('train_eval_amp.py', flags(data, save, **changes), processes=processes)
+            made[key] = only_run(save)
+        return made[key]
+
+    return get
+
+
+def kill_and_resume(data, save, processes, kills, rng, **changes):  # noqa: F811
+    """Kill a run at random steps, resuming each time; returns how often a resumed run went on within an epoch."""
+    words = flags(data, save, save_freq=0, snapshot='auto', **changes)
+    inside = 0
+    for _ in range(kills):
+        process = start(command('train_eval_amp.py', words, processes))
+        text = wait_for_steps(process, rng.randint(2, 8))
+        kill_all(process)
+        inside += 'goes on from' in text
+    finish(start(command('train_eval_amp.py', words, processes)))
+    return inside
+
+
+def test_killed_at_random_steps(data, whole, tmp_path):  # noqa: F811
+    seed = random.randrange(1000)
+    print('seed', seed)
+    assert kill_and_resume(data, tmp_path, 1, 2, random.Random(seed), workers=1) == 1
+    assert_same_end(only_run(tmp_path), whole(1))
+
+
+def test_two_processes_killed_at_random_steps(data, whole, tmp_path):  # noqa: F811
+    seed = random.randrange(1000)
+    print('seed', seed)
+    kill_and_resume(data, tmp_path, 2, 1, random.Random(seed))
+    assert_same_end(only_run(tmp_path), whole(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('changes', [EXTRAS, {'grad_accum': 3}, {'opt_level': 'O1'}, {'opt_level': 'O2'}], ids=str)
+def test_killed_often_in_any_recipe(data, whole, tmp_path, processes, changes):  # noqa: F811
+    seed = random.randrange(1000)
+    print('seed', seed)
+    kill_and_resume(data, tmp_path, processes, 3, random.Random(seed), **changes)
+    assert_same_end(only_run(tmp_path), whole(processes, **changes))
+
+
+def test_torchrun_restarts_by_itself_in_the_same_folder(data, whole, tmp_path):  # noqa: F811
+    words = command('train_eval_amp.py', flags(data, tmp_path, save_freq=0), 2, options=['--max-restarts=1'])
+    process = start(words)
+    wait_for_steps(process, 5)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    output = finish(process)
+    assert 'restart 1 of this run goes on from' in output
+    assert_same_end(only_run(tmp_path), whole(2))
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_saves_and_prints_the_command_that_resumes(data, whole, tmp_path, number, code):  # noqa: F811
+    process = start(command('train_eval_amp.py', flags(data, tmp_path, workers=1)))
+    wait_for_steps(process, 4)
+    os.killpg(process.pid, number)
+    output = finish(process, code)
+    assert f'stopped by {number.name}' in output
+    assert 0 < load(only_run(tmp_path) / 'checkpoint.pth.tar')['step'] <= 10
+    resume = shlex.split(output.splitlines()[-1].split(maxsplit=2)[2])
+    finish(start(resume))
+    assert_same_end(only_run(tmp_path), whole(1))
+
+
+def test_all_processes_stop_after_the_same_update(data, whole, tmp_path):  # noqa: F811
+    process = start(command('train_eval_amp.py', flags(data, tmp_path), 2))
+    wait_for_steps(process, 4)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    output = finish(process)
+    assert output.count('stopped by SIGTERM') == 1
+    resume = shlex.split(output.splitlines()[-1].split(maxsplit=2)[2])
+    assert '--nproc_per_node=2' in resume
+    finish(start(resume))
+    assert_same_end(only_run(tmp_path), whole(2))
+
+
+def test_a_signal_during_validation_keeps_the_epoch(data, whole, tmp_path):  # noqa: F811
+    process = start(command('train_eval_amp.py', flags(data, tmp_path)))
+    wait_for_steps(process, 10)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    run('train_eval_amp.py', flags(data, tmp_path, snapshot='auto'))
+    assert_same_end(only_run(tmp_path), whole(1))
+
+
+def damage(path, how):
+    """Cut a file in half, or flip one of its bits."""
+    content = bytearray(path.read_bytes())
+    if how == 'flipped':
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == 'flipped' else content[: len(content) // 2])
+
+
+def test_a_damaged_newest_file_and_other_flags_are_said_and_the_run_goes_on(data, tmp_path):  # noqa: F811
+    run('train_eval_amp.py', flags(data, tmp_path, max_steps=3, save_freq=0))
+    newest = only_run(tmp_path) / 'checkpoint.pth.tar'
+    damage(newest, 'flipped')
+    before = sorted(newest.parent.iterdir())
+    again = {'snapshot': 'auto', 'max_steps': 4, 'lr': 0.1}
+    bad = run('train_eval_amp.py', flags(data, tmp_path, **again, batch_size=8), code=2)
+    assert '--batch_size 4, now 8' in bad and len(bad.splitlines()) == 1
+    assert sorted(newest.parent.iterdir()) == before
+    output = run('train_eval_amp.py', flags(data, tmp_path, **again))
+    assert f'{newest}: cannot be read as a checkpoint' in output
+    assert f'goes on from {previous_of(newest)}: epoch 0 step' in output
+    assert 'the snapshot was made with other flags: --lr 0.05, now 0.1' in output
+
+
+GOOD = {
+    'epoch': 1,
+    'state_dict': {'weight': torch.arange(5000)},
+    'best_acc_top1': 0.0,
+    'best_acc_top5': 0.0,
+    'optimizer': {},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with a checkpoint of epoch 2 and one of epoch 1 before it, and an older folder of another run."""
+    for name, epochs in (('eval-1-other', [7]), ('eval-2-try', [1, 2])):
+        (tmp_path / name).mkdir()
+        for epoch in epochs:
+            save_and_keep_previous(GOOD | {'epoch': epoch}, tmp_path / name / 'checkpoint.pth.tar')
+    os.utime(tmp_path / 'eval-1-other' / 'checkpoint.pth.tar', (1, 1))
+    return tmp_path / 'eval-2-try'
+
+
+def find(folder, snapshot):
+    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent)))
+
+
+@pytest.mark.parametrize('snapshot', ['auto', 'path'])
+@pytest.mark.parametrize('how', ['truncated', 'flipped', None])
+def test_the_newest_good_file_is_taken(folder, how, snapshot):
+    newest = folder / 'checkpoint.pth.tar'
+    if how:
+        damage(newest, how)
+    found = find(folder, 'auto' if snapshot == 'auto' else str(newest))
+    assert (found.folder, found.path) == (folder, previous_of(newest) if how else newest)
+    assert found.checkpoint['epoch'] == (1 if how else 2)
+    assert len(found.notes) == (2 if how else 1)
+
+
+def test_auto_looks_at_all_files_and_else_begins_a_new_run(folder):
+    (folder / 'checkpoint.pth.tar').unlink()
+    assert find(folder, 'auto').checkpoint['epoch'] == 1
+    damage(folder / 'checkpoint.previous.pth.tar', 'truncated')
+    assert find(folder, 'auto').checkpoint['epoch'] == 7
+    damage(folder.parent / 'eval-1-other' / 'checkpoint.pth.tar', 'truncated')
+    found = find(folder, 'auto')
+    assert found.folder is None and 'a new run begins' in found.notes[-1] and len(found.notes) == 3
+
+
+@pytest.mark.parametrize('content', [None, b'', b'words', {'state_dict': {}}, {'epoch': 1}])
+def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / 'file.pth.tar'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(BadInput, match='--snapshot .*file.pth.tar'):
+        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)))
+
+
+def test_a_bad_snapshot_ends_in_one_line_before_a_folder_is_made(data, tmp_path):  # noqa: F811
+    output = run('train_eval.py', flags(data, tmp_path / 'save', snapshot=tmp_path / 'none'), code=2)
+    assert len(output.splitlines()) == 1 and '--snapshot' in output and not (tmp_path / 'save').exists()
+
+
+def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+    rng, path = random.Random(0), tmp_path / 'file'
+    good = {'weights': torch.randn(40), 'step': 3, 'names': ['a', 'b']}
+    torch.save(good, path)
+    content = path.read_bytes()
+    found = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.randrange(len(content))] if rng.random() < 0.2 else damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except BadInput:
+            found += 1
+        else:
+            assert torch.equal(loaded.pop('weights'), good['weights']) and loaded == {'step': 3, 'names': ['a', 'b']}
+    assert found > 100
+
+
+def test_the_previous_file_is_kept_also_without_hard_links(tmp_path, monkeypatch):
+    path = tmp_path / 'checkpoint.pth.tar'
+    save_and_keep_previous({'n': 1}, path)
+    save_and_keep_previous({'n': 2}, path)
+    assert (load(path), load(previous_of(path))) == ({'n': 2}, {'n': 1})
+
+    def refuse(*_):
+        raise OSError('no hard links here')
+
+    monkeypatch.setattr(os, 'link', refuse)
+    save_and_keep_previous({'n': 3}, path)
+    assert (load(path), load(previous_of(path))) == ({'n': 3}, {'n': 2})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.previous.pth.tar', 'checkpoint.pth.tar']
+
+
+def test_a_write_that_fails_leaves_the_old_file(data, tmp_path):  # noqa: F811
+    path = tmp_path / 'checkpoint.pth.tar'
+    save_and_keep_previous({'n': 1}, path)
+    with pytest.raises(Exception, match='pickle'):
+        save_and_keep_previous({'n': lambda: 0}, path)
+    assert load(path) == {'n': 1}

@@ -1,0 +1,171 @@
+"""Where a training run stands: its state, in and out of checkpoints, and the checkpoint that a run goes on from.
+
+A checkpoint holds weights, optimizer, gradient scaler, moving average, best accuracies, sums for the log, and the
+position in the data as epoch and step. It holds no generator state, because there is none: what is drawn for a step or
+an image is seeded by where it happens (see `tools.rng`), also in the workers. The learning rate follows from the epoch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from tools.checkpoint import load_checkpoint, previous_of, put_weights, strip_module_prefix
+from tools.distributed import World, restart_store
+from tools.errors import BadInput
+from tools.precision import Precision
+
+CHECKPOINT = 'checkpoint.pth.tar'
+NEEDED = {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}
+HARMLESS = {'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'local_rank', 'max_steps'}
+POSITION = {'batch_size', 'seed', 'grad_accum'}
+
+
+@dataclass
+class TrainState:
+    """All that training changes.
+
+    `epoch` and `step` say where the run stands: `step` batches of the epoch are done. `sums` are those of
+    `engine.Tally` over these batches, of all processes, and held by the first one. `best` is (top1, top5).
+    """
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    ema: AveragedModel | None = None
+    epoch: int = 0
+    step: int = 0
+    best: tuple[float, float] = (0.0, 0.0)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the moving average where there is one."""
+        return self.ema.module if self.ema else self.net
+
+    def to_checkpoint(self, args) -> dict:
+        """The contents of a checkpoint file. `args`: the flags of the run."""
+        checkpoint = {
+            'epoch': self.epoch,
+            'step': self.step,
+            'state_dict': {f'module.{name}': value for name, value in self.precision.weights(self.net).items()},
+            'best_acc_top1': self.best[0],
+            'best_acc_top5': self.best[1],
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.precision.state_dict(),
+            'sums': self.sums,
+            'flags': dict(vars(args)),
+        }
+        if self.ema:
+            checkpoint['state_dict_ema'] = self.ema.state_dict()
+        return checkpoint
+
+    def load(self, checkpoint: dict, where: str | Path, world: World) -> None:
+        """Go on from a checkpoint that `read_snapshot` read from `where`.
+
+        Raises:
+            BadInput: it is of another network.
+        """
+        state = strip_module_prefix(checkpoint['state_dict'])
+        put_weights(self.net, state, f'--snapshot {where}')
+        self.precision.load_weights(self.net, state)
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as e:
+            raise BadInput(f'--snapshot {where}: its optimizer is of other flags ({str(e).splitlines()[0]})') from e
+        self.precision.load_state_dict(checkpoint.get('scaler', {}))
+        if self.ema and 'state_dict_ema' in checkpoint:
+            self.ema.load_state_dict(checkpoint['state_dict_ema'])
+        elif self.ema:
+            self.ema.module.load_state_dict(self.net.state_dict())
+        self.epoch, self.step = checkpoint['epoch'], checkpoint.get('step', 0)
+        self.best = (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
+        self.sums = checkpoint.get('sums', self.sums) if world.is_first else self.sums
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run goes on from: `folder` None for a new run, `checkpoint` None to begin at the start."""
+
+    folder: Path | None = None
+    path: Path | None = None
+    checkpoint: dict | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_snapshot(args) -> Snapshot:
+    """The newest good checkpoint that the flags and a launcher's restart ask for.
+
+    After a restart by torchrun, a run goes on in its own folder. Otherwise `--snapshot auto` takes the newest good
+    checkpoint under `--save`, and `--snapshot PATH` that file, or the one kept beside it where the file is damaged.
+
+    Args:
+        args: snapshot and save.
+
+    Raises:
+        BadInput: no good file at `--snapshot PATH`.
+    """
+    restarts, store = restart_store()
+    if restarts and store.check(['folder']):
+        folder = Path(store.get('folder').decode())
+        found = _first_good([folder / CHECKPOINT, previous_of(folder / CHECKPOINT)])
+        if found.path or not args.snapshot:
+            note = f'restart {restarts} of this run goes on from {found.path or "the start"}'
+            return Snapshot(folder, found.path, found.checkpoint, (*found.notes, note))
+    if not args.snapshot:
+        return Snapshot()
+    if args.snapshot == 'auto':
+        files = sorted(Path(args.save).glob('*/checkpoint*.pth.tar'), key=lambda path: -path.stat().st_mtime)
+    else:
+        files = [Path(args.snapshot), previous_of(args.snapshot)]
+    found = _first_good(files)
+    if found.path:
+        return found
+    if args.snapshot != 'auto':
+        raise BadInput(f'--snapshot {found.notes[0]}')
+    return Snapshot(notes=(*found.notes, f'--snapshot auto: no good checkpoint under {args.save}, a new run begins'))
+
+
+def _first_good(paths: list[Path]) -> Snapshot:
+    notes = []
+    for i, path in enumerate(paths):
+        if i and not path.exists():
+            continue
+        try:
+            checkpoint = read_snapshot(path)
+        except BadInput as e:
+            notes.append(str(e))
+            continue
+        notes.append(f'goes on from {path}: epoch {checkpoint["epoch"]} step {checkpoint.get("step", 0)}')
+        return Snapshot(path.parent, path, checkpoint, tuple(notes))
+    return Snapshot(notes=tuple(notes))
+
+
+def read_snapshot(path: Path) -> dict:
+    """Read a training checkpoint, on the CPU.
+
+    Raises:
+        BadInput: damaged, or not a training checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not NEEDED <= checkpoint.keys():
+        raise BadInput(f'{path}: not a training checkpoint (keys {", ".join(sorted(NEEDED))})')
+    return checkpoint
+
+
+def compare_flags(snapshot: Snapshot, args) -> str:
+    """One line that names the flags which differ from those the snapshot was made with; empty where none does.
+
+    Raises:
+        BadInput: the snapshot is from within an epoch, and its position means nothing under these flags.
+    """
+    before, now = (snapshot.checkpoint or {}).get('flags', {}), vars(args)
+    names = sorted(before.keys() & now.keys() - HARMLESS)
+    differ = {name: f'--{name} {before[name]}, now {now[name]}' for name in names if before[name] != now[name]}
+    if snapshot.checkpoint and snapshot.checkpoint.get('step', 0) and (lost := differ.keys() & POSITION):
+        raise BadInput(
+            f'--snapshot {snapshot.path} is from within an epoch and was made with other flags:'
+            f' {"; ".join(differ[name] for name in sorted(lost))}; give the former ones'
+        )
+    return f'the snapshot was made with other flags: {"; ".join(differ.values())}' if differ else ''
