@@ -109,6 +109,7 @@ def test_parser_agrees_with_the_searchs_last_latency(searched, found):
 def test_training_and_testing(trained, found, images, run_script):
     folder, out = trained
     assert sorted(p.name for p in folder.iterdir()) == [
+        'checkpoint.previous.pth.tar',
         'checkpoint.pth.tar',
         'log.txt',
         'model.config',
