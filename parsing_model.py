@@ -10,6 +10,7 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def fit_to_clock(state, widths, table, target, args, device):
     aim, best = target, (float('inf'), None)
     for number in range(1, MEASURED_ROUNDS + 1):
         config, predicted = fit(state, widths, table, aim, args)
-        measured = measure_latency(NetworkEval(config), batch_size, args.img_size, device, repeats=100)
+        measured = measure_latency(partial(NetworkEval, config), batch_size, args.img_size, device, repeats=100)
         print(f'Round {number}: predicted {predicted:.4f}, measured {measured:.4f}, target {target:.4f} ms')
         best = min(best, (abs(measured / target - 1), config), key=lambda pair: pair[0])
         if best[0] <= MEASURED_CLOSE:
@@ -95,7 +96,8 @@ def report(path, config, table, args, device):
     """Write one config and print what is known of it."""
     write_text(path, dump_config(config))
     print(f'Config: {path}')
-    net = NetworkEval(config)
+    build = partial(NetworkEval, config)
+    net = build()
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
     if table:
@@ -103,8 +105,8 @@ def report(path, config, table, args, device):
     if args.print_lat:
         if device.type == 'cuda':
             for batch_size in (32, 1):
-                print(f'Lat_GPU bs={batch_size}: {measure_latency(net, batch_size, args.img_size, device):.4f} ms')
-        print(f'Lat_CPU bs=1: {measure_latency(net, 1, args.img_size, torch.device("cpu")):.4f} ms')
+                print(f'Lat_GPU bs={batch_size}: {measure_latency(build, batch_size, args.img_size, device):.4f} ms')
+        print(f'Lat_CPU bs=1: {measure_latency(build, 1, args.img_size, torch.device("cpu")):.4f} ms')
 
 
 def main(args):

@@ -7,6 +7,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from latency_pkl.sampling import build_network, random_config
 from models.latency import load_table
 from tools.distributed import pick_device
 from tools.options import Parser, add_device_arg, count, run_script
+from tools.fresh import in_fresh_process
 from tools.profiling import measure_latency
 
 matplotlib.use('Agg')
@@ -51,8 +53,9 @@ def time_alone(layer, shape, device, repeats=30):
     return statistics.median(times)
 
 
-def isolated_sum(net, batch_size, img_size, device):
+def isolated_sum(build, batch_size, img_size, device):
     """Sum of the times of a network's parts, each timed alone."""
+    net = build()
     total, x = 0.0, torch.randn(batch_size, 3, img_size, img_size, device=device)
     parts = [net.first_stem, net.second_stem, *(b for name in net.stage_names for b in getattr(net, name))]
     parts += [net.feature_mix_layer, lambda x: net.classifier(x.mean((2, 3)))]
@@ -83,14 +86,15 @@ def main(args):
     table = load_table(args.table, args.img_size)
     torch.set_num_threads(int(table.meta.get('threads', 1)))
     batch_size = int(table.meta.get('batch_size', 1))
-    rng, generator = random.Random(args.seed), torch.Generator(device).manual_seed(args.seed)
+    rng = random.Random(args.seed)
     methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
     for _ in range(args.networks):
-        net = build_network(random_config(rng, ends=False, num_classes=1000), device, generator)
-        measured.append(measure_latency(net, batch_size, args.img_size, device, repeats=30))
-        methods['in-context table'].append(table.of_config(net.config))
+        config = random_config(rng, ends=False, num_classes=1000)
+        build = partial(build_network, config, device, args.seed)
+        measured.append(measure_latency(build, batch_size, args.img_size, device, repeats=30))
+        methods['in-context table'].append(table.of_config(config))
         start = time.monotonic()
-        methods['blocks timed alone'].append(isolated_sum(net, batch_size, args.img_size, device))
+        methods['blocks timed alone'].append(in_fresh_process(isolated_sum, build, batch_size, args.img_size, device))
         alone_seconds += time.monotonic() - start
     for name, predicted in methods.items():
         ratio = np.array(predicted) / np.array(measured)

@@ -10,6 +10,7 @@ python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_curves
-from latency_pkl.sampling import build_network, random_config, time_blocks, time_whole
+from latency_pkl.sampling import build_network, random_config, time_blocks
 from models.config import fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
 from tools.distributed import pick_device
 from tools.errors import BadInput
+from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, count, number, run_script
-from tools.profiling import count_mult_adds, count_params, device_name
+from tools.profiling import count_mult_adds, count_params, device_name, measure_latency
 
 WHOLE_EVERY = 5
 """Every so many networks one is timed as a whole: by turns for the calibration and for the residual."""
@@ -57,26 +59,27 @@ def get_args():
 
 
 class Bench:
-    """Random networks of one setting, built and timed one after the other."""
+    """Random networks of one setting, built and timed one after the other, on a CPU each in a process of its own."""
 
     def __init__(self, args, device: torch.device, seed: int):
-        self.args, self.device = args, device
+        self.setting = args.batch_size, args.img_size, device
+        self.num_classes = args.num_classes
         self.rng = random.Random(seed)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
 
-    def network(self, ends: bool):
-        """A random network, see `random_network`."""
-        return build_network(random_config(self.rng, ends, self.args.num_classes), self.device, self.generator)
+    def draw(self, ends: bool):
+        """A random network's config, see `random_network`, and a seed for its weights."""
+        return random_config(self.rng, ends, self.num_classes), self.rng.getrandbits(32)
 
     def blocks(self, passes: int = 6):
         """Time the blocks of a new network."""
-        return time_blocks(self.network(ends=True), self.images, self.args.img_size, passes)
+        on_cpu = self.setting[-1].type == 'cpu'
+        timed = partial(in_fresh_process, time_blocks) if on_cpu else time_blocks
+        return timed(*self.draw(ends=True), *self.setting, passes)
 
     def whole(self, repeats: int = 20):
         """A new network's config, and its time in ms."""
-        net = self.network(ends=False)
-        return net.config, time_whole(net, self.args.batch_size, self.args.img_size, self.device, repeats)
+        config, seed = self.draw(ends=False)
+        return config, measure_latency(partial(build_network, config, self.setting[-1], seed), *self.setting, repeats)
 
 
 def measure(args, device):

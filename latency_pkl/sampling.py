@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.config import NetworkConfig, build_config
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
-from tools.profiling import keep_freed_memory, measure_latency
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -50,10 +49,9 @@ def random_config(rng: random.Random, ends: bool, num_classes: int, space: Searc
     return build_config(*random_network(rng, ends, space), num_classes, space)
 
 
-def build_network(config: NetworkConfig, device: torch.device, generator: torch.Generator) -> NetworkEval:
-    """A network to be timed: its weights are noise of a usual size, which is faster to make than a real
-    initialisation.
-    """
+def build_network(config: NetworkConfig, device: torch.device, seed: int) -> NetworkEval:
+    """A network to be timed: its weights are noise of a usual size, which is faster to make than a real initialisation."""
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.device('meta'):
         net = NetworkEval(config)
     net = net.to_empty(device=device).eval()
@@ -88,10 +86,13 @@ class Clock:
 
 
 @torch.inference_mode()
-def time_blocks(net: NetworkEval, images: Tensor, img_size: int, passes: int) -> Sample:
+def time_blocks(
+    config: NetworkConfig, seed: int, batch_size: int, img_size: int, device: torch.device, passes: int
+) -> Sample:
     """Time every block of a running network where it stands; medians over `passes` passes after two to warm up."""
-    keep_freed_memory()
-    clock = Clock(images.device)
+    net = build_network(config, device, seed)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    clock = Clock(device)
     places = [block for name in net.stage_names for block in getattr(net, name)]
     runs = []
     for _ in range(passes + 2):
@@ -104,14 +105,9 @@ def time_blocks(net: NetworkEval, images: Tensor, img_size: int, passes: int) ->
         net.classifier(net.feature_mix_layer(x).mean((2, 3)))
         marks.append(clock.mark())
         runs.append(marks)
-    if images.device.type == 'cuda':
-        torch.cuda.synchronize(images.device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
     times = [statistics.median(part) for part in zip(*(clock.elapsed(marks) for marks in runs[2:]), strict=True)]
-    keys = [(key, spec.mid_channels) for _, spec, key in net.config.table_keys(img_size)]
+    keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]
     blocks = [(key, mid, ms) for (key, mid), ms in zip(keys, times[1:-1], strict=True)]
     return Sample(fixed=times[0] + times[-1], blocks=blocks)
-
-
-def time_whole(net: NetworkEval, batch_size: int, img_size: int, device: torch.device, repeats: int) -> float:
-    """Median time of one pass of the whole network in ms, measured as `parsing_model.py` does."""
-    return measure_latency(net, batch_size, img_size, device, repeats)

@@ -160,9 +160,9 @@ def test_drift_follows_the_fixed_layers():
 def test_blocks_are_timed_where_they_stand():
     config = random_config(random.Random(0), ends=True, num_classes=10)
     cpu = torch.device('cpu')
-    net = build_network(config, cpu, torch.Generator().manual_seed(0))
+    net = build_network(config, cpu, seed=0)
     assert isinstance(net, NetworkEval) and not net.training and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
-    sample = time_blocks(net, torch.randn(1, 3, 64, 64), 64, passes=3)
+    sample = time_blocks(config, 0, 1, 64, cpu, 3)
     assert [(k, m) for k, m, _ in sample.blocks] == [(k, s.mid_channels) for _, s, k in config.table_keys(64)]
     assert sample.fixed > 0 and all(ms > 0 for _, _, ms in sample.blocks)
 

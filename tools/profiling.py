@@ -1,17 +1,16 @@
 """Size, multiply-adds and speed of a network."""
 
-import ctypes
 import platform
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+from tools.fresh import in_fresh_process
 
 
 def count_params(net: nn.Module) -> float:
@@ -38,23 +37,25 @@ def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed for the next pass, instead of handing it back to the system.
+def measure_latency(
+    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, repeats: int = 50
+) -> float:
+    """Median time of one forward pass of the network that `build()` returns, in ms, after a warm-up.
 
-    Otherwise the layout of the heap, which differs from one process and network to the next, decides whether the same
-    network pays for page faults in every pass; on a CPU that changed its time by up to a third. No effect elsewhere.
+    On a GPU by events. On a CPU by the clock, in a process of its own: in one that has built other networks before, the
+    same network can be a quarter slower.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt:
-        mallopt(MALLOC_MMAP_THRESHOLD, 32 << 20)
-        mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
+    if device.type == 'cuda':
+        return time_passes(build, batch_size, img_size, device, repeats)
+    return in_fresh_process(time_passes, build, batch_size, img_size, device, repeats)
 
 
 @torch.inference_mode()
-def measure_latency(net: nn.Module, batch_size: int, img_size: int, device: torch.device, repeats: int = 50) -> float:
-    """Median time of one forward pass in ms, after a warm-up, by CUDA events on a GPU and the clock elsewhere."""
-    keep_freed_memory()
-    net = net.eval().to(device)
+def time_passes(
+    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, repeats: int
+) -> float:
+    """`measure_latency` in this process."""
+    net = build().eval().to(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     for _ in range(max(repeats // 5, 3)):
         net(images)
