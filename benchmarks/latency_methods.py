@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from latency_pkl.sampling import build_network, random_config
 from models.latency import load_table
 from tools.distributed import pick_device
-from tools.options import Parser, add_device_arg, count, run_script
 from tools.fresh import in_fresh_process
+from tools.options import Parser, add_device_arg, count, run_script
 from tools.profiling import measure_latency
 
 matplotlib.use('Agg')

@@ -50,7 +50,7 @@ def random_config(rng: random.Random, ends: bool, num_classes: int, space: Searc
 
 
 def build_network(config: NetworkConfig, device: torch.device, seed: int) -> NetworkEval:
-    """A network to be timed: its weights are noise of a usual size, which is faster to make than a real initialisation."""
+    """A network to be timed: its weights are noise of a usual size, faster to make than a real initialisation."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device('meta'):
         net = NetworkEval(config)

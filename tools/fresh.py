@@ -32,7 +32,7 @@ def in_fresh_process(call: Callable, *args: Any) -> Any:
         result = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f'a process that ran {call} ended with {process.exitcode} and no result') from None
+        raise RuntimeError(f'the process of {call} ended with {process.exitcode} and no result') from None
     process.join()
     return result
 
