@@ -40,8 +40,8 @@ def in_fresh_process(call: Callable, *args: Any) -> Any:
 def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep what is freed for the next pass, instead of handing it back to the system.
 
-    Otherwise the layout of the heap decides whether a network pays for page faults in every pass, which on a CPU changed
-    the time of one and the same network by up to a third. No effect elsewhere.
+    Otherwise the layout of the heap decides whether a network pays for page faults in every pass, which on a CPU
+    changed the time of one and the same network by up to a third. No effect elsewhere.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
