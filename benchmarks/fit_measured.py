@@ -1,6 +1,6 @@
 """Closed loop: networks fitted to targets by the clock, then measured again by a fresh process.
 
-python benchmarks/fit_measured.py --table latency_pkl/latency_cpu.pkl --img_size 224
+python benchmarks/fit_measured.py --table latency_pkl/my_cpu.pkl --img_size 224
 """
 
 import random

@@ -1,6 +1,6 @@
 """Predicted against measured latency of random networks: blocks timed alone in a loop, and a table made in context.
 
-python benchmarks/latency_methods.py --table latency_pkl/latency_cpu.pkl --plot docs/images/latency_methods.png
+python benchmarks/latency_methods.py --table latency_pkl/my_cpu.pkl --plot methods.png
 """
 
 import random
