@@ -37,7 +37,7 @@ WHOLE_EVERY = 4
 """Every so many networks one is timed as a whole: by turns for the calibration and for the residual."""
 
 CALIBRATION_PRIOR = 0.01
-"""Pull of the first calibration towards factors of 1, as a share of the data's weight."""
+"""Pull of the two calibration factors towards a common one, as a share of the data's weight."""
 
 
 def get_args():
@@ -121,11 +121,15 @@ def calibrate(table, wholes):
     ms = np.array([ms for _, ms in wholes])
     blocks = np.array([table.of_config(config) for config, _ in wholes]) - table.base
     rows = np.stack([np.full_like(ms, table.base), blocks], axis=1) / ms[:, None]
-    prior = np.eye(2) * CALIBRATION_PRIOR * np.square(rows).sum() / 2
-    factors = np.linalg.solve(rows.T @ rows + prior, rows.T @ np.ones_like(ms) + prior @ np.ones(2))
-    errors = np.abs(rows @ factors - 1)
-    keep = errors <= max(3 * np.median(errors), 0.02)  # without networks that a disturbance slowed down
-    return np.linalg.lstsq(rows[keep], np.ones(keep.sum()), rcond=None)[0]
+    common = 1 / np.median(rows.sum(axis=1))
+    keep = np.ones(len(ms), dtype=bool)
+    for _ in range(2):
+        prior = np.eye(2) * CALIBRATION_PRIOR * np.square(rows[keep]).sum() / 2
+        right = rows[keep].sum(axis=0) + prior @ np.full(2, common)
+        factors = np.linalg.solve(rows[keep].T @ rows[keep] + prior, right)
+        errors = np.abs(rows @ factors - 1)
+        keep = errors <= max(3 * np.median(errors), 0.02)  # without networks that a disturbance slowed down
+    return np.maximum(factors, common / 2)
 
 
 def measured_table(args, device):

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SMALL_SPACE, make_table, random_arch
 from latency_pkl.estimate import CARDS, block_work, estimate
 from latency_pkl.fit import drift, features, fit_curves
+from latency_pkl.make_lat_lut import calibrate
 from latency_pkl.sampling import Sample, build_network, random_config, time_blocks
 from models.config import load_config, op_spec
 from models.elasticity import fit_widths, latency_range, scale_widths
@@ -198,3 +199,15 @@ def test_estimated_titan_rtx_gives_tf_nas_a_its_published_time():
     assert all((np.diff(curve) >= 0).all() and curve[0] > 0 for curve in curves.values())
     faster = LatencyTable(*estimate(CARDS['a100'], 224, 32, 1000), {}, 224)
     assert faster.reach()[2] < table.reach()[2]
+
+
+@pytest.mark.parametrize('count', [4, 30])
+def test_calibration_follows_whole_networks_and_leaves_out_disturbed_ones(count):
+    table, rng, wholes = make_table(), random.Random(0), []
+    for i in range(count):
+        config = random_config(rng, ends=False, num_classes=10)
+        ms = 1.3 * table.of_config(config) * rng.gauss(1, 0.01)
+        wholes.append((config, ms * 1.5 if i == 2 and count > 4 else ms))
+    assert calibrate(table, wholes) == pytest.approx([1.3, 1.3], rel=0.03)
+    few = [(config, table.base + 0.05 * (i + 1)) for i, (config, _) in enumerate(wholes[:4])]
+    assert (calibrate(table, few) > 0).all()
