@@ -52,7 +52,7 @@ def kill_and_resume(data, save, processes, kills, rng, **changes):  # noqa: F811
     inside = 0
     for _ in range(kills):
         process = start(command('train_eval_amp.py', words, processes))
-        text = wait_for_steps(process, rng.randint(2, 8))
+        text = wait_for_steps(process, rng.randint(4, 8))  # a first update is saved by then, also of three batches
         kill_all(process)
         inside += 'goes on from' in text
     finish(start(command('train_eval_amp.py', words, processes)))
