@@ -85,6 +85,7 @@ class _Scaler:
         self.latency = self.measure(self.widths)
 
     def measure(self, widths: list[int]) -> float:
+        """Latency in ms with these widths, one a block."""
         return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
 
     def scale(self) -> None:
@@ -158,6 +159,7 @@ class _Scaler:
         return widths
 
     def result(self) -> Widths:
+        """The widths of all operators, those of the architecture as they are now."""
         widths = {stage: {block: dict(ops) for block, ops in blocks.items()} for stage, blocks in self.start.items()}
         for (block, index), width in zip(self.picks, self.widths, strict=True):
             widths[block.stage][block.name][index] = width

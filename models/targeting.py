@@ -26,6 +26,7 @@ class _Front:
     picks: np.ndarray
 
     def take(self, rows: np.ndarray) -> '_Front':
+        """These rows of it."""
         return _Front(self.logp[rows], self.low[rows], self.high[rows], self.picks[rows])
 
 
