@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dataset.lists import list_folder, read_list, split_by_class, write_list
 from dataset.loaders import Batches, make_loader
@@ -29,10 +28,11 @@ from models.elasticity import (
     start_masks,
     update_masks,
 )
-from models.latency import expected_latency, load_table
+from models.latency import load_table
 from models.model_search import Network
 from models.parsing import MASKS_KEY, mask_widths, parse_architecture
 from models.search_space import SPACE
+from models.search_steps import architecture_step, train_only, weight_step
 from tools.checkpoint import save_checkpoint
 from tools.distributed import World, pick_device
 from tools.engine import Tally, cosine_lr
@@ -94,33 +94,6 @@ def read_lists(args):
     return *(read_list(path, args.img_root, args.num_classes) for path in paths), made
 
 
-def weight_step(net, optimizer, images, labels, paths, grad_clip):
-    """Train the weights on some paths, one operator a block each; returns loss and logits of the first."""
-    optimizer.zero_grad(set_to_none=True)
-    results = []
-    for path in paths:
-        logits = net(images, path)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        results.append((loss.detach(), logits.detach()))
-    nn.utils.clip_grad_norm_(net.weight_parameters(), grad_clip)
-    optimizer.step()
-    return results[0]
-
-
-def architecture_step(net, optimizer, images, labels, op_weights, table_matrix, table, args):
-    """Train log_alphas and betas on the mixture and its latency; returns loss, logits and latency."""
-    optimizer.zero_grad(set_to_none=True)
-    logits = net(images, op_weights)
-    latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), table.space)
-    loss = F.cross_entropy(logits, labels)
-    (loss + args.lambda_lat * (latency / args.target_lat - 1).abs()).backward()
-    nn.utils.clip_grad_norm_(net.arch_parameters(), args.grad_clip)
-    optimizer.step()
-    net.project_architecture()
-    return loss.detach(), logits.detach(), latency.detach()
-
-
 def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, log):
     """One epoch: weights only while warming up; then bi-sampled weights, and the architecture on every second step."""
     warming_up = epoch < args.warmup_epochs
@@ -152,14 +125,6 @@ def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature,
             log('epoch %d step %d/%d w_loss %.4f w_top1 %.2f', epoch, step + 1, len(train_loader), w['loss'], w['top1'])
             if not warming_up:
                 log('  a_loss %.4f a_top1 %.2f mixture latency %.4f', a['loss'], a['top1'], latency.item())
-
-
-def train_only(wanted, others):
-    """Let gradients be computed for `wanted` and not for `others`."""
-    for p in others:
-        p.requires_grad_(False)
-    for p in wanted:
-        p.requires_grad_(True)
 
 
 @torch.no_grad()
