@@ -12,9 +12,11 @@ import torch
 
 from dataset.loaders import make_train_val_loaders
 from models.config import dump_config
+from models.describe import describe_network
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
+from tools.metrics import run_header
 from tools.options import Parser, add_training_args, run_script
 from tools.precision import Precision
 from tools.rng import derive_seed
@@ -38,8 +40,10 @@ def main(args):
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     state, snapshot = start_state(net, Precision(world.device), world, args)
-    folder, logger = open_run_folder(args, world, snapshot, dump_config(config))
-    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, logger)
+    about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
+    header = run_header('training', args, world.device, **about)
+    folder, watch = open_run_folder(args, world, snapshot, state, dump_config(config), header)
+    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch)
     leave_world(world)
     return code
 

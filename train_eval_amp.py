@@ -13,10 +13,12 @@ from torch import nn
 
 from dataset.loaders import make_train_val_loaders
 from models.config import dump_config
+from models.describe import describe_network
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
 from tools.errors import BadInput
+from tools.metrics import run_header
 from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
 from tools.rng import derive_seed
@@ -55,8 +57,10 @@ def main(args):
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     state, snapshot = start_state(net, precision, world, args)
-    folder, logger = open_run_folder(args, world, snapshot, dump_config(config))
-    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, logger)
+    about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
+    header = run_header('training', args, world.device, **about)
+    folder, watch = open_run_folder(args, world, snapshot, state, dump_config(config), header)
+    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch)
     leave_world(world)
     return code
 

@@ -19,6 +19,7 @@ from dataset.lists import list_folder, read_list, split_by_class, write_list
 from dataset.loaders import Batches, make_loader
 from dataset.make_lists import read_classes
 from dataset.transforms import train_transform, val_transform
+from models.describe import describe_architecture, describe_space, describe_table
 from models.elasticity import (
     full_weights,
     gather,
@@ -38,13 +39,17 @@ from tools.distributed import World, pick_device
 from tools.engine import Tally, cosine_lr
 from tools.errors import BadInput
 from tools.logs import log_flags, make_logger, make_run_folder
-from tools.options import Parser, add_device_arg, count, fraction, number, run_script
+from tools.metrics import Metrics, run_header
+from tools.options import Parser, add_device_arg, add_watch_args, count, fraction, number, run_script
 from tools.rng import derive_seed, generator_for
+from tools.watch import Progress, Watch
 
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 CLASSES = Path(__file__).parent / 'dataset' / 'imagenet100_classes.txt'
 VALIDATED_EPOCHS = 5
+WORK = 4
+"""What a step takes on average after the warm-up, in steps of the warm-up; for the first estimates of the time left."""
 
 
 def get_args():
@@ -78,6 +83,7 @@ def get_args():
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
     parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+    add_watch_args(parser)
     add_device_arg(parser)
     return parser.parse_args()
 
@@ -94,7 +100,7 @@ def read_lists(args):
     return *(read_list(path, args.img_root, args.num_classes) for path in paths), made
 
 
-def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, log):
+def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, watch):
     """One epoch: weights only while warming up; then bi-sampled weights, and the architecture on every second step."""
     warming_up = epoch < args.warmup_epochs
     weights, architecture = net.weight_parameters(), net.arch_parameters()
@@ -105,7 +111,8 @@ def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature,
     table_matrix = table.matrix(net.widths()).to(device)
     w_tally, a_tally, latency = Tally(device), Tally(device), torch.zeros(())
     train_loader.sampler.set_epoch(epoch)
-    for step, (images, labels) in enumerate(train_loader):
+    steps, work = len(train_loader), 1 if warming_up else WORK
+    for step, (images, labels) in enumerate(watch.progress.track(train_loader, f'epoch {epoch}', steps, work=work)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         draws = generator_for(args.seed, 'draws', epoch, step)
         first = net.sample('gumbel', draws)
@@ -120,11 +127,13 @@ def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature,
                 net, a_optimizer, images, labels, op_weights, table_matrix, table, args
             )
             a_tally.add(loss, logits, labels)
-        if step % args.print_freq == 0 or step == len(train_loader) - 1:
-            w, a = w_tally.read(), a_tally.read()
-            log('epoch %d step %d/%d w_loss %.4f w_top1 %.2f', epoch, step + 1, len(train_loader), w['loss'], w['top1'])
+        if step % args.print_freq == 0 or step == steps - 1:
+            numbers = {f'w_{name}': w_tally.read()[name] for name in ('loss', 'top1')}
             if not warming_up:
-                log('  a_loss %.4f a_top1 %.2f mixture latency %.4f', a['loss'], a['top1'], latency.item())
+                numbers |= {f'a_{name}': a_tally.read()[name] for name in ('loss', 'top1')}
+                numbers['mixture_latency'] = latency.item()
+            watch.step(epoch, step + 1, steps, **numbers)
+    return numbers
 
 
 @torch.no_grad()
@@ -150,7 +159,7 @@ def log_architecture(net, log):
 
 
 def scale_to_target(full, masks, table, args, log):
-    """Elasticity-scaling of the current architecture; returns the new widths."""
+    """Elasticity-scaling of the current architecture; returns the new widths, and the latencies for the metrics."""
     arch, widths = parse_architecture(full), mask_widths(masks)
     scaled = scale_widths(arch, widths, table, args.target_lat, args.width_divisor)
     for when, values in (('Before', widths), ('After', scaled)):
@@ -161,7 +170,22 @@ def scale_to_target(full, masks, table, args, log):
             'The current architecture reaches %.4f to %.4f with its own operators: not the target. Another one may yet;'
         )
         log(f'{reach} parsing_model.py --target_lat finds the most probable that does.', least, most)
-    return scaled
+    return scaled, {
+        'target': args.target_lat,
+        'before': table.total(arch, widths),
+        'after': table.total(arch, scaled),
+        'least': least,
+        'most': most,
+    }
+
+
+def start_watch(logger, table, folder, steps, args, device):
+    """`metrics.jsonl` of this search, and its progress."""
+    latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
+    about = {'space': describe_space(args.img_size), 'latency': latency, 'steps_an_epoch': steps}
+    header = run_header('search', args, device, **about)
+    work = steps * (args.warmup_epochs + WORK * (args.epochs - args.warmup_epochs))
+    return Watch(logger, Metrics(folder, header, tensorboard=args.tensorboard), Progress(work))
 
 
 def main(args):
@@ -195,22 +219,28 @@ def main(args):
     net = Network(mask_widths(masks), args.num_classes).to(device).train()
     val_batches = Batches(val_loader)
     temperature = args.T
+    watch = start_watch(logger, table, folder, len(train_loader), args, device)
     for epoch in range(args.epochs):
         gather(net, full, masks)
         logger.info('epoch %d w_lr %.5f T %.4f', epoch, cosine_lr(args.w_lr, epoch, args.epochs), temperature)
-        train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, logger.info)
+        numbers = {'lr': cosine_lr(args.w_lr, epoch, args.epochs), 'temperature': temperature}
+        numbers |= train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, watch)
         scatter(net, full, masks)
         warming_up = epoch < args.warmup_epochs
         if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
             val = validate(net, val_loader, args, epoch, device)
             logger.info('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, val['top1'], val['top5'])
+            numbers['val'] = val
         if not warming_up:
             temperature *= args.T_decay
             log_architecture(net, logger.info)
-            masks = update_masks(masks, scale_to_target(full, masks, table, args, logger.info), full)
+            scaled, numbers['latency'] = scale_to_target(full, masks, table, args, logger.info)
+            masks = update_masks(masks, scaled, full)
+        watch.write('epoch', epoch, **numbers, **describe_architecture(full, masks, table, args.num_classes))
         state = {f'module.{name}': value for name, value in full.items()}
         checkpoint = {'state_dict': state, MASKS_KEY: masks, 'epoch': epoch, 'args': vars(args)}
         save_checkpoint(checkpoint, folder / f'searched_model_{epoch:02d}.pth.tar')
+    watch.write('end', args.epochs - 1)
     logger.info('searched model: %s', folder / f'searched_model_{args.epochs - 1:02d}.pth.tar')
 
 

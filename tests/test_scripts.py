@@ -11,6 +11,7 @@ import torch
 from models.config import load_config
 from models.parsing import load_search_checkpoint
 from models.search_space import SPACE
+from tools.metrics import read_run
 
 SIZE = ['--img_size', '32']
 SMALL = [*SIZE, '--num_classes', '3', '--workers', '0']
@@ -70,7 +71,7 @@ def trained(found, images, tmp_path_factory, run_script):
 def test_search_writes_checkpoints_and_log(searched):
     folder, out = searched
     assert re.fullmatch(r'search-\d{8}-\d{6}-test run', folder.name)
-    names = ['log.txt', 'searched_model_00.pth.tar', 'searched_model_01.pth.tar']
+    names = ['log.txt', 'metrics.jsonl', 'searched_model_00.pth.tar', 'searched_model_01.pth.tar']
     assert sorted(p.name for p in folder.iterdir()) == names
     log = (folder / 'log.txt').read_text()
     assert 'networks reach from' in log and '--target_lat' in log
@@ -79,6 +80,28 @@ def test_search_writes_checkpoints_and_log(searched):
     patterns = [rf'{name} lat: (\d+\.\d{{4}})' for name in ('Before, the current', 'After, the current', 'the target')]
     before, after, target = (float(re.search(pattern, log).group(1)) for pattern in patterns)
     assert abs(after - target) <= abs(before - target) and after <= target
+
+
+def test_search_metrics_agree_with_its_checkpoint_and_log(searched):
+    folder, out = searched
+    run = read_run(folder)
+    space, latency = run.header['space'], run.header['latency']
+    assert len(space['blocks']) == 18 and len(space['ops']) == 8 and run.header['flags']['target_lat'] > 0
+    warm, last = run.of('epoch')
+    assert 'latency' not in warm and last['latency']['after'] <= latency['target']
+    assert last['latency']['least'] <= last['latency']['after'] <= last['latency']['most'] <= latency['reach'][2]
+    state, masks = load_search_checkpoint(folder / 'searched_model_01.pth.tar')
+    assert last['ops'][3] == pytest.approx(state['stage2.block2.log_alphas'].softmax(0).tolist(), abs=1e-6)
+    assert last['exits']['stage3'] == pytest.approx(state['stage3.betas'].softmax(0).tolist(), abs=1e-6)
+    assert last['widths'][3] == [int(masks['stage2']['block2'][i].sum()) for i in range(8)]
+    network = last['network']
+    assert network['latency'] == pytest.approx(last['latency']['after'], rel=1e-6)
+    # the table counts multiply-adds, so both kinds of shares are the same
+    assert [row['latency'] for row in network['blocks']] == pytest.approx([row['macs'] for row in network['blocks']])
+    steps = run.of('step')
+    assert [(line['epoch'], line['step']) for line in steps] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert 'a_loss' not in steps[0] and {'w_loss', 'a_loss', 'mixture_latency'} <= steps[-1].keys()
+    assert re.search(r'epoch 1 step 2/2 w_loss \d\.\d{4} .* eta 0:00:00', out)
 
 
 def test_search_checkpoint_has_the_published_form(searched):
@@ -112,6 +135,7 @@ def test_training_and_testing(trained, found, images, run_script):
         'checkpoint.previous.pth.tar',
         'checkpoint.pth.tar',
         'log.txt',
+        'metrics.jsonl',
         'model.config',
         'model_best.pth.tar',
     ]

@@ -19,9 +19,11 @@ from dataset.transforms import POLICIES, train_transform
 from models.model_eval import NetworkEval
 from tools.distributed import World
 from tools.engine import train_epoch
+from tools.logs import make_logger
 from tools.precision import Precision
 from tools.snapshot import TrainState
 from tools.training import last_batch, lr_at, make_mix, make_optimizer, memory_format
+from tools.watch import Watch
 
 CPU = torch.device('cpu')
 
@@ -87,7 +89,7 @@ def updated(batches, accum, grad_clip=5.0):
         None,
         World(CPU),
         args,
-        lambda *_: None,
+        Watch(make_logger(None)),
         lambda s, _: calls.append(s.step),
     )
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train_eval_amp
 from models.config import ConvSpec, LinearSpec, MBSpec, NetworkConfig, dump_config
+from tools.metrics import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 3
@@ -181,9 +182,18 @@ def differences(a, b):
 
 
 def assert_same_end(folder_a, folder_b):
-    """Both runs left bit-identical files behind."""
+    """Both runs left bit-identical files behind, and the same lines of metrics but for times."""
     for name in ('checkpoint.pth.tar', 'model_best.pth.tar'):
         assert differences(load(folder_a / name), load(folder_b / name)) == []
+    assert timeless(folder_a) == timeless(folder_b)
+
+
+def timeless(folder):
+    """The lines of a run's metrics.jsonl after the first, without times."""
+    return [
+        {key: value for key, value in line.items() if key not in ('time', 'images/s')}
+        for line in read_run(folder).lines
+    ]
 
 
 def run_here(monkeypatch, words, code=0):

@@ -14,6 +14,7 @@ from tools.distributed import World
 from tools.precision import Precision
 from tools.rng import derive_seed
 from tools.snapshot import TrainState
+from tools.watch import Watch
 
 
 class Tally:
@@ -62,7 +63,7 @@ def train_epoch(
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     world: World,
     args,
-    log: Callable[..., None],
+    watch: Watch,
     after_update: Callable[[TrainState, Tally], bool],
 ) -> dict[str, float] | None:
     """Train on the rest of an epoch's batches; returns the numbers of `Tally`, or None where it was stopped.
@@ -73,7 +74,7 @@ def train_epoch(
         end: the epoch's number of batches.
         mix: MixUp or CutMix: makes soft labels of images and labels.
         args: needs seed, label_smooth, grad_accum, grad_clip, print_freq.
-        log: called with a format string and its arguments every print_freq batches.
+        watch: told every print_freq batches.
         after_update: called after each update; says whether to stop.
     """
     model.train()
@@ -90,7 +91,7 @@ def train_epoch(
             state.precision.backward(loss / group, state.optimizer)
         tally.add(loss, logits, labels)
         if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
-            log_step(log, tally, rate, state, step, end, args.batch_size)
+            log_step(watch, tally, rate, state, step, end, args.batch_size)
         if updates:
             state.precision.step(state.optimizer, args.grad_clip)
             if state.ema:
@@ -116,20 +117,11 @@ class Rate:
         return rate
 
 
-def log_step(log: Callable[..., None], tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int):
-    """One line about the epoch so far. `batch`: images of a batch over all processes."""
+def log_step(watch: Watch, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
+    """Tell about the epoch so far. `batch`: images of a batch over all processes."""
     now = tally.read()
-    log(
-        'epoch %d step %d/%d lr %.5f loss %.4f top1 %.2f top5 %.2f images/s %.1f',
-        state.epoch,
-        step + 1,
-        end,
-        state.optimizer.param_groups[0]['lr'],
-        now['loss'],
-        now['top1'],
-        now['top5'],
-        rate.read(step + 1) * batch,
-    )
+    numbers = {'lr': state.optimizer.param_groups[0]['lr']} | {name: now[name] for name in ('loss', 'top1', 'top5')}
+    watch.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
 
 
 @torch.inference_mode()

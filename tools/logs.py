@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from tools.errors import BadInput
 
 
@@ -27,12 +29,20 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
     raise BadInput(f'--save {save}: too many runs of the same name {stem}')
 
 
+class _Console(logging.Handler):
+    """Writes to stdout, above a bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 def make_logger(folder: Path | None) -> logging.Logger:
     """A logger to stdout and `<folder>/log.txt` (appended, a line at a time); a silent one where `folder` is None."""
     logger = logging.Logger('tf-nas', logging.INFO if folder else logging.CRITICAL)
     if folder:
         formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
-        for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(folder / 'log.txt', encoding='utf-8')):
+        for handler in (_Console(), logging.FileHandler(folder / 'log.txt', encoding='utf-8')):
             handler.setFormatter(formatter)
             logger.addHandler(handler)
     return logger

@@ -133,6 +133,7 @@ def add_training_args(parser: Parser) -> None:
         help='minutes between two checkpoints within an epoch; 0: after each step',
     )
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
+    add_watch_args(parser)
     parser.add_argument('--epochs', type=count(), default=250)
     parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
     parser.add_argument('--momentum', type=fraction, default=0.9)
@@ -144,6 +145,11 @@ def add_training_args(parser: Parser) -> None:
     parser.add_argument('--seed', type=count(0), default=2)
     add_speed_args(parser)
     add_recipe_args(parser)
+
+
+def add_watch_args(parser: Parser) -> None:
+    """What a run leaves to look at, besides log.txt and metrics.jsonl."""
+    parser.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
 
 
 def add_speed_args(parser: Parser) -> None:

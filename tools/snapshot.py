@@ -20,6 +20,7 @@ from tools.precision import Precision
 CHECKPOINT = 'checkpoint.pth.tar'
 NEEDED = {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}
 HARMLESS = {'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'local_rank', 'max_steps'}
+HARMLESS |= {'tensorboard'}
 POSITION = {'batch_size', 'seed', 'grad_accum'}
 
 

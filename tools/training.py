@@ -1,6 +1,5 @@
 """Training a network from scratch, epoch by epoch, with checkpoints; shared by both training scripts."""
 
-import logging
 import math
 import signal
 import time
@@ -19,8 +18,10 @@ from tools.distributed import World, restart_store
 from tools.engine import Tally, cosine_lr, evaluate, set_lr, to_device, train_epoch
 from tools.interrupt import EXIT_CODES, StopRequest, resume_command
 from tools.logs import log_flags, make_logger, make_run_folder
+from tools.metrics import Metrics
 from tools.precision import Precision
 from tools.snapshot import CHECKPOINT, Snapshot, TrainState, compare_flags, find_snapshot
+from tools.watch import Progress, Watch
 
 WARMUP_EPOCHS = 5
 LARGE_BATCH = 256
@@ -100,17 +101,20 @@ def start_state(net: nn.Module, precision: Precision, world: World, args) -> tup
     return state, snapshot
 
 
-def open_run_folder(args, world: World, snapshot: Snapshot, config_text: str) -> tuple[Path | None, logging.Logger]:
-    """The folder and logger of a run: the snapshot's folder where it goes on from one, else a new one.
+def open_run_folder(
+    args, world: World, snapshot: Snapshot, state: TrainState, config_text: str, header: dict
+) -> tuple[Path | None, Watch]:
+    """The folder of a run, and where its numbers go: the snapshot's folder where it goes on from one, else a new one.
 
     The folder gets `model.config`. Processes other than the first get None and a silent logger.
 
     Args:
-        args: save and note, and all else for the head of the log.
+        args: save, note and tensorboard, and all else for the head of the log.
         config_text: contents of the `model.config`.
+        header: first line of `metrics.jsonl`.
     """
     if not world.is_first:
-        return None, make_logger(None)
+        return None, Watch(make_logger(None))
     folder = snapshot.folder or make_run_folder(args.save, 'eval', args.note)
     for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
         leftover.unlink()
@@ -122,7 +126,7 @@ def open_run_folder(args, world: World, snapshot: Snapshot, config_text: str) ->
     log_flags(logger, args)
     for note in snapshot.notes:
         logger.info(note)
-    return folder, logger
+    return folder, Watch(logger, Metrics(folder, header, (state.epoch, state.step), args.tensorboard))
 
 
 @contextmanager
@@ -182,7 +186,7 @@ def fit(
     world: World,
     args,
     folder: Path | None,
-    logger: logging.Logger,
+    watch: Watch,
 ) -> int:
     """Train until `args.epochs` epochs or `args.max_steps` updates are done, evaluating and saving after each epoch.
 
@@ -192,16 +196,20 @@ def fit(
         model: `state.net`, wrapped for many devices.
         loaders: of training and validation images.
         folder: gets `checkpoint.pth.tar`, and `model_best.pth.tar` for the best top-1; None where nothing is written.
+        watch: told of every print and epoch.
     """
     layout, mix = memory_format(args, world.device), make_mix(args)
     train_loader, val_loader = loaders
+    steps = len(train_loader)
+    watch.progress = Progress(args.epochs * steps, state.epoch * steps + state.step, not world.is_first)
     with StopRequest() as stop, ended_with(*loaders):
         keeper = Keeper(folder, world, args, stop)
-        while state.epoch < args.epochs and (end := last_batch(state.epoch, len(train_loader), args)):
+        while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
             set_lr(state.optimizer, lr_at(state.epoch, args))
             train_loader.sampler.set_epoch(state.epoch, state.step)
             batches = to_device(train_loader, world.device, layout)
-            train = train_epoch(model, state, batches, end, mix, world, args, logger.info, keeper.after_update)
+            batches = watch.progress.track(batches, f'epoch {state.epoch}', steps, state.step)
+            train = train_epoch(model, state, batches, end, mix, world, args, watch, keeper.after_update)
             if train is None:
                 break
             world.same_buffers(state.net, *filter(None, [state.ema]))
@@ -211,23 +219,26 @@ def fit(
                 break
             is_best = val['top1'] > state.best[0] or state.epoch == 0
             state.best = max(state.best, (val['top1'], val['top5']))
-            log_epoch(logger, state, train, val)
-            if end == len(train_loader):
+            log_epoch(watch, state, train, val)
+            if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
             keeper.save(state, is_best)
             if state.step:
                 break
     if keeper.signal:
-        logger.info('stopped by %s; to go on:', signal.Signals(keeper.signal).name)
+        watch.log('stopped by %s; to go on:', signal.Signals(keeper.signal).name)
         if folder:
-            logger.info(resume_command(folder / CHECKPOINT))
+            watch.log(resume_command(folder / CHECKPOINT))
     else:
-        logger.info('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+        watch.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+        watch.write('end', state.epoch, best_top1=state.best[0])
     return EXIT_CODES[keeper.signal]
 
 
-def log_epoch(logger: logging.Logger, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
+def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
     """The two lines at the end of an epoch."""
-    logger.info('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
+    watch.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
     numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
-    logger.info('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
+    watch.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
+    lr = state.optimizer.param_groups[0]['lr']
+    watch.write('epoch', state.epoch, lr=lr, train=train, val=val, best_top1=state.best[0])

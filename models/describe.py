@@ -1,0 +1,125 @@
+"""A network and a search space as plain values, for logs and pictures."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.config import MBSpec, NetworkConfig, build_config
+from models.latency import LatencyTable
+from models.model_eval import NetworkEval
+from models.parsing import Masks, mask_widths, parse_architecture
+from models.search_space import SPACE, Op, SearchSpace, after_stride
+
+
+def describe_space(img_size: int, space: SearchSpace = SPACE) -> dict:
+    """Operators, blocks with the least, first and most width of each operator, and exit depths.
+
+    Args:
+        img_size: input size in pixels.
+    """
+    blocks = space.blocks(img_size)
+    return {
+        'ops': [{'label': op.label, 'kernel': op.kernel, 'expand': op.expand, 'se': op.se} for op in space.ops],
+        'blocks': [
+            {
+                'stage': block.stage,
+                'name': block.name,
+                'size': block.in_size,
+                'widths': [
+                    (op.min_width(block.in_ch), op.start_width(block.in_ch), op.max_width(block.in_ch))
+                    for op in space.ops
+                ],
+            }
+            for block in blocks
+        ],
+        'exits': {name: list(stage.exit_depths) for name, stage in zip(space.stage_names, space.stages, strict=True)},
+    }
+
+
+def describe_network(
+    config: NetworkConfig, img_size: int, table: LatencyTable | None = None, space: SearchSpace = SPACE
+) -> dict:
+    """A network's blocks behind the stem with their shares of multiply-adds, and of latency where there is a table.
+
+    Returns:
+        'blocks': one dict each: stage, place, kernel, stride, size (of its input), in, mid, out, se (channels), act,
+        expand and low and high (nominal expansion, least and most mid channels of its operator; None where the block
+        is not of `space`), macs (M), latency. 'macs', 'latency': of the whole network; 'params' (M); 'unit'.
+    """
+    with torch.device('meta'):
+        net = NetworkEval(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            net(torch.zeros(1, 3, img_size, img_size))
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    rows = []
+    size = after_stride(after_stride(img_size, config.first_stem.stride), config.second_stem.stride)
+    for place, spec, key in config.table_keys(img_size):
+        op = _operator(spec, space)
+        curve = table.curves.get(key) if table else None
+        known = curve is not None and spec.mid_channels <= len(curve)
+        rows.append(
+            {
+                'stage': place.split('.')[0],
+                'place': place,
+                'kernel': spec.kernel_size,
+                'stride': spec.stride,
+                'size': size,
+                'in': spec.in_channels,
+                'mid': spec.mid_channels,
+                'out': spec.out_channels,
+                'se': spec.se_channels,
+                'act': spec.act_func,
+                'expand': op.expand if op else None,
+                'low': op.min_width(spec.in_channels) if op else None,
+                'high': op.max_width(spec.in_channels) if op else None,
+                'macs': flops[f'NetworkEval.{place}'] / 2e6,
+                'latency': float(curve[spec.mid_channels - 1]) if known else None,
+            }
+        )
+        size = after_stride(size, spec.stride)
+    latencies = [row['latency'] for row in rows]
+    return {
+        'blocks': rows,
+        'macs': flops['Global'] / 2e6,
+        'params': sum(p.numel() for p in net.parameters()) / 1e6,
+        'latency': table.base + sum(latencies) if table and None not in latencies else None,
+        'unit': table.unit if table else None,
+        'img_size': img_size,
+    }
+
+
+def describe_table(table: LatencyTable) -> dict:
+    """What a latency table counts, how it was made, and what networks can reach in it."""
+    about = {name: table.meta.get(name) for name in ('device', 'batch_size', 'threads', 'method')}
+    return {'unit': table.unit, 'base': table.base, 'reach': table.reach(), **about}
+
+
+def describe_architecture(state: Mapping[str, Tensor], masks: Masks, table: LatencyTable, num_classes: int) -> dict:
+    """Where a search stands: 'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths'
+    ([blocks][ops]), 'network' (the current architecture, see `describe_network`).
+
+    Args:
+        state: full-width weights, names without `module.`.
+    """
+    space = table.space
+    widths = mask_widths(masks)
+    blocks = space.blocks(table.img_size)
+    config = build_config(parse_architecture(state, space), widths, num_classes, space)
+    return {
+        'ops': [state[f'{block.stage}.{block.name}.log_alphas'].softmax(0).tolist() for block in blocks],
+        'exits': {name: state[f'{name}.betas'].softmax(0).tolist() for name in space.stage_names},
+        'widths': [list(widths[block.stage][block.name].values()) for block in blocks],
+        'network': describe_network(config, table.img_size, table, space),
+    }
+
+
+def _operator(spec: MBSpec, space: SearchSpace) -> Op | None:
+    """The row of the space that a block was made from, None where no row could be."""
+    in_ch = spec.in_channels
+    for op in space.ops:
+        if (op.kernel, op.se_width(in_ch)) == (spec.kernel_size, spec.se_channels):
+            if op.min_width(in_ch) <= spec.mid_channels <= op.max_width(in_ch):
+                return op
+    return None
