@@ -32,15 +32,15 @@ class Progress:
         self.bar = tqdm(disable=True)
 
     def track(self, items: Iterable[Item], name: str, total: int, first: int = 0, work: float = 1.0) -> Iterator[Item]:
-        """The items, each counted as `work` when the next one is asked for; on a terminal with a bar.
+        """The items, each counted as `work` while in hand; on a terminal with a bar.
 
         Args:
             total: of a whole pass, which begins with item `first`.
         """
         with tqdm(total=total, initial=first, desc=name, disable=not self.shows, leave=False) as self.bar:
             for item in items:
-                yield item
                 self.done += work
+                yield item
                 self.bar.update()
 
     def show(self, **numbers: float) -> str:
