@@ -18,11 +18,13 @@ from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
 from tools.errors import BadInput
+from tools.keeper import open_run_folder
 from tools.metrics import run_header
 from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
 from tools.rng import derive_seed
-from tools.training import fit, memory_format, open_run_folder, start_state
+from tools.snapshot import TRAINING
+from tools.training import fit, memory_format, start_state
 
 
 def get_args():
@@ -59,7 +61,8 @@ def main(args):
     state, snapshot = start_state(net, precision, world, args)
     about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
     header = run_header('training', args, world.device, **about)
-    folder, watch = open_run_folder(args, world, snapshot, state, dump_config(config), header)
+    files = {'model.config': dump_config(config)}
+    folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
     code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch)
     leave_world(world)
     return code

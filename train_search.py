@@ -8,8 +8,13 @@ A search on other images, at another input size, with lists of one's own:
 
     python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \
         --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
+
+A search that was stopped or killed goes on, in its folder, with the same flags and:
+
+    python train_search.py ... --snapshot auto
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,29 +25,30 @@ from dataset.loaders import Batches, make_loader
 from dataset.make_lists import read_classes
 from dataset.transforms import train_transform, val_transform
 from models.describe import describe_architecture, describe_space, describe_table
-from models.elasticity import (
-    full_weights,
-    gather,
-    latency_range,
-    scale_widths,
-    scatter,
-    start_masks,
-    update_masks,
-)
+from models.elasticity import latency_range, scale_widths, update_masks
 from models.latency import load_table
-from models.model_search import Network
-from models.parsing import MASKS_KEY, mask_widths, parse_architecture
+from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
+from models.search_state import (
+    SEARCH,
+    architecture_steps,
+    searched_model,
+    start_search,
+    temperature,
+    weights_lr,
+)
 from models.search_steps import architecture_step, train_only, weight_step
 from tools.checkpoint import save_checkpoint
 from tools.distributed import World, pick_device
-from tools.engine import Tally, cosine_lr
+from tools.engine import Tally
 from tools.errors import BadInput
-from tools.logs import log_flags, make_logger, make_run_folder
-from tools.metrics import Metrics, run_header
-from tools.options import Parser, add_device_arg, add_watch_args, count, fraction, number, run_script
+from tools.interrupt import ended_with, outlive_signals
+from tools.keeper import Keeper, open_run_folder
+from tools.metrics import run_header
+from tools.options import Parser, add_device_arg, add_snapshot_args, add_watch_args, count, fraction, number, run_script
 from tools.rng import derive_seed, generator_for
-from tools.watch import Progress, Watch
+from tools.snapshot import find_snapshot
+from tools.watch import Progress
 
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
@@ -62,6 +68,7 @@ def get_args():
     parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table')
     parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
+    add_snapshot_args(parser)
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
     parser.add_argument('--workers', type=count(0), default=4, help='processes that load images')
     parser.add_argument('--epochs', type=count(), default=90)
@@ -83,8 +90,8 @@ def get_args():
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
     parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
-    add_watch_args(parser)
     add_device_arg(parser)
+    add_watch_args(parser)
     return parser.parse_args()
 
 
@@ -100,48 +107,54 @@ def read_lists(args):
     return *(read_list(path, args.img_root, args.num_classes) for path in paths), made
 
 
-def train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, watch):
-    """One epoch: weights only while warming up; then bi-sampled weights, and the architecture on every second step."""
-    warming_up = epoch < args.warmup_epochs
+def train_epoch(state, train_loader, val_loader, table, args, world, keeper, watch):
+    """Train on the rest of an epoch's batches: weights only while warming up; then bi-sampled weights, and the
+    architecture on every second step. Returns the epoch's numbers, or None where a signal stopped it."""
+    net, epoch, steps, warming_up = state.net, state.epoch, len(train_loader), state.epoch < args.warmup_epochs
     weights, architecture = net.weight_parameters(), net.arch_parameters()
-    w_lr = cosine_lr(args.w_lr, epoch, args.epochs)
-    w_optimizer = torch.optim.SGD(weights, w_lr, args.w_mom, weight_decay=args.w_wd)
-    betas = (args.a_beta1, args.a_beta2)
-    a_optimizer = torch.optim.Adam(architecture, args.a_lr, betas, weight_decay=args.a_wd)
-    table_matrix = table.matrix(net.widths()).to(device)
-    w_tally, a_tally, latency = Tally(device), Tally(device), torch.zeros(())
-    train_loader.sampler.set_epoch(epoch)
-    steps, work = len(train_loader), 1 if warming_up else WORK
-    for step, (images, labels) in enumerate(watch.progress.track(train_loader, f'epoch {epoch}', steps, work=work)):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    table_matrix = table.matrix(net.widths()).to(world.device)
+    w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
+    train_loader.sampler.set_epoch(epoch, state.step)
+    val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
+    batches = watch.progress.track(train_loader, f'epoch {epoch}', steps, state.step, work=1 if warming_up else WORK)
+    for step, (images, labels) in enumerate(batches, state.step):
+        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         draws = generator_for(args.seed, 'draws', epoch, step)
         first = net.sample('gumbel', draws)
         paths = [first] if warming_up else [first, net.sample('random', draws, exclude=first)]
         train_only(weights, architecture)
-        w_tally.add(*weight_step(net, w_optimizer, images, labels, paths, args.grad_clip), labels)
+        w_tally.add(*weight_step(net, state.w_optimizer, images, labels, paths, args.grad_clip), labels)
         if not warming_up and step % 2 == 0:
-            images, labels = val_batches.next(device)
+            images, labels = val_batches.next(world.device)
             train_only(architecture, weights)
-            op_weights = net.mixture_weights(temperature, draws)
-            loss, logits, latency = architecture_step(
-                net, a_optimizer, images, labels, op_weights, table_matrix, table, args
+            op_weights = net.mixture_weights(temperature(epoch, args), draws)
+            loss, logits, state.latency = architecture_step(
+                net, state.a_optimizer, images, labels, op_weights, table_matrix, table, args
             )
             a_tally.add(loss, logits, labels)
         if step % args.print_freq == 0 or step == steps - 1:
-            numbers = {f'w_{name}': w_tally.read()[name] for name in ('loss', 'top1')}
-            if not warming_up:
-                numbers |= {f'a_{name}': a_tally.read()[name] for name in ('loss', 'top1')}
-                numbers['mixture_latency'] = latency.item()
-            watch.step(epoch, step + 1, steps, **numbers)
-    return numbers
+            watch.step(epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up))
+        state.step = step + 1
+        if keeper.after_update(state, w_tally, a_tally):
+            return None
+    return read_numbers(w_tally, a_tally, state.latency, warming_up)
+
+
+def read_numbers(w_tally, a_tally, latency, warming_up):
+    """Loss and top-1 of the steps so far, of weights and architecture; the mixture's latency at the last of them."""
+    tallies = {'w': w_tally.read()} if warming_up else {'w': w_tally.read(), 'a': a_tally.read()}
+    numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
+    return numbers if warming_up else numbers | {'mixture_latency': latency.item()}
 
 
 @torch.no_grad()
-def validate(net, loader, args, epoch, device):
-    """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch."""
+def validate(net, loader, args, epoch, device, stops):
+    """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch. None where it `stops`."""
     tally = Tally(device)
     loader.sampler.set_epoch(0)
     for step, (images, labels) in enumerate(loader):
+        if stops():
+            return None
         path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         logits = net(images, path)
@@ -179,69 +192,84 @@ def scale_to_target(full, masks, table, args, log):
     }
 
 
-def start_watch(logger, table, folder, steps, args, device):
-    """`metrics.jsonl` of this search, and its progress."""
-    latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
-    about = {'space': describe_space(args.img_size), 'latency': latency, 'steps_an_epoch': steps}
-    header = run_header('search', args, device, **about)
-    work = steps * (args.warmup_epochs + WORK * (args.epochs - args.warmup_epochs))
-    return Watch(logger, Metrics(folder, header, tensorboard=args.tensorboard), Progress(work))
-
-
-def main(args):
-    """The search: per epoch train, scale the widths to the target, validate, save."""
-    device = pick_device(args.device)
+def read_table(args):
+    """The latency table, and lines for the log; makes a number of ms of `args.target_lat`."""
     notes = []
     table = load_table(args.lookup_path, args.img_size, SPACE, notes.append)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
     notes.append(reach % (args.lookup_path, *table.reach(), table.unit))
     print(notes[-1], flush=True)
     args.target_lat = table.target(args.target_lat)
+    return table, notes
+
+
+def make_loaders(args, world):
+    """Loaders of the images that train the weights and of those that train the architecture; and a line for the log."""
+    train, val, made = read_lists(args)
+    for_training, for_validation = train_transform(args.img_size), val_transform(args.img_size)
+    more = args, world, True, True
+    train_loader = make_loader(args.img_root, train, for_training, *more, args.train_list, outlive_signals)
+    val_loader = make_loader(args.img_root, val, for_validation, *more, args.val_list, outlive_signals)
+    return train_loader, val_loader, made
+
+
+def run_folder(args, world, snapshot, state, table, steps):
+    """The folder of this search, and where its numbers go. `steps`: of an epoch."""
+    latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
+    about = {'space': describe_space(args.img_size), 'latency': latency, 'steps_an_epoch': steps}
+    header = run_header('search', args, world.device, **about)
+    folder, watch = open_run_folder(args, world, SEARCH, snapshot, state, header)
+    watch.progress = Progress(work_until(args.epochs, 0, steps, args), work_until(state.epoch, state.step, steps, args))
+    return folder, watch
+
+
+def work_until(epoch, step, steps, args):
+    """Work of a search before a step, in steps of the warm-up. `steps`: of an epoch."""
+    return steps * epoch + step + (WORK - 1) * max(steps * (epoch - args.warmup_epochs) + step, 0)
+
+
+def main(args):
+    """The search: per epoch train, validate, scale the widths to the target, save."""
+    world = World(pick_device(args.device))
+    table, notes = read_table(args)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    train_samples, val_samples, made = read_lists(args)
-    world = World(device)
-    train_loader = make_loader(
-        args.img_root, train_samples, train_transform(args.img_size), args, world, True, True, args.train_list
-    )
-    val_loader = make_loader(
-        args.img_root, val_samples, val_transform(args.img_size), args, world, True, True, args.val_list
-    )
-    folder = make_run_folder(args.save, 'search', args.note)
-    logger = make_logger(folder)
-    log_flags(logger, args)
-    for line in filter(None, [*notes, made]):
-        logger.info(line)
-
+    train_loader, val_loader, made = make_loaders(args, world)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     torch.backends.cudnn.benchmark = True
-    full, masks = full_weights(args.num_classes, device), start_masks()
-    net = Network(mask_widths(masks), args.num_classes).to(device).train()
-    val_batches = Batches(val_loader)
-    temperature = args.T
-    watch = start_watch(logger, table, folder, len(train_loader), args, device)
-    for epoch in range(args.epochs):
-        gather(net, full, masks)
-        logger.info('epoch %d w_lr %.5f T %.4f', epoch, cosine_lr(args.w_lr, epoch, args.epochs), temperature)
-        numbers = {'lr': cosine_lr(args.w_lr, epoch, args.epochs), 'temperature': temperature}
-        numbers |= train_epoch(net, train_loader, val_batches, table, args, epoch, temperature, device, watch)
-        scatter(net, full, masks)
-        warming_up = epoch < args.warmup_epochs
-        if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
-            val = validate(net, val_loader, args, epoch, device)
-            logger.info('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, val['top1'], val['top5'])
-            numbers['val'] = val
-        if not warming_up:
-            temperature *= args.T_decay
-            log_architecture(net, logger.info)
-            scaled, numbers['latency'] = scale_to_target(full, masks, table, args, logger.info)
-            masks = update_masks(masks, scaled, full)
-        watch.write('epoch', epoch, **numbers, **describe_architecture(full, masks, table, args.num_classes))
-        state = {f'module.{name}': value for name, value in full.items()}
-        checkpoint = {'state_dict': state, MASKS_KEY: masks, 'epoch': epoch, 'args': vars(args)}
-        save_checkpoint(checkpoint, folder / f'searched_model_{epoch:02d}.pth.tar')
-    watch.write('end', args.epochs - 1)
-    logger.info('searched model: %s', folder / f'searched_model_{args.epochs - 1:02d}.pth.tar')
+    state, snapshot = start_search(find_snapshot(args, SEARCH), world, args)
+    folder, watch = run_folder(args, world, snapshot.noting(*notes, made), state, table, len(train_loader))
+
+    with Keeper(folder, world, args) as keeper, ended_with(train_loader, val_loader):
+        while state.epoch < args.epochs:
+            epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
+            if state.step == 0:
+                state.begin_epoch(args)
+            numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
+            watch.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
+            trained = train_epoch(state, train_loader, val_loader, table, args, world, keeper, watch)
+            if trained is None:
+                break
+            state.take_over()
+            if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
+                val = validate(state.net, val_loader, args, epoch, world.device, keeper.stops)
+                if val is None:
+                    keeper.save(state)
+                    break
+                watch.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, val['top1'], val['top5'])
+                numbers['val'] = val
+            if not warming_up:
+                log_architecture(state.net, watch.log)
+                widths, numbers['latency'] = scale_to_target(state.full, state.masks, table, args, watch.log)
+                state.masks = update_masks(state.masks, widths, state.full)
+            found = describe_architecture(state.full, state.masks, table, args.num_classes)
+            watch.write('epoch', epoch, **numbers, **trained, **found)
+            state.end_epoch()
+            keeper.write(state, partial(save_checkpoint, path=folder / searched_model(epoch)))
+    if not keeper.signal:
+        watch.write('end', args.epochs - 1)
+        watch.log('searched model: %s', folder / searched_model(args.epochs - 1))
+    return keeper.exit_code(watch.log)
 
 
 if __name__ == '__main__':

@@ -74,6 +74,17 @@ def load_search_checkpoint(path: str | Path, space: SearchSpace = SPACE) -> tupl
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {'state_dict', MASKS_KEY} <= checkpoint.keys():
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
+    return unpack_search_checkpoint(checkpoint, path, space)
+
+
+def unpack_search_checkpoint(
+    checkpoint: Mapping, path: str | Path, space: SearchSpace = SPACE
+) -> tuple[dict[str, Tensor], Masks]:
+    """Full-width weights (names without `module.`) and masks of a searched model that was read from `path`.
+
+    Raises:
+        BadInput: it is of another search space.
+    """
     state, masks = strip_module_prefix(checkpoint['state_dict']), checkpoint[MASKS_KEY]
     for block, index, op in space.positions():
         where = f'{block.stage}.{block.name}'

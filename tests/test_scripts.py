@@ -72,7 +72,7 @@ def test_search_writes_checkpoints_and_log(searched):
     folder, out = searched
     assert re.fullmatch(r'search-\d{8}-\d{6}-test run', folder.name)
     names = ['log.txt', 'metrics.jsonl', 'searched_model_00.pth.tar', 'searched_model_01.pth.tar']
-    assert sorted(p.name for p in folder.iterdir()) == names
+    assert sorted(p.name for p in folder.glob('[!.]*')) == names
     log = (folder / 'log.txt').read_text()
     assert 'networks reach from' in log and '--target_lat' in log
     assert log.count(' ops ') == 18 and log.count(' exits ') == 6
@@ -131,7 +131,7 @@ def test_parser_agrees_with_the_searchs_last_latency(searched, found):
 
 def test_training_and_testing(trained, found, images, run_script):
     folder, out = trained
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.glob('[!.]*')) == [
         'checkpoint.previous.pth.tar',
         'checkpoint.pth.tar',
         'log.txt',

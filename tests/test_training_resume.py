@@ -25,7 +25,7 @@ from training_runs import (
 
 from tools.checkpoint import load_checkpoint, previous_of, save_and_keep_previous
 from tools.errors import BadInput
-from tools.snapshot import find_snapshot
+from tools.snapshot import TRAINING, find_snapshot
 
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
 
@@ -171,7 +171,7 @@ def folder(tmp_path):
 
 
 def find(folder, snapshot):
-    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent)))
+    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent)), TRAINING)
 
 
 @pytest.mark.parametrize('snapshot', ['auto', 'path'])
@@ -204,7 +204,7 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
     elif content:
         torch.save(content, path)
     with pytest.raises(BadInput, match='--snapshot .*file.pth.tar'):
-        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)))
+        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)), TRAINING)
 
 
 def test_a_bad_snapshot_ends_in_one_line_before_a_folder_is_made(data, tmp_path):  # noqa: F811

@@ -94,12 +94,12 @@ def command(script, words, processes=1, launcher='torch.distributed.run', option
     return [sys.executable, '-m', launcher, *launch, script, *words]
 
 
-def start(words, **environment):
-    """Start a command in a session of its own, its output in a pipe."""
+def start(words, cwd=ROOT, **environment):
+    """Start a command in a session of its own, its output in a pipe. `cwd`: another copy of the project."""
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'} | environment
     return subprocess.Popen(
         list(map(str, words)),
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

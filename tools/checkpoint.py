@@ -30,7 +30,7 @@ WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 """Where checkpoints of ours and of common training scripts hold the weights, the moving average first."""
 
 
-def write_atomic(path: str | Path, write) -> None:
+def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
     """Call `write(binary file)` on a temporary file beside `path`, sync it to disk, then rename it to `path`."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent or Path('.'), prefix=f'.{path.name}.')
@@ -42,6 +42,7 @@ def write_atomic(path: str | Path, write) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
+        before_rename()
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -58,9 +59,21 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomic(path, lambda f: f.write(text.encode()))
 
 
-def save_checkpoint(data: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    write_atomic(path, lambda f: torch.save(data, f))
+def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda: None) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the like; `path` is as it was.
+    """
+    try:
+        write_atomic(path, lambda f: torch.save(data, f), before_rename)
+    except (OSError, RuntimeError) as e:  # torch hides the error of the disk behind one of its own
+        cause = e
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause:
+            raise OSError(cause.errno, cause.strerror, str(path)) from e
+        raise
 
 
 def previous_of(path: str | Path) -> Path:
@@ -71,19 +84,21 @@ def previous_of(path: str | Path) -> Path:
 
 
 def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint whole or not at all, and keep the one before; at no time is there none under `path`."""
+    """Write a checkpoint whole or not at all, and keep the one before; at no time is there none of them."""
     path = Path(path)
-    if path.exists():
+
+    def keep() -> None:
+        if not path.exists():
+            return
         link = path.with_name(f'.{path.name}.link')
         link.unlink(missing_ok=True)
         try:
             os.link(path, link)
-        except (
-            OSError
-        ):  # a file system without hard links; the previous file alone is there while the new one is written
-            os.replace(path, link)
-        os.replace(link, previous_of(path))
-    save_checkpoint(data, path)
+            os.replace(link, previous_of(path))
+        except OSError:  # a file system without hard links: for a moment there is the previous file only
+            os.replace(path, previous_of(path))
+
+    save_checkpoint(data, path, keep)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any:
@@ -152,7 +167,16 @@ def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path
     Raises:
         BadInput: of another network; the message counts and names what does not fit.
     """
-    wanted = model.state_dict()
+    check_weights(model.state_dict(), state, where)
+    model.load_state_dict(state)
+
+
+def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Compare names and shapes of a state dict without `module.` that came from `where` with those wanted.
+
+    Raises:
+        BadInput: of another network; the message counts and names what does not fit.
+    """
     problems = [
         _name_some('missing', [name for name in wanted if name not in state]),
         _name_some('unexpected', [name for name in state if name not in wanted]),
@@ -167,7 +191,6 @@ def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path
     ]
     if any(problems):
         raise BadInput(f'{where}: weights of another network: {"; ".join(filter(None, problems))}')
-    model.load_state_dict(state)
 
 
 def _name_some(what: str, names: list[str]) -> str:

@@ -4,7 +4,11 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch.utils.data import DataLoader
 
 EXIT_CODES = {0: 0, signal.SIGTERM: 0, signal.SIGINT: 130}
 """Exit code of a run by the signal that stopped it: asked to make room, it has done so; interrupted, it says so."""
@@ -47,6 +51,20 @@ def outlive_signals(_worker: int = 0) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
+
+
+@contextmanager
+def ended_with(*loaders: DataLoader) -> Iterator[None]:
+    """End the processes that load images with the context, which torch leaves to the garbage collector.
+
+    After an error that comes late, and such processes hold up the exit.
+    """
+    try:
+        yield
+    finally:
+        for loader in loaders:
+            if iterator := getattr(loader, '_iterator', None):
+                iterator._shutdown_workers()
 
 
 def resume_command(snapshot: Path) -> str:

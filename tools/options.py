@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from tools.errors import BadInput
+from tools.errors import BadInput, RunFailed
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 def run_script(main: Callable, args: argparse.Namespace) -> None:
     """Run `main(args)` and exit with what it returns (None: 0).
 
-    Input that cannot be used ends in one line on stderr and exit code 2.
+    Input that cannot be used ends in one line on stderr and exit code 2, a run that cannot go on in one line and exit
+    code 1.
     """
     try:
         code = main(args)
@@ -48,6 +49,9 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         ]  # without the traceback of a process that loads images
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
+    except RunFailed as e:
+        print(f'{sys.argv[0]}: {" ".join(str(e).split())}', file=sys.stderr)
+        sys.exit(1)
     sys.exit(code)
 
 
@@ -123,15 +127,7 @@ def add_training_args(parser: Parser) -> None:
     add_device_arg(parser)
     parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
-    parser.add_argument(
-        '--snapshot', help='a checkpoint.pth.tar to go on from, in its folder; auto: the newest good one under --save'
-    )
-    parser.add_argument(
-        '--save_freq',
-        type=number(float, 0),
-        default=10.0,
-        help='minutes between two checkpoints within an epoch; 0: after each step',
-    )
+    add_snapshot_args(parser)
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
     add_watch_args(parser)
     parser.add_argument('--epochs', type=count(), default=250)
@@ -150,6 +146,19 @@ def add_training_args(parser: Parser) -> None:
 def add_watch_args(parser: Parser) -> None:
     """What a run leaves to look at, besides log.txt and metrics.jsonl."""
     parser.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
+
+
+def add_snapshot_args(parser: Parser) -> None:
+    """How often a run saves where it stands, and what it goes on from."""
+    parser.add_argument(
+        '--snapshot', help='a checkpoint to go on from, in its folder; auto: the newest good one under --save'
+    )
+    parser.add_argument(
+        '--save_freq',
+        type=number(float, 0),
+        default=10.0,
+        help='minutes between two checkpoints within an epoch; 0: after each step',
+    )
 
 
 def add_speed_args(parser: Parser) -> None:

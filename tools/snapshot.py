@@ -1,11 +1,13 @@
-"""Where a training run stands: its state, in and out of checkpoints, and the checkpoint that a run goes on from.
+"""The checkpoint that a run goes on from, and where a training run stands: its state, in and out of checkpoints.
 
-A checkpoint holds weights, optimizer, gradient scaler, moving average, best accuracies, sums for the log, and the
-position in the data as epoch and step. It holds no generator state, because there is none: what is drawn for a step or
-an image is seeded by where it happens (see `tools.rng`), also in the workers. The learning rate follows from the epoch.
+A training's checkpoint holds weights, optimizer, gradient scaler, moving average, best accuracies, sums for the log,
+and the position in the data as epoch and step. It holds no generator state, because there is none: what is drawn for a
+step or an image is seeded by where it happens (see `tools.rng`), also in the workers. The learning rate follows from
+the epoch.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +20,44 @@ from tools.errors import BadInput
 from tools.precision import Precision
 
 CHECKPOINT = 'checkpoint.pth.tar'
-NEEDED = {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}
-HARMLESS = {'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'local_rank', 'max_steps'}
-HARMLESS |= {'tensorboard'}
+HARMLESS = {
+    'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
+    'max_steps', 'tensorboard',
+}  # fmt: skip
 POSITION = {'batch_size', 'seed', 'grad_accum'}
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """What the checkpoints of one script are, and where.
+
+    Args:
+        name: of the run, in messages.
+        folders: run folders are `<folders>-*`.
+        files: patterns of its checkpoints' names.
+        needed: keys of a checkpoint.
+        position: of a checkpoint: (epoch, batches of it that are done).
+    """
+
+    name: str
+    folders: str
+    files: tuple[str, ...]
+    needed: frozenset[str]
+    position: Callable[[dict], tuple[int, int]]
+
+    def checkpoints(self, where: Path, folders: str = '') -> list[Path]:
+        """Those in the folder `where`, or in its folders of a pattern; the newest first."""
+        paths = [path for files in self.files for path in where.glob(f'{folders}{files}')]
+        return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+TRAINING = RunKind(
+    'training',
+    'eval',
+    ('checkpoint*.pth.tar',),
+    frozenset({'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}),
+    lambda checkpoint: (checkpoint['epoch'], checkpoint.get('step', 0)),
+)
 
 
 @dataclass
@@ -94,15 +130,24 @@ class Snapshot:
     checkpoint: dict | None = None
     notes: tuple[str, ...] = ()
 
+    def noting(self, *notes: str) -> 'Snapshot':
+        """The same with more notes for the log, those that are not empty."""
+        return replace(self, notes=(*self.notes, *filter(None, notes)))
 
-def find_snapshot(args) -> Snapshot:
+    def taken(self) -> 'Snapshot':
+        """The same without the checkpoint, which is in use now."""
+        return replace(self, checkpoint=None)
+
+
+def find_snapshot(args, kind: RunKind) -> Snapshot:
     """The newest good checkpoint that the flags and a launcher's restart ask for.
 
     After a restart by torchrun, a run goes on in its own folder. Otherwise `--snapshot auto` takes the newest good
-    checkpoint under `--save`, and `--snapshot PATH` that file, or the one kept beside it where the file is damaged.
+    checkpoint under `--save`, and `--snapshot PATH` that file, or the one before it in its folder where it is damaged.
 
     Args:
         args: snapshot and save.
+        kind: whose checkpoints to take.
 
     Raises:
         BadInput: no good file at `--snapshot PATH`.
@@ -110,17 +155,17 @@ def find_snapshot(args) -> Snapshot:
     restarts, store = restart_store()
     if restarts and store.check(['folder']):
         folder = Path(store.get('folder').decode())
-        found = _first_good([folder / CHECKPOINT, previous_of(folder / CHECKPOINT)])
+        found = _first_good(kind.checkpoints(folder), kind)
         if found.path or not args.snapshot:
             note = f'restart {restarts} of this run goes on from {found.path or "the start"}'
             return Snapshot(folder, found.path, found.checkpoint, (*found.notes, note))
     if not args.snapshot:
         return Snapshot()
     if args.snapshot == 'auto':
-        files = sorted(Path(args.save).glob('*/checkpoint*.pth.tar'), key=lambda path: -path.stat().st_mtime)
+        files = kind.checkpoints(Path(args.save), f'{kind.folders}-*/')
     else:
-        files = [Path(args.snapshot), previous_of(args.snapshot)]
-    found = _first_good(files)
+        files = _from_path(Path(args.snapshot), kind)
+    found = _first_good(files, kind)
     if found.path:
         return found
     if args.snapshot != 'auto':
@@ -128,43 +173,52 @@ def find_snapshot(args) -> Snapshot:
     return Snapshot(notes=(*found.notes, f'--snapshot auto: no good checkpoint under {args.save}, a new run begins'))
 
 
-def _first_good(paths: list[Path]) -> Snapshot:
+def _from_path(path: Path, kind: RunKind) -> list[Path]:
+    """The file itself, then those that were written before it into its folder."""
+    if not path.exists():
+        return [previous_of(path)] if previous_of(path).exists() else [path]
+    others = [other for other in kind.checkpoints(path.parent) if other.name != path.name]
+    return [path, *(other for other in others if other.stat().st_mtime_ns <= path.stat().st_mtime_ns)]
+
+
+def _first_good(paths: list[Path], kind: RunKind) -> Snapshot:
     notes = []
-    for i, path in enumerate(paths):
-        if i and not path.exists():
-            continue
+    for path in paths:
         try:
-            checkpoint = read_snapshot(path)
+            checkpoint = read_snapshot(path, kind)
         except BadInput as e:
             notes.append(str(e))
             continue
-        notes.append(f'goes on from {path}: epoch {checkpoint["epoch"]} step {checkpoint.get("step", 0)}')
+        notes.append('goes on from {}: epoch {} step {}'.format(path, *kind.position(checkpoint)))
         return Snapshot(path.parent, path, checkpoint, tuple(notes))
     return Snapshot(notes=tuple(notes))
 
 
-def read_snapshot(path: Path) -> dict:
-    """Read a training checkpoint, on the CPU.
+def read_snapshot(path: Path, kind: RunKind) -> dict:
+    """Read a checkpoint of a run, on the CPU.
 
     Raises:
-        BadInput: damaged, or not a training checkpoint.
+        BadInput: damaged, or not of a run of this kind.
     """
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not NEEDED <= checkpoint.keys():
-        raise BadInput(f'{path}: not a training checkpoint (keys {", ".join(sorted(NEEDED))})')
+    good = isinstance(checkpoint, dict) and kind.needed <= checkpoint.keys()
+    if not good or not all(isinstance(at, int) and at >= 0 for at in kind.position(checkpoint)):
+        raise BadInput(f'{path}: not a checkpoint of a {kind.name} (keys {", ".join(sorted(kind.needed))})')
     return checkpoint
 
 
-def compare_flags(snapshot: Snapshot, args) -> str:
+def compare_flags(snapshot: Snapshot, kind: RunKind, args) -> str:
     """One line that names the flags which differ from those the snapshot was made with; empty where none does.
 
     Raises:
         BadInput: the snapshot is from within an epoch, and its position means nothing under these flags.
     """
-    before, now = (snapshot.checkpoint or {}).get('flags', {}), vars(args)
+    if not snapshot.checkpoint:
+        return ''
+    before, now = snapshot.checkpoint.get('flags', {}), vars(args)
     names = sorted(before.keys() & now.keys() - HARMLESS)
     differ = {name: f'--{name} {before[name]}, now {now[name]}' for name in names if before[name] != now[name]}
-    if snapshot.checkpoint and snapshot.checkpoint.get('step', 0) and (lost := differ.keys() & POSITION):
+    if kind.position(snapshot.checkpoint)[1] and (lost := differ.keys() & POSITION):
         raise BadInput(
             f'--snapshot {snapshot.path} is from within an epoch and was made with other flags:'
             f' {"; ".join(differ[name] for name in sorted(lost))}; give the former ones'

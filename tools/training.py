@@ -1,10 +1,7 @@
 """Training a network from scratch, epoch by epoch, with checkpoints; shared by both training scripts."""
 
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,14 +10,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from tools.checkpoint import save_and_keep_previous, save_checkpoint, write_text
-from tools.distributed import World, restart_store
-from tools.engine import Tally, cosine_lr, evaluate, set_lr, to_device, train_epoch
-from tools.interrupt import EXIT_CODES, StopRequest, resume_command
-from tools.logs import log_flags, make_logger, make_run_folder
-from tools.metrics import Metrics
+from tools.distributed import World
+from tools.engine import cosine_lr, evaluate, set_lr, to_device, train_epoch
+from tools.interrupt import ended_with
+from tools.keeper import Keeper
 from tools.precision import Precision
-from tools.snapshot import CHECKPOINT, Snapshot, TrainState, compare_flags, find_snapshot
+from tools.snapshot import TRAINING, Snapshot, TrainState, compare_flags, find_snapshot
 from tools.watch import Progress, Watch
 
 WARMUP_EPOCHS = 5
@@ -87,96 +82,18 @@ def start_state(net: nn.Module, precision: Precision, world: World, args) -> tup
     Raises:
         BadInput: a snapshot that is bad, or does not fit the network or the flags.
     """
-    snapshot = find_snapshot(args)
+    snapshot = find_snapshot(args, TRAINING)
     net, optimizer = precision.prepare(net, make_optimizer(net, args))
     average = get_ema_multi_avg_fn(args.ema_decay)
     ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None
     state = TrainState(net, optimizer, precision, ema)
     if snapshot.checkpoint:
-        differing = compare_flags(snapshot, args)
+        differing = compare_flags(snapshot, TRAINING, args)
         state.load(snapshot.checkpoint, snapshot.path, world)
-        snapshot = Snapshot(snapshot.folder, snapshot.path, None, (*snapshot.notes, *filter(None, [differing])))
+        snapshot = snapshot.taken().noting(differing)
     if args.compile:
         state.net.compile()
     return state, snapshot
-
-
-def open_run_folder(
-    args, world: World, snapshot: Snapshot, state: TrainState, config_text: str, header: dict
-) -> tuple[Path | None, Watch]:
-    """The folder of a run, and where its numbers go: the snapshot's folder where it goes on from one, else a new one.
-
-    The folder gets `model.config`. Processes other than the first get None and a silent logger.
-
-    Args:
-        args: save, note and tensorboard, and all else for the head of the log.
-        config_text: contents of the `model.config`.
-        header: first line of `metrics.jsonl`.
-    """
-    if not world.is_first:
-        return None, Watch(make_logger(None))
-    folder = snapshot.folder or make_run_folder(args.save, 'eval', args.note)
-    for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
-        leftover.unlink()
-    write_text(folder / 'model.config', config_text)
-    _, store = restart_store()
-    if store:
-        store.set('folder', str(folder.resolve()))
-    logger = make_logger(folder)
-    log_flags(logger, args)
-    for note in snapshot.notes:
-        logger.info(note)
-    return folder, Watch(logger, Metrics(folder, header, (state.epoch, state.step), args.tensorboard))
-
-
-@contextmanager
-def ended_with(*loaders: DataLoader) -> Iterator[None]:
-    """End the processes that load images with the context, which torch leaves to the garbage collector.
-
-    After an error that comes late, and such processes hold up the exit.
-    """
-    try:
-        yield
-    finally:
-        for loader in loaders:
-            if iterator := getattr(loader, '_iterator', None):
-                iterator._shutdown_workers()
-
-
-class Keeper:
-    """Writes checkpoints, and knows whether the run is to stop.
-
-    Args:
-        folder: gets the files; None in processes that write nothing.
-        stop: this process's signals; the processes agree on stopping after the same update.
-    """
-
-    def __init__(self, folder: Path | None, world: World, args, stop: StopRequest):
-        self.folder, self.world, self.args, self.stop = folder, world, args, stop
-        self.signal, self.saved_at = 0, time.monotonic()
-
-    def after_update(self, state: TrainState, tally: Tally) -> bool:
-        """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop."""
-        due = self.world.is_first and time.monotonic() - self.saved_at >= 60 * self.args.save_freq
-        due, self.signal = self.world.agree(due, self.stop.signal)
-        if due or self.signal:
-            state.sums = tally.total(self.world)
-            self.save(state)
-        return self.signal != 0
-
-    def stops(self) -> bool:
-        """Whether a signal came, to any process."""
-        (self.signal,) = self.world.agree(self.stop.signal)
-        return self.signal != 0
-
-    def save(self, state: TrainState, is_best: bool = False) -> None:
-        """Write `checkpoint.pth.tar` and, where it is the best, `model_best.pth.tar`."""
-        self.saved_at = time.monotonic()
-        if self.folder:
-            checkpoint = state.to_checkpoint(self.args)
-            if is_best:
-                save_checkpoint(checkpoint, self.folder / 'model_best.pth.tar')
-            save_and_keep_previous(checkpoint, self.folder / CHECKPOINT)
 
 
 def fit(
@@ -196,14 +113,12 @@ def fit(
         model: `state.net`, wrapped for many devices.
         loaders: of training and validation images.
         folder: gets `checkpoint.pth.tar`, and `model_best.pth.tar` for the best top-1; None where nothing is written.
-        watch: told of every print and epoch.
     """
     layout, mix = memory_format(args, world.device), make_mix(args)
     train_loader, val_loader = loaders
     steps = len(train_loader)
     watch.progress = Progress(args.epochs * steps, state.epoch * steps + state.step, not world.is_first)
-    with StopRequest() as stop, ended_with(*loaders):
-        keeper = Keeper(folder, world, args, stop)
+    with Keeper(folder, world, args) as keeper, ended_with(*loaders):
         while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
             set_lr(state.optimizer, lr_at(state.epoch, args))
             train_loader.sampler.set_epoch(state.epoch, state.step)
@@ -225,14 +140,10 @@ def fit(
             keeper.save(state, is_best)
             if state.step:
                 break
-    if keeper.signal:
-        watch.log('stopped by %s; to go on:', signal.Signals(keeper.signal).name)
-        if folder:
-            watch.log(resume_command(folder / CHECKPOINT))
-    else:
+    if not keeper.signal:
         watch.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
         watch.write('end', state.epoch, best_top1=state.best[0])
-    return EXIT_CODES[keeper.signal]
+    return keeper.exit_code(watch.log)
 
 
 def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:

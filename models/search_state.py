@@ -1,0 +1,171 @@
+"""Where a search stands: its state, in and out of checkpoints.
+
+A search writes `searched_model_NN.pth.tar` after epoch NN, with weights at full width, masks and flags; the next epoch
+needs no more. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the log, and
+the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams of
+images from epoch and batch. No state of a generator is kept, because there is none: nothing uses those of Python,
+NumPy, torch or CUDA, and what is drawn for a step or an image, also in the processes that load images, is seeded by
+where it happens (see `tools.rng`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.elasticity import full_weights, gather, scatter, start_masks
+from models.model_search import Network
+from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
+from tools.checkpoint import check_weights
+from tools.distributed import World
+from tools.engine import cosine_lr
+from tools.errors import BadInput
+from tools.snapshot import RunKind, Snapshot, compare_flags
+
+
+def position(checkpoint: dict) -> tuple[int, int]:
+    """(epoch, batches of it that are done) of a search's checkpoint."""
+    if 'step' in checkpoint:
+        return checkpoint['epoch'], checkpoint['step']
+    return checkpoint['epoch'] + 1, 0
+
+
+SEARCH = RunKind(
+    'search',
+    'search',
+    ('searched_model_*.pth.tar', 'checkpoint*.pth.tar'),
+    frozenset({'epoch', 'state_dict', MASKS_KEY, 'flags'}),
+    position,
+)
+
+
+def searched_model(epoch: int) -> str:
+    """Name of the file that a search writes after an epoch."""
+    return f'searched_model_{epoch:02d}.pth.tar'
+
+
+def weights_lr(epoch: int, args) -> float:
+    """Learning rate of the weights in an epoch. `args`: w_lr, epochs."""
+    return cosine_lr(args.w_lr, epoch, args.epochs)
+
+
+def temperature(epoch: int, args) -> float:
+    """Temperature of the Gumbel softmax in an epoch; it decays once warm-up is over.
+
+    Args:
+        args: T, T_decay, warmup_epochs.
+    """
+    return args.T * args.T_decay ** max(epoch - args.warmup_epochs, 0)
+
+
+def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
+    """Architecture steps, one batch each, before a weight step: one at every second weight step once warm-up is over.
+
+    Args:
+        args: warmup_epochs.
+    """
+    if epoch < args.warmup_epochs:
+        return 0
+    return (epoch - args.warmup_epochs) * -(-steps_an_epoch // 2) + -(-step // 2)
+
+
+@dataclass
+class SearchState:
+    """All that a search changes.
+
+    `net` has the widths that `masks` keep, and is what steps train; `full` are all weights at full width, which take
+    over those of `net` when the epoch is over or saved. `step` batches of `epoch` are done. `sums` are those of the two
+    `engine.Tally`s over these batches (weights, architecture), of all processes, and held by the first one. `latency`
+    is that of the mixture at the last architecture step, in ms. The optimizers are new in each epoch.
+    """
+
+    net: Network
+    full: dict[str, Tensor]
+    masks: Masks
+    epoch: int = 0
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 8)
+    latency: Tensor = field(default_factory=lambda: torch.zeros(()))
+    w_optimizer: torch.optim.Optimizer | None = None
+    a_optimizer: torch.optim.Optimizer | None = None
+
+    def begin_epoch(self, args) -> None:
+        """Give the network the widths and weights of the epoch, and make the optimizers.
+
+        Args:
+            args: flags of both optimizers, and what `weights_lr` needs.
+        """
+        gather(self.net, self.full, self.masks)
+        self.sums, self.latency = [0.0] * 8, torch.zeros(())
+        self.w_optimizer = torch.optim.SGD(
+            self.net.weight_parameters(), weights_lr(self.epoch, args), args.w_mom, weight_decay=args.w_wd
+        )
+        self.a_optimizer = torch.optim.Adam(
+            self.net.arch_parameters(), args.a_lr, (args.a_beta1, args.a_beta2), weight_decay=args.a_wd
+        )
+
+    def take_over(self) -> None:
+        """Write the network's weights into those at full width; what the masks drop keeps its values."""
+        scatter(self.net, self.full, self.masks)
+
+    def end_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def to_checkpoint(self, args) -> dict:
+        """The contents of a checkpoint file. `args`: the flags of the run."""
+        checkpoint = {MASKS_KEY: self.masks, 'epoch': self.epoch - 1, 'flags': dict(vars(args))}
+        if self.step:
+            self.take_over()
+            checkpoint |= {
+                'epoch': self.epoch,
+                'step': self.step,
+                'w_optimizer': self.w_optimizer.state_dict(),
+                'a_optimizer': self.a_optimizer.state_dict(),
+                'sums': self.sums,
+                'latency': self.latency,
+            }
+        return {'state_dict': {f'module.{name}': value for name, value in self.full.items()}, **checkpoint}
+
+    def load(self, checkpoint: Mapping, where: str | Path, world: World, args) -> None:
+        """Go on from a checkpoint that `find_snapshot` read from `where`.
+
+        Raises:
+            BadInput: it is of another search space, number of classes, or of other flags.
+        """
+        state, masks = unpack_search_checkpoint(checkpoint, f'--snapshot {where}', self.net.space)
+        check_weights(self.full, state, f'--snapshot {where}')
+        for name, value in state.items():
+            self.full[name].copy_(value)
+        self.masks = masks
+        self.epoch, self.step = position(checkpoint)
+        if not self.step:
+            return
+        self.begin_epoch(args)
+        try:
+            self.w_optimizer.load_state_dict(checkpoint['w_optimizer'])
+            self.a_optimizer.load_state_dict(checkpoint['a_optimizer'])
+            self.sums = checkpoint['sums'] if world.is_first else self.sums
+            self.latency = checkpoint['latency']
+        except (ValueError, KeyError) as e:
+            raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
+
+
+def start_search(snapshot: Snapshot, world: World, args) -> tuple[SearchState, Snapshot]:
+    """The state that a search starts from: fresh, or the snapshot's; and the snapshot without it.
+
+    Args:
+        args: the flags; torch's generator decides fresh weights.
+
+    Raises:
+        BadInput: the snapshot does not fit the network or the flags.
+    """
+    full, masks = full_weights(args.num_classes, world.device), start_masks()
+    net = Network(mask_widths(masks), args.num_classes).to(world.device).train()
+    state = SearchState(net, full, masks)
+    differing = compare_flags(snapshot, SEARCH, args)
+    if snapshot.checkpoint:
+        state.load(snapshot.checkpoint, snapshot.path, world, args)
+    return state, snapshot.taken().noting(differing)

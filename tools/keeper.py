@@ -1,0 +1,208 @@
+"""The folder of a run: opened for one run at a time, and checkpoints written into it beside the run."""
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tools.checkpoint import save_and_keep_previous, save_checkpoint, write_text
+from tools.distributed import World, restart_store
+from tools.engine import Tally
+from tools.errors import BadInput, RunFailed
+from tools.interrupt import EXIT_CODES, StopRequest, resume_command
+from tools.logs import log_flags, make_logger, make_run_folder
+from tools.metrics import Metrics
+from tools.snapshot import CHECKPOINT, RunKind, Snapshot
+from tools.watch import Watch
+
+Save = Callable[[dict], None]
+"""Writes a checkpoint of these contents."""
+
+
+class State(Protocol):
+    """Where a run stands: `step` batches of `epoch` are done, and `sums` are those of their tallies, in a row."""
+
+    epoch: int
+    step: int
+    sums: list[float]
+
+    def to_checkpoint(self, args) -> dict:
+        """The contents of a checkpoint file."""
+
+
+def open_run_folder(
+    args,
+    world: World,
+    kind: RunKind,
+    snapshot: Snapshot,
+    state: State,
+    header: dict,
+    files: dict[str, str] | None = None,
+) -> tuple[Path | None, Watch]:
+    """The folder of a run, and where its numbers go: the snapshot's folder where it goes on from one, else a new one.
+
+    Processes other than the first get None and a silent logger.
+
+    Args:
+        args: save, note and tensorboard, and all else for the head of the log.
+        header: first line of `metrics.jsonl`.
+        files: texts that the folder gets, by name.
+
+    Raises:
+        BadInput: the folder cannot be written to, or another run is writing into it.
+    """
+    if not world.is_first:
+        return None, Watch(make_logger(None))
+    folder = snapshot.folder or make_run_folder(args.save, kind.folders, args.note)
+    _lock(folder)
+    for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
+        leftover.unlink()
+    for name, text in (files or {}).items():
+        write_text(folder / name, text)
+    _, store = restart_store()
+    if store:
+        store.set('folder', str(folder.resolve()))
+    logger = make_logger(folder)
+    log_flags(logger, args)
+    for note in snapshot.notes:
+        logger.info(note)
+    return folder, Watch(logger, Metrics(folder, header, (state.epoch, state.step), args.tensorboard))
+
+
+def _lock(folder: Path) -> None:
+    """Keep other runs out of a folder until this process ends, in whatever way.
+
+    A lock of this process alone (POSIX): those that load images do not inherit it, and may outlive a kill by seconds.
+    """
+    try:
+        file = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise BadInput(f'{folder}: cannot be written to ({e.strerror})') from e
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        raise BadInput(f'{folder}: another run is writing into this folder; wait for its end, or stop it') from e
+    except OSError:  # a file system without locks
+        pass
+
+
+class Writer:
+    """Writes checkpoints in a thread beside the run, one after the other.
+
+    What is written is copied first, so that the run may go on changing it. An error that the thread meets comes out of
+    the next call.
+
+    Raises (in all calls):
+        RunFailed: a checkpoint could not be written; the files that were there before are as they were.
+    """
+
+    def __init__(self):
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def write(self, data: dict, *saves: Save) -> None:
+        """Wait until the last checkpoint is written, then begin with this one."""
+        self.finish()
+        self.thread = threading.Thread(target=self._run, args=(copied(data), saves))
+        self.thread.start()
+
+    def check(self) -> None:
+        """Report what the thread has met so far."""
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self.thread:
+            self.thread.join()
+        self.check()
+
+    def _run(self, data: dict, saves: tuple[Save, ...]) -> None:
+        try:
+            for save in saves:
+                save(data)
+        except OSError as e:
+            where, why = e.filename or 'a checkpoint', e.strerror or str(e)
+            self.error = RunFailed(f'{where} could not be written ({why}); the checkpoints before it are whole')
+        except BaseException as e:  # a bug of ours, for the run to raise
+            self.error = e
+
+
+def copied(value: Any) -> Any:
+    """The value with all tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, dict):
+        return {key: copied(inner) for key, inner in value.items()}
+    return type(value)(map(copied, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Keeper:
+    """Writes the checkpoints of a run, and knows whether the run is to stop; a context of the run.
+
+    Args:
+        folder: gets the files; None in processes that write nothing.
+        world: its processes agree on stopping after the same update.
+        args: save_freq, and all else for the checkpoints.
+    """
+
+    def __init__(self, folder: Path | None, world: World, args):
+        self.folder, self.world, self.args = folder, world, args
+        self.stop, self.writer = StopRequest(), Writer()
+        self.signal, self.saved_at = 0, time.monotonic()
+
+    def __enter__(self) -> 'Keeper':
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            self.writer.finish()
+        except RunFailed:
+            if kind is None:
+                raise
+        finally:
+            self.stop.__exit__()
+
+    def after_update(self, state: State, *tallies: Tally) -> bool:
+        """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop."""
+        self.writer.check()
+        due = self.world.is_first and time.monotonic() - self.saved_at >= 60 * self.args.save_freq
+        due, self.signal = self.world.agree(due, self.stop.signal)
+        if due or self.signal:
+            state.sums = [number for tally in tallies for number in tally.total(self.world)]
+            self.save(state)
+        return self.signal != 0
+
+    def stops(self) -> bool:
+        """Whether a signal came, to any process."""
+        (self.signal,) = self.world.agree(self.stop.signal)
+        return self.signal != 0
+
+    def save(self, state: State, is_best: bool = False) -> None:
+        """Write `checkpoint.pth.tar` and, where it is the best, `model_best.pth.tar`."""
+        if self.folder:
+            best = [partial(save_checkpoint, path=self.folder / 'model_best.pth.tar')] if is_best else []
+            self.write(state, *best, partial(save_and_keep_previous, path=self.folder / CHECKPOINT))
+
+    def write(self, state: State, *saves: Save) -> None:
+        """Write a checkpoint in some ways."""
+        self.saved_at = time.monotonic()
+        if self.folder:
+            self.writer.write(state.to_checkpoint(self.args), *saves)
+
+    def exit_code(self, log: Callable[..., None]) -> int:
+        """The exit code of the run, which is over; the log gets the command that goes on where a signal stopped it."""
+        if self.signal:
+            log('stopped by %s; to go on:', signal.Signals(self.signal).name)
+            if self.folder:
+                log(resume_command(self.folder / CHECKPOINT))
+        return EXIT_CODES[self.signal]
