@@ -10,6 +10,7 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def fitted_configs(args, table, device):
     """(path, config) for each target."""
     if args.config_path or is_config_file(args.model_path):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
-    state, masks = load_search_checkpoint(args.model_path)
+    state, masks, space = load_search_checkpoint(args.model_path)
+    table = replace(table, space=space)
     path = Path(args.save_path)
     for text in args.target_lat:
         target = table.target(text)

@@ -28,7 +28,7 @@ from models.describe import describe_architecture, describe_space, describe_tabl
 from models.elasticity import latency_range, scale_widths, update_masks
 from models.latency import load_table
 from models.parsing import mask_widths, parse_architecture
-from models.search_space import SPACE
+from models.search_space import FREEDOMS, SPACE
 from models.search_state import (
     SEARCH,
     architecture_steps,
@@ -90,6 +90,14 @@ def get_args():
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
     parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+    parser.add_argument(
+        '--freedoms',
+        nargs='*',
+        choices=FREEDOMS,
+        default=list(FREEDOMS),
+        help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
+        'depth: a skip operator in place of the sinks; without width: the widths of the start are kept',
+    )
     add_device_arg(parser)
     add_watch_args(parser)
     return parser.parse_args()
@@ -121,7 +129,8 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper, wat
         images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         draws = generator_for(args.seed, 'draws', epoch, step)
         first = net.sample('gumbel', draws)
-        paths = [first] if warming_up else [first, net.sample('random', draws, exclude=first)]
+        bi_sampling = not warming_up and 'operator' in args.freedoms
+        paths = [first, net.sample('random', draws, exclude=first)] if bi_sampling else [first]
         train_only(weights, architecture)
         w_tally.add(*weight_step(net, state.w_optimizer, images, labels, paths, args.grad_clip), labels)
         if not warming_up and step % 2 == 0:
@@ -173,8 +182,10 @@ def log_architecture(net, log):
 
 def scale_to_target(full, masks, table, args, log):
     """Elasticity-scaling of the current architecture; returns the new widths, and the latencies for the metrics."""
-    arch, widths = parse_architecture(full), mask_widths(masks)
-    scaled = scale_widths(arch, widths, table, args.target_lat, args.width_divisor)
+    arch, widths = parse_architecture(full, table.space), mask_widths(masks)
+    scaled = widths
+    if 'width' in args.freedoms:
+        scaled = scale_widths(arch, widths, table, args.target_lat, args.width_divisor)
     for when, values in (('Before', widths), ('After', scaled)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, table.total(arch, values), args.target_lat)
     least, most = latency_range(arch, table)
@@ -195,7 +206,8 @@ def scale_to_target(full, masks, table, args, log):
 def read_table(args):
     """The latency table, and lines for the log; makes a number of ms of `args.target_lat`."""
     notes = []
-    table = load_table(args.lookup_path, args.img_size, SPACE, notes.append)
+    space = SPACE if 'depth' in args.freedoms else SPACE.with_skip()
+    table = load_table(args.lookup_path, args.img_size, space, notes.append)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
     notes.append(reach % (args.lookup_path, *table.reach(), table.unit))
     print(notes[-1], flush=True)
@@ -216,7 +228,7 @@ def make_loaders(args, world):
 def run_folder(args, world, snapshot, state, table, steps):
     """The folder of this search, and where its numbers go. `steps`: of an epoch."""
     latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
-    about = {'space': describe_space(args.img_size), 'latency': latency, 'steps_an_epoch': steps}
+    about = {'space': describe_space(args.img_size, table.space), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', args, world.device, **about)
     folder, watch = open_run_folder(args, world, SEARCH, snapshot, state, header)
     watch.progress = Progress(work_until(args.epochs, 0, steps, args), work_until(state.epoch, state.step, steps, args))
@@ -237,7 +249,7 @@ def main(args):
     train_loader, val_loader, made = make_loaders(args, world)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     torch.backends.cudnn.benchmark = True
-    state, snapshot = start_search(find_snapshot(args, SEARCH), world, args)
+    state, snapshot = start_search(find_snapshot(args, SEARCH), table.space, world, args)
     folder, watch = run_folder(args, world, snapshot.noting(*notes, made), state, table, len(train_loader))
 
     with Keeper(folder, world, args) as keeper, ended_with(train_loader, val_loader):

@@ -106,15 +106,14 @@ def block_work(spec: MBSpec, mid, size: int, batch: int) -> Work:
 def estimate(card: Card, img_size: int, batch: int, num_classes: int, space: SearchSpace = SPACE):
     """Base and curves (ms by mid channels, from 1 on) of a card."""
     fixed, curves = fixed_layers(num_classes, space), {}
-    for block in space.blocks(img_size):
-        for op in space.ops:
-            key = block.key(op)
-            high = space.table_widths(img_size)[key][1]
-            widths = np.arange(block.in_ch + 1, high + 1)  # with an expansion, as in the whole reach of a search
-            times = block_work(op_spec(block, op, high), widths, block.in_size, batch).time(card)
-            slope = times[1] - times[0]
-            below = times[0] - slope * np.arange(block.in_ch, 0, -1)
-            curves[key] = np.concatenate([np.maximum(below, times[0] / 2), times])
+    for block, op in space.layers(img_size):
+        key = block.key(op)
+        high = space.table_widths(img_size)[key][1]
+        widths = np.arange(block.in_ch + 1, high + 1)  # with an expansion, as in the whole reach of a search
+        times = block_work(op_spec(block, op, high), widths, block.in_size, batch).time(card)
+        slope = times[1] - times[0]
+        below = times[0] - slope * np.arange(block.in_ch, 0, -1)
+        curves[key] = np.concatenate([np.maximum(below, times[0] / 2), times])
     stem: ConvSpec = fixed['first_stem']
     last = space.blocks(img_size)[-1]
     stem_size, last_size = after_stride(img_size, stem.stride), after_stride(last.in_size, last.stride)

@@ -67,7 +67,7 @@ def fit_curves(
         samples: timed networks in the order of their timing; together they must show every key of the space.
     """
     slowness = drift([sample.fixed for sample in samples])
-    places = {block.key(op): (block, op) for block in space.blocks(img_size) for op in space.ops}
+    places = {block.key(op): (block, op) for block, op in space.layers(img_size)}
     seen: dict[str, list[tuple[int, float]]] = {key: [] for key in places}
     for sample, slow in zip(samples, slowness, strict=True):
         for key, width, ms in sample.blocks:

@@ -166,7 +166,7 @@ def measured_table(args, device):
 def counted_table(args):
     """A table of multiply-adds or parameters in millions, which are linear in the width: (base, curves, meta)."""
     fixed = fixed_layers(args.num_classes)
-    sizes = {block.key(op): (block, op) for block in SPACE.blocks(args.img_size) for op in SPACE.ops}
+    sizes = {block.key(op): (block, op) for block, op in SPACE.layers(args.img_size)}
 
     def amount(layer, in_ch, size):
         return count_params(layer) if args.metric == 'params' else count_mult_adds(layer, size, in_ch)

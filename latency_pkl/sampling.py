@@ -31,10 +31,12 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -
     """Depth, operators and widths at random. With `ends`, half of the networks have full depth and some widths are the
     fewest or the most, so that all keys are seen over their whole range; without, all draws are uniform."""
     arch: Arch = {}
+    blocks = space.blocks()
     for name, stage in zip(space.stage_names, space.stages, strict=True):
         full = ends and rng.random() < FULL_DEPTH_SHARE
         depth = stage.depth if full else rng.choice(stage.exit_depths)
-        arch[name] = [rng.randrange(len(space.ops)) for _ in range(depth)]
+        own = [block for block in blocks if block.stage == name]
+        arch[name] = [rng.randrange(len(space.ops_of(block))) for block in own[:depth]]
     widths = space.start_widths()
     for block, index in space.chosen(arch):
         op = space.ops[index]

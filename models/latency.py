@@ -52,8 +52,8 @@ class LatencyTable:
         return str(self.meta.get('unit', 'ms'))
 
     def of(self, block: Block, op: Op, width: int) -> float:
-        """Latency of one operator."""
-        return float(self.curves[block.key(op)][width - 1])
+        """Latency of one operator; `SKIP` takes no time."""
+        return 0.0 if op.is_skip else float(self.curves[block.key(op)][width - 1])
 
     def total(self, arch: Arch, widths: Widths) -> float:
         """Latency of a whole network: base plus its blocks."""
@@ -81,7 +81,7 @@ class LatencyTable:
         blocks = self.space.blocks(self.img_size)
         for name, stage in zip(self.space.stage_names, self.space.stages, strict=True):
             for depth, block in enumerate((b for b in blocks if b.stage == name), start=1):
-                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in self.space.ops)
+                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in self.space.ops_of(block))
                 least += low if depth <= stage.exit_depths[0] else 0
                 shallow += low
                 most += max(self.of(block, op, op.max_width(block.in_ch)) for op in self.space.ops)
@@ -108,10 +108,10 @@ class LatencyTable:
         return target
 
     def matrix(self, widths: Widths) -> Tensor:
-        """Latency of every operator at its present width, [blocks, ops] float32."""
+        """Latency of every operator at its present width, [blocks, ops] float32; 0 for those that a block lacks."""
         return torch.tensor(
             [
-                [self.of(block, op, widths[block.stage][block.name][i]) for i, op in enumerate(self.space.ops)]
+                [self.of(block, op, widths[block.stage][block.name].get(i, 0)) for i, op in enumerate(self.space.ops)]
                 for block in self.space.blocks(self.img_size)
             ]
         )
@@ -136,10 +136,8 @@ def expected_latency(
     for blocks, stage, weights in zip(
         per_block.split([stage.depth for stage in space.stages]), space.stages, depth_weights, strict=True
     ):
-        at_exit = blocks.cumsum(0)
-        if stage.input_is_exit:
-            at_exit = torch.cat([at_exit.new_zeros(1), at_exit])
-        total = total + weights @ at_exit
+        at_depth = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+        total = total + weights @ at_depth[stage.exit_depths.start :]
     return total
 
 

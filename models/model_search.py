@@ -3,14 +3,16 @@
 Paper: operator level (bi-sampling) section 3.2, depth level (sink-connecting) section 3.3.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from models.config import fixed_layers, op_spec
-from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
+from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, Skip, init_weights
 from models.search_space import SPACE, Block, SearchSpace, Stage, Widths
 
 Choice = Sequence[int] | Tensor
@@ -25,17 +27,19 @@ class MixedOp(nn.Module):
         self.block = block
         self.space = space
         self.m_ops = nn.ModuleList(_operator(space, block, index, width) for index, width in widths.items())
-        self.log_alphas = nn.Parameter(torch.full((len(space.ops),), 1 / len(space.ops)).log())
+        self.log_alphas = nn.Parameter(torch.full((len(self.m_ops),), 1 / len(self.m_ops)).log())
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
         """Run one operator, or the sum of all weighted by `choice` [ops]: [N, in_ch, H, W] -> [N, out_ch, H', W'].
 
+        Weights of operators that the block does not have are not looked at.
         Mixture weights sum to 1, so the residual connection that all operators share is added once.
         """
         if isinstance(choice, int):
             y = self.m_ops[choice].branch(x)
         else:
-            y = sum(weight * op.branch(x) for weight, op in zip(choice.unbind(), self.m_ops, strict=True))
+            weights = choice[: len(self.m_ops)].unbind()
+            y = sum(weight * op.branch(x) for weight, op in zip(weights, self.m_ops, strict=True))
         return x + y if self.block.residual else y
 
     def set_widths(self, widths: dict[int, int]) -> None:
@@ -61,10 +65,10 @@ class MixedStage(nn.Module):
 
     def forward(self, x: Tensor, choices: Sequence[int | Tensor]) -> Tensor:
         """Sum of the exits weighted by softmax(betas). `choices`: one a block, see `MixedOp`."""
-        exits = [x] if self.stage.input_is_exit else []
+        at_depth = [x]
         for name, choice in zip(self.block_names, choices, strict=True):
-            x = getattr(self, name)(x, choice)
-            exits.append(x)
+            at_depth.append(getattr(self, name)(at_depth[-1], choice))
+        exits = [at_depth[depth] for depth in self.stage.exit_depths]
         return sum(weight * y for weight, y in zip(self.depth_weights().unbind(), exits, strict=True))
 
     def depth_weights(self) -> Tensor:
@@ -125,18 +129,16 @@ class Network(nn.Module):
             generator: a CPU generator, so that a seed gives the same draws on every device. One transfer a call.
             exclude: with 'random', a path whose operators are not drawn.
         """
-        num_ops = len(self.space.ops)
         if how == 'gumbel':
-            scores = self.log_alphas().detach().cpu() + _gumbel((self.num_blocks, num_ops), generator)
-            return scores.argmax(dim=1).tolist()
+            log_alphas = self.log_alphas().detach().cpu()
+            return (log_alphas + _gumbel(tuple(log_alphas.shape), generator)).argmax(dim=1).tolist()
         if how != 'random':
             raise ValueError(f"how is {how!r}, should be 'gumbel' or 'random'")
+        counts = [len(op.m_ops) for op in self.mixed_ops()]
         if exclude is None:
-            return torch.randint(num_ops, (self.num_blocks,), generator=generator).tolist()
-        if num_ops == 1:
-            return list(exclude)
-        steps = torch.randint(1, num_ops, (self.num_blocks,), generator=generator).tolist()
-        return [(first + step) % num_ops for first, step in zip(exclude, steps, strict=True)]
+            return [_below(count, generator) for count in counts]
+        others = [1 + _below(count - 1, generator) if count > 1 else 0 for count in counts]
+        return [(first + step) % count for first, step, count in zip(exclude, others, counts, strict=True)]
 
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
         """Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
@@ -145,8 +147,9 @@ class Network(nn.Module):
         return F.softmax((log_alphas + noise) / temperature, dim=1)
 
     def log_alphas(self) -> Tensor:
-        """All `log_alphas`, stacked [blocks, ops]."""
-        return torch.stack([op.log_alphas for op in self.mixed_ops()])
+        """All `log_alphas`, stacked [blocks, ops]; -inf for operators that a block does not have."""
+        rows = [op.log_alphas for op in self.mixed_ops()]
+        return pad_sequence(rows, batch_first=True, padding_value=-math.inf)
 
     def depth_weights(self) -> list[Tensor]:
         """softmax(betas) [exits] of each stage."""
@@ -180,9 +183,14 @@ class Network(nn.Module):
             op.set_widths(widths[op.block.stage][op.block.name])
 
 
-def _operator(space: SearchSpace, block: Block, index: int, width: int) -> MBInvertedResBlock:
-    spec = op_spec(block, space.ops[index], width, affine=False)
-    return MBInvertedResBlock(spec, running_stats=False)
+def _operator(space: SearchSpace, block: Block, index: int, width: int) -> MBInvertedResBlock | Skip:
+    op = space.ops[index]
+    spec = op_spec(block, op, width, affine=False)
+    return Skip(spec) if op.is_skip else MBInvertedResBlock(spec, running_stats=False)
+
+
+def _below(end: int, generator: torch.Generator) -> int:
+    return int(torch.randint(end, (), generator=generator))
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -61,12 +61,17 @@ def load_architecture(path: str | Path, num_classes: int, space: SearchSpace = S
     """
     if is_config_file(path):
         return parse_config(Path(path).read_text(encoding='utf-8-sig'), str(path))
-    state, masks = load_search_checkpoint(path, space)
+    state, masks, space = load_search_checkpoint(path, space)
     return build_config(parse_architecture(state, space), mask_widths(masks), num_classes, space)
 
 
-def load_search_checkpoint(path: str | Path, space: SearchSpace = SPACE) -> tuple[dict[str, Tensor], Masks]:
-    """Full-width weights (names without `module.`) and masks of a searched model.
+def load_search_checkpoint(
+    path: str | Path, space: SearchSpace = SPACE
+) -> tuple[dict[str, Tensor], Masks, SearchSpace]:
+    """Full-width weights (names without `module.`), masks and space of a searched model.
+
+    Args:
+        space: of a search with depth freedom; one without it, by the flags in the file, was in `space.with_skip()`.
 
     Raises:
         BadInput: not a search checkpoint, or one of another search space.
@@ -74,7 +79,11 @@ def load_search_checkpoint(path: str | Path, space: SearchSpace = SPACE) -> tupl
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {'state_dict', MASKS_KEY} <= checkpoint.keys():
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
-    return unpack_search_checkpoint(checkpoint, path, space)
+    flags = checkpoint.get('flags')
+    freedoms = flags.get('freedoms') if isinstance(flags, dict) else None
+    if isinstance(freedoms, list) and 'depth' not in freedoms:
+        space = space.with_skip()
+    return *unpack_search_checkpoint(checkpoint, path, space), space
 
 
 def unpack_search_checkpoint(
@@ -89,14 +98,15 @@ def unpack_search_checkpoint(
     for block, index, op in space.positions():
         where = f'{block.stage}.{block.name}'
         alphas = state.get(f'{where}.log_alphas')
-        if alphas is None or alphas.shape != (len(space.ops),):
-            raise BadInput(f'{path}: {where}.log_alphas should be {len(space.ops)} values; another search space?')
+        ops = len(space.ops_of(block))
+        if alphas is None or alphas.shape != (ops,):
+            raise BadInput(f'{path}: {where}.log_alphas should be {ops} values; another search space?')
         try:
             mask = masks[block.stage][block.name][index]
             good = mask.shape == (op.max_width(block.in_ch),) and bool(((mask == 0) | (mask == 1)).all())
         except (KeyError, IndexError, TypeError, AttributeError):
             good = False
-        if not good or mask.sum() < 1:
+        if not good or (mask.sum() < 1 and not op.is_skip):
             raise BadInput(f'{path}: mask of {where} op {index} is not {op.max_width(block.in_ch)} zeros and ones')
     for name, stage in zip(space.stage_names, space.stages, strict=True):
         if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):

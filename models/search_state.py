@@ -18,6 +18,7 @@ from torch import Tensor
 from models.elasticity import full_weights, gather, scatter, start_masks
 from models.model_search import Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
+from models.search_space import SearchSpace
 from tools.checkpoint import check_weights
 from tools.distributed import World
 from tools.engine import cosine_lr
@@ -153,7 +154,7 @@ class SearchState:
             raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
 
 
-def start_search(snapshot: Snapshot, world: World, args) -> tuple[SearchState, Snapshot]:
+def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> tuple[SearchState, Snapshot]:
     """The state that a search starts from: fresh, or the snapshot's; and the snapshot without it.
 
     Args:
@@ -162,8 +163,8 @@ def start_search(snapshot: Snapshot, world: World, args) -> tuple[SearchState, S
     Raises:
         BadInput: the snapshot does not fit the network or the flags.
     """
-    full, masks = full_weights(args.num_classes, world.device), start_masks()
-    net = Network(mask_widths(masks), args.num_classes).to(world.device).train()
+    full, masks = full_weights(args.num_classes, world.device, space), start_masks(space)
+    net = Network(mask_widths(masks), args.num_classes, space).to(world.device).train()
     state = SearchState(net, full, masks)
     differing = compare_flags(snapshot, SEARCH, args)
     if snapshot.checkpoint:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
 
 from models.latency import LatencyTable
@@ -66,8 +67,13 @@ def _best(
     rest_low = np.cumsum([0.0, *(f.low.min() for f in reversed(fronts))])[::-1][1:]
     rest_high = np.cumsum([0.0, *(f.high.max() for f in reversed(fronts))])[::-1][1:]
     front = _Front(np.zeros(1), np.full(1, table.base), np.full(1, table.base), np.zeros((1, 0), dtype=np.int8))
-    for stage, low, high in zip(fronts, rest_low, rest_high, strict=True):
+    bound = _Bound(fronts, table.base, target) if len(bounded) == 2 else None
+    for number, (stage, low, high) in enumerate(zip(fronts, rest_low, rest_high, strict=True)):
         front = _merged(front, stage)
+        if bound:
+            front = front.take(bound.may_win(front, number))
+            if not len(front.logp):
+                break
         meets = np.ones(len(front.logp), dtype=bool)
         if 'low' in bounded:
             meets &= front.low + low <= target * (1 + 1e-12)
@@ -76,6 +82,8 @@ def _best(
         if not meets.any():
             raise BadInput(f'target {target:g}: no architecture of the space can meet it; see the range of the table')
         front = _undominated(front.take(meets), bounded)
+    if bound and bound.reached is not None and not (front.logp > bound.reached.logp).any():
+        front = bound.reached
     row = front.logp.argmax()
     best = front.picks[row]
     arch: Arch = {name: [] for name in space.stage_names}
@@ -83,6 +91,44 @@ def _best(
         if pick >= 0:
             arch[block.stage].append(int(pick))
     return arch, float(front.low[row]), float(front.high[row])
+
+
+class _Bound:
+    """The most that a partial architecture can lead to, by Lagrangian relaxation of both bounds on the latency.
+
+    For prices p, q >= 0 no architecture that meets the target beats max(logp - p * (low - target) + q * (high -
+    target)), which is a sum over stages. `reached` is the best feasible architecture that turned up on the way to the
+    prices where this is least; None where none did.
+    """
+
+    def __init__(self, fronts: list[_Front], base: float, target: float):
+        self.fronts, self.base, self.target = fronts, base, target
+        self.reached: _Front | None = None
+        logp, low, high = (sum(np.ptp(getattr(f, name)) for f in fronts) for name in ('logp', 'low', 'high'))
+        simplex = np.array([[0.0, 0.0], [logp / max(low, 1e-12), 0.0], [0.0, logp / max(high, 1e-12)]])
+        found = minimize(self._relaxed, np.zeros(2), method='Nelder-Mead', options={'initial_simplex': simplex})
+        self.prices = np.abs(found.x)
+        self.rest = np.cumsum([0.0, *(self._scores(front, self.prices).max() for front in reversed(fronts))])[::-1][1:]
+
+    def may_win(self, front: _Front, number: int) -> np.ndarray:
+        """Which rows of a front over stages 0 to `number` can lead to more than what was reached."""
+        if self.reached is None:
+            return np.ones(len(front.logp), dtype=bool)
+        offset = (self.prices[0] - self.prices[1]) * self.target
+        return self._scores(front, self.prices) + self.rest[number] + offset > self.reached.logp + 1e-9
+
+    @staticmethod
+    def _scores(front: _Front, prices: np.ndarray) -> np.ndarray:
+        return front.logp - prices[0] * front.low + prices[1] * front.high
+
+    def _relaxed(self, prices: np.ndarray) -> float:
+        prices = np.abs(prices)
+        whole = _Front(np.zeros(1), np.full(1, self.base), np.full(1, self.base), np.zeros((1, 0), dtype=np.int8))
+        for front in self.fronts:
+            whole = _merged(whole, front.take(self._scores(front, prices).argmax(keepdims=True)))
+        if whole.low <= self.target <= whole.high and (self.reached is None or whole.logp > self.reached.logp):
+            self.reached = whole
+        return float(self._scores(whole, prices)[0] + (prices[0] - prices[1]) * self.target)
 
 
 def _stage_front(state: Mapping[str, Tensor], table: LatencyTable, name: str, bounded: set[str]) -> _Front:
@@ -96,13 +142,13 @@ def _stage_front(state: Mapping[str, Tensor], table: LatencyTable, name: str, bo
     for depth in range(stage.depth + 1):
         if depth:
             block = blocks[depth - 1]
-            ops = range(len(space.ops))
+            ops = range(len(space.ops_of(block)))
             log_alphas = state[f'{name}.{block.name}.log_alphas'].double().cpu()
             block_front = _Front(
                 (log_alphas - log_alphas.max()).numpy(),  # what a choice costs against the most probable operator
                 np.array([table.of(block, space.ops[i], space.ops[i].min_width(block.in_ch)) for i in ops]),
                 np.array([table.of(block, space.ops[i], space.ops[i].max_width(block.in_ch)) for i in ops]),
-                np.arange(len(space.ops), dtype=np.int8)[:, None],
+                np.arange(len(ops), dtype=np.int8)[:, None],
             )
             path = _undominated(_merged(path, block_front), bounded)
         if depth in stage.exit_depths:
