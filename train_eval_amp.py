@@ -17,6 +17,7 @@ from models.describe import describe_network
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
+from tools.environment import choose_kernels
 from tools.errors import BadInput
 from tools.keeper import open_run_folder
 from tools.metrics import run_header
@@ -53,7 +54,7 @@ def main(args):
     config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     loaders = make_train_val_loaders(args, world)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    torch.backends.cudnn.benchmark = True
+    choose_kernels(args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     if args.sync_bn:
@@ -63,7 +64,7 @@ def main(args):
     header = run_header('training', args, world.device, **about)
     files = {'model.config': dump_config(config)}
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
-    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch)
+    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
     return code
 

@@ -12,6 +12,10 @@ A search on other images, at another input size, with lists of one's own:
 A search that was stopped or killed goes on, in its folder, with the same flags and:
 
     python train_search.py ... --snapshot auto
+
+One process a GPU, with --batch_size and --workers as totals:
+
+    torchrun --nproc_per_node=4 train_search.py ...
 """
 
 from functools import partial
@@ -32,20 +36,32 @@ from models.search_space import FREEDOMS, SPACE
 from models.search_state import (
     SEARCH,
     architecture_steps,
+    save_searched_model,
     searched_model,
     start_search,
     temperature,
     weights_lr,
 )
 from models.search_steps import architecture_step, train_only, weight_step
-from tools.checkpoint import save_checkpoint
-from tools.distributed import World, pick_device
+from tools.distributed import join_world, leave_world
 from tools.engine import Tally
+from tools.environment import choose_kernels, fingerprint
 from tools.errors import BadInput
 from tools.interrupt import ended_with, outlive_signals
 from tools.keeper import Keeper, open_run_folder
 from tools.metrics import run_header
-from tools.options import Parser, add_device_arg, add_snapshot_args, add_watch_args, count, fraction, number, run_script
+from tools.options import (
+    Parser,
+    add_device_arg,
+    add_rank_arg,
+    add_snapshot_args,
+    add_watch_args,
+    count,
+    count_or_all,
+    fraction,
+    number,
+    run_script,
+)
 from tools.rng import derive_seed, generator_for
 from tools.snapshot import find_snapshot
 from tools.watch import Progress
@@ -69,6 +85,9 @@ def get_args():
     parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
     add_snapshot_args(parser)
+    parser.add_argument(
+        '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
+    )
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
     parser.add_argument('--workers', type=count(0), default=4, help='processes that load images')
     parser.add_argument('--epochs', type=count(), default=90)
@@ -99,23 +118,24 @@ def get_args():
         'depth: a skip operator in place of the sinks; without width: the widths of the start are kept',
     )
     add_device_arg(parser)
+    add_rank_arg(parser)
     add_watch_args(parser)
     return parser.parse_args()
 
 
-def read_lists(args):
-    """Both image lists; the default ones are made where they are missing. Returns them and a line for the log."""
-    paths, made = (Path(args.train_list), Path(args.val_list)), ''
-    if (args.train_list, args.val_list) == (TRAIN_LIST, VAL_LIST) and not any(path.exists() for path in paths):
-        classes = read_classes(CLASSES)
-        parts = split_by_class(list_folder(args.img_root, classes), ratio=0.8, seed=args.seed)
-        for part, path in zip(parts, paths, strict=True):
-            write_list(part, path)
-        made = f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
-    return *(read_list(path, args.img_root, args.num_classes) for path in paths), made
+def make_default_lists(args):
+    """Make the default lists where neither of them is there; returns a line for the log."""
+    paths = Path(args.train_list), Path(args.val_list)
+    if (args.train_list, args.val_list) != (TRAIN_LIST, VAL_LIST) or any(path.exists() for path in paths):
+        return ''
+    classes = read_classes(CLASSES)
+    parts = split_by_class(list_folder(args.img_root, classes), ratio=0.8, seed=args.seed)
+    for part, path in zip(parts, paths, strict=True):
+        write_list(part, path)
+    return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
 
 
-def train_epoch(state, train_loader, val_loader, table, args, world, keeper, watch):
+def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
     """Train on the rest of an epoch's batches: weights only while warming up; then bi-sampled weights, and the
     architecture on every second step. Returns the epoch's numbers, or None where a signal stopped it."""
     net, epoch, steps, warming_up = state.net, state.epoch, len(train_loader), state.epoch < args.warmup_epochs
@@ -123,8 +143,11 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper, wat
     table_matrix = table.matrix(net.widths()).to(world.device)
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
+    before_update = partial(average_and_check, state, world, keeper)
     val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
-    batches = watch.progress.track(train_loader, f'epoch {epoch}', steps, state.step, work=1 if warming_up else WORK)
+    batches = keeper.watch.progress.track(
+        train_loader, f'epoch {epoch}', steps, state.step, work=1 if warming_up else WORK
+    )
     for step, (images, labels) in enumerate(batches, state.step):
         images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         draws = generator_for(args.seed, 'draws', epoch, step)
@@ -132,43 +155,52 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper, wat
         bi_sampling = not warming_up and 'operator' in args.freedoms
         paths = [first, net.sample('random', draws, exclude=first)] if bi_sampling else [first]
         train_only(weights, architecture)
-        w_tally.add(*weight_step(net, state.w_optimizer, images, labels, paths, args.grad_clip), labels)
+        loss, logits = weight_step(net, state.w_optimizer, images, labels, paths, args.grad_clip, before_update)
+        w_tally.add(loss, logits, labels)
         if not warming_up and step % 2 == 0:
             images, labels = val_batches.next(world.device)
             train_only(architecture, weights)
             op_weights = net.mixture_weights(temperature(epoch, args), draws)
             loss, logits, state.latency = architecture_step(
-                net, state.a_optimizer, images, labels, op_weights, table_matrix, table, args
+                net, state.a_optimizer, images, labels, op_weights, table_matrix, table, args, before_update
             )
             a_tally.add(loss, logits, labels)
         if step % args.print_freq == 0 or step == steps - 1:
-            watch.step(epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up))
+            keeper.watch.step(
+                epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up, world)
+            )
         state.step = step + 1
         if keeper.after_update(state, w_tally, a_tally):
             return None
-    return read_numbers(w_tally, a_tally, state.latency, warming_up)
+    return read_numbers(w_tally, a_tally, state.latency, warming_up, world)
 
 
-def read_numbers(w_tally, a_tally, latency, warming_up):
+def average_and_check(state, world, keeper, parameters, losses):
+    """Average the gradients of a step over all processes; returns whether its losses allow the update."""
+    world.average_gradients(parameters)
+    return keeper.allows_update(state, losses)
+
+
+def read_numbers(w_tally, a_tally, latency, warming_up, world):
     """Loss and top-1 of the steps so far, of weights and architecture; the mixture's latency at the last of them."""
-    tallies = {'w': w_tally.read()} if warming_up else {'w': w_tally.read(), 'a': a_tally.read()}
+    tallies = {'w': w_tally.read(world)} | ({} if warming_up else {'a': a_tally.read(world)})
     numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
     return numbers if warming_up else numbers | {'mixture_latency': latency.item()}
 
 
 @torch.no_grad()
-def validate(net, loader, args, epoch, device, stops):
+def validate(net, loader, args, epoch, world, stops):
     """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch. None where it `stops`."""
-    tally = Tally(device)
+    tally = Tally(world.device)
     loader.sampler.set_epoch(0)
     for step, (images, labels) in enumerate(loader):
         if stops():
             return None
         path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         logits = net(images, path)
         tally.add(F.cross_entropy(logits, labels), logits, labels)
-    return tally.read()
+    return tally.read(world)
 
 
 def log_architecture(net, log):
@@ -203,21 +235,23 @@ def scale_to_target(full, masks, table, args, log):
     }
 
 
-def read_table(args):
+def read_table(args, world):
     """The latency table, and lines for the log; makes a number of ms of `args.target_lat`."""
     notes = []
     space = SPACE if 'depth' in args.freedoms else SPACE.with_skip()
     table = load_table(args.lookup_path, args.img_size, space, notes.append)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
     notes.append(reach % (args.lookup_path, *table.reach(), table.unit))
-    print(notes[-1], flush=True)
+    if world.is_first:
+        print(notes[-1], flush=True)
     args.target_lat = table.target(args.target_lat)
     return table, notes
 
 
 def make_loaders(args, world):
     """Loaders of the images that train the weights and of those that train the architecture; and a line for the log."""
-    train, val, made = read_lists(args)
+    made = world.first_says(lambda: make_default_lists(args))
+    train, val = (read_list(path, args.img_root, args.num_classes) for path in (args.train_list, args.val_list))
     for_training, for_validation = train_transform(args.img_size), val_transform(args.img_size)
     more = args, world, True, True
     train_loader = make_loader(args.img_root, train, for_training, *more, args.train_list, outlive_signals)
@@ -225,14 +259,16 @@ def make_loaders(args, world):
     return train_loader, val_loader, made
 
 
-def run_folder(args, world, snapshot, state, table, steps):
-    """The folder of this search, and where its numbers go. `steps`: of an epoch."""
+def open_run(args, world, snapshot, state, table, steps):
+    """The keeper of this search, with its folder and where its numbers go. `steps`: of an epoch."""
     latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
     about = {'space': describe_space(args.img_size, table.space), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', args, world.device, **about)
+    header['environment'] |= {'processes': world.size, 'table': fingerprint(args.lookup_path)}
     folder, watch = open_run_folder(args, world, SEARCH, snapshot, state, header)
-    watch.progress = Progress(work_until(args.epochs, 0, steps, args), work_until(state.epoch, state.step, steps, args))
-    return folder, watch
+    work = work_until(args.epochs, 0, steps, args), work_until(state.epoch, state.step, steps, args)
+    watch.progress = Progress(*work, quiet=not world.is_first)
+    return Keeper(folder, watch, world, args, header['environment'])
 
 
 def work_until(epoch, step, steps, args):
@@ -242,29 +278,31 @@ def work_until(epoch, step, steps, args):
 
 def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
-    world = World(pick_device(args.device))
-    table, notes = read_table(args)
+    world = join_world(args.device, args.local_rank)
+    table, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
     train_loader, val_loader, made = make_loaders(args, world)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    torch.backends.cudnn.benchmark = True
+    choose_kernels(args.deterministic)
     state, snapshot = start_search(find_snapshot(args, SEARCH), table.space, world, args)
-    folder, watch = run_folder(args, world, snapshot.noting(*notes, made), state, table, len(train_loader))
+    keeper = open_run(args, world, snapshot.noting(*notes, made), state, table, len(train_loader))
+    watch = keeper.watch
 
-    with Keeper(folder, world, args) as keeper, ended_with(train_loader, val_loader):
+    with keeper, ended_with(train_loader, val_loader):
         while state.epoch < args.epochs:
             epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
             if state.step == 0:
                 state.begin_epoch(args)
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             watch.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
-            trained = train_epoch(state, train_loader, val_loader, table, args, world, keeper, watch)
+            trained = train_epoch(state, train_loader, val_loader, table, args, world, keeper)
             if trained is None:
                 break
             state.take_over()
+            world.same(state.full.values())
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
-                val = validate(state.net, val_loader, args, epoch, world.device, keeper.stops)
+                val = validate(state.net, val_loader, args, epoch, world, keeper.stops)
                 if val is None:
                     keeper.save(state)
                     break
@@ -272,16 +310,20 @@ def main(args):
                 numbers['val'] = val
             if not warming_up:
                 log_architecture(state.net, watch.log)
-                widths, numbers['latency'] = scale_to_target(state.full, state.masks, table, args, watch.log)
+                scale = partial(scale_to_target, state.full, state.masks, table, args, watch.log)
+                widths, numbers['latency'] = world.first_says(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, args.num_classes)
             watch.write('epoch', epoch, **numbers, **trained, **found)
             state.end_epoch()
-            keeper.write(state, partial(save_checkpoint, path=folder / searched_model(epoch)))
-    if not keeper.signal:
-        watch.write('end', args.epochs - 1)
-        watch.log('searched model: %s', folder / searched_model(args.epochs - 1))
-    return keeper.exit_code(watch.log)
+            keeper.write(state, partial(save_searched_model, folder=keeper.folder, keep=args.keep_checkpoints))
+        else:
+            keeper.remove_checkpoints()
+            watch.write('end', args.epochs - 1)
+            if keeper.folder:
+                watch.log('searched model: %s', keeper.folder / searched_model(args.epochs - 1))
+    leave_world(world)
+    return keeper.exit_code()
 
 
 if __name__ == '__main__':

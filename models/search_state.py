@@ -1,9 +1,9 @@
 """Where a search stands: its state, in and out of checkpoints.
 
-A search writes `searched_model_NN.pth.tar` after epoch NN, with weights at full width, masks and flags; the next epoch
-needs no more. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the log, and
-the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams of
-images from epoch and batch. No state of a generator is kept, because there is none: nothing uses those of Python,
+A search writes `searched_model_NN.pth.tar` after epoch NN, with weights at full width, masks and flags; the next
+epoch needs no more. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the
+log, and the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams
+of images from epoch and batch. No state of a generator is kept, because there is none: nothing uses those of Python,
 NumPy, torch or CUDA, and what is drawn for a step or an image, also in the processes that load images, is seeded by
 where it happens (see `tools.rng`).
 """
@@ -19,7 +19,7 @@ from models.elasticity import full_weights, gather, scatter, start_masks
 from models.model_search import Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
 from models.search_space import SearchSpace
-from tools.checkpoint import check_weights
+from tools.checkpoint import check_weights, save_checkpoint
 from tools.distributed import World
 from tools.engine import cosine_lr
 from tools.errors import BadInput
@@ -72,6 +72,16 @@ def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
     return (epoch - args.warmup_epochs) * -(-steps_an_epoch // 2) + -(-step // 2)
 
 
+def save_searched_model(checkpoint: dict, folder: Path, keep: int | None) -> None:
+    """Write `searched_model_NN.pth.tar`, then remove those of epochs before the last `keep` (None: keep all)."""
+    epoch = checkpoint['epoch']
+    save_checkpoint(checkpoint, folder / searched_model(epoch))
+    for path in folder.glob('searched_model_*.pth.tar') if keep else ():
+        number = path.name.removeprefix('searched_model_').removesuffix('.pth.tar')
+        if number.isdigit() and int(number) <= epoch - keep:
+            path.unlink()
+
+
 @dataclass
 class SearchState:
     """All that a search changes.
@@ -91,6 +101,11 @@ class SearchState:
     latency: Tensor = field(default_factory=lambda: torch.zeros(()))
     w_optimizer: torch.optim.Optimizer | None = None
     a_optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the weights."""
+        return self.w_optimizer.param_groups[0]['lr']
 
     def begin_epoch(self, args) -> None:
         """Give the network the widths and weights of the epoch, and make the optimizers.

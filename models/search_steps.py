@@ -6,8 +6,17 @@ from torch import nn
 from models.latency import expected_latency
 
 
-def weight_step(net, optimizer, images, labels, paths, grad_clip):
-    """Train the weights on some paths, one operator a block each; returns loss and logits of the first."""
+def always(parameters, losses):
+    """For `before_update`, in a single process whose losses are taken as they are."""
+    return True
+
+
+def weight_step(net, optimizer, images, labels, paths, grad_clip, before_update=always):
+    """Train the weights on some paths, one operator a block each; returns loss and logits of the first.
+
+    Args:
+        before_update: gets the parameters, whose gradients it may change, and the losses; says whether to update.
+    """
     optimizer.zero_grad(set_to_none=True)
     results = []
     for path in paths:
@@ -15,21 +24,29 @@ def weight_step(net, optimizer, images, labels, paths, grad_clip):
         loss = F.cross_entropy(logits, labels)
         loss.backward()
         results.append((loss.detach(), logits.detach()))
-    nn.utils.clip_grad_norm_(net.weight_parameters(), grad_clip)
-    optimizer.step()
+    parameters = net.weight_parameters()
+    if before_update(parameters, [loss for loss, _ in results]):
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
+        optimizer.step()
     return results[0]
 
 
-def architecture_step(net, optimizer, images, labels, op_weights, table_matrix, table, args):
-    """Train log_alphas and betas on the mixture and its latency; returns loss, logits and latency."""
+def architecture_step(net, optimizer, images, labels, op_weights, table_matrix, table, args, before_update=always):
+    """Train log_alphas and betas on the mixture and its latency; returns loss, logits and latency.
+
+    Args:
+        before_update: see `weight_step`.
+    """
     optimizer.zero_grad(set_to_none=True)
     logits = net(images, op_weights)
     latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), table.space)
     loss = F.cross_entropy(logits, labels)
     (loss + args.lambda_lat * (latency / args.target_lat - 1).abs()).backward()
-    nn.utils.clip_grad_norm_(net.arch_parameters(), args.grad_clip)
-    optimizer.step()
-    net.project_architecture()
+    parameters = net.arch_parameters()
+    if before_update(parameters, [loss]):
+        nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        net.project_architecture()
     return loss.detach(), logits.detach(), latency.detach()
 
 

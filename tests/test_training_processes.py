@@ -59,7 +59,7 @@ def one_update(rank, size, port, batch_norm, path):
     state = TrainState(net, optimizer, Precision(world.device))
     batch = torch.stack([Numbers()[(0, i)][0] for i in range(8)]), torch.arange(8) % 3
     shard = tuple(part[rank::size] for part in batch)
-    args = Namespace(seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8)
+    args = Namespace(seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, on_nan='stop')
     train = train_epoch(
         wrap_model(net, world), state, iter([shard]), 1, None, world, args, Watch(make_logger(None)), lambda *_: False
     )

@@ -79,7 +79,9 @@ def updated(batches, accum, grad_clip=5.0):
     net = NetworkEval(small_config())
     net.eval().train = lambda mode=True: net
     state = TrainState(net, torch.optim.SGD(net.parameters(), 0.5, 0.9, fused=True), Precision(CPU))
-    args = Namespace(seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4)
+    args = Namespace(
+        seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4, on_nan='stop'
+    )
     calls = []
     train_epoch(
         net,

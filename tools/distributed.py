@@ -1,13 +1,17 @@
 """Which device and which of how many processes this is."""
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tools.errors import BadInput
+
+Value = TypeVar('Value')
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,37 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the gradients over all processes, in place and in one transfer.
+
+        Args:
+            parameters: those without a gradient are left out; they must be the same in all processes.
+        """
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / self.size).split([gradient.numel() for gradient in gradients])
+        averages = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(gradients, averages)
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def first_says(self, decide: Callable[[], Value]) -> Value:
+        """What `decide()` returns in the first process, in all of them; the others do not call it."""
+        values = [decide() if self.is_first else None]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
     def same_buffers(self, *modules: nn.Module) -> None:
         """Give all processes the first one's buffers (the running statistics of batch norm)."""
-        if self.size > 1:
-            for buffer in (buffer for module in modules for buffer in module.buffers()):
-                dist.broadcast(buffer, 0)
+        self.same(buffer for module in modules for buffer in module.buffers())
 
     def share(self, count: int, what: str) -> int:
         """This process's part of a total such as the batch size.

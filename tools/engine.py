@@ -29,11 +29,18 @@ class Tally:
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch. `loss`: mean over the batch; `logits` [N, classes]; `labels` [N]."""
+        """Count a batch, unless its loss is not finite.
+
+        Args:
+            loss: mean over the batch.
+            logits: [N, classes].
+            labels: [N].
+        """
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = top == labels[:, None]
         count = torch.full((), len(labels), device=loss.device)
-        self.sums += torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum(), count])
+        sums = torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum(), count])
+        self.sums += sums.where(loss.isfinite(), 0.0)
 
     def total(self, world: World) -> list[float]:
         """The sums over all processes."""
@@ -65,6 +72,7 @@ def train_epoch(
     args,
     watch: Watch,
     after_update: Callable[[TrainState, Tally], bool],
+    allows_update: Callable[[TrainState, list[Tensor]], bool] = lambda *_: True,
 ) -> dict[str, float] | None:
     """Train on the rest of an epoch's batches; returns the numbers of `Tally`, or None where it was stopped.
 
@@ -73,30 +81,40 @@ def train_epoch(
         batches: from batch `state.step` of the epoch on.
         end: the epoch's number of batches.
         mix: MixUp or CutMix: makes soft labels of images and labels.
-        args: needs seed, label_smooth, grad_accum, grad_clip, print_freq.
+        args: needs seed, label_smooth, grad_accum, grad_clip, print_freq, on_nan.
         watch: told every print_freq batches.
         after_update: called after each update; says whether to stop.
+        allows_update: called before each with its losses; says whether to make it.
     """
     model.train()
+    losses, buffers = [], list(state.net.buffers()) if args.on_nan == 'skip' else []
     tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
     for step, (images, labels) in zip(range(state.step, end), batches, strict=False):
         group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
         updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
         torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
+        if not losses:
+            statistics = [buffer.clone() for buffer in buffers]
         mixed, targets = mix(images, labels) if mix else (images, labels)
         with nullcontext() if updates or world.size == 1 else model.no_sync():
             with state.precision.autocast():
                 logits = model(state.precision.inputs(mixed)).float()
                 loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
             state.precision.backward(loss / group, state.optimizer)
+        losses.append(loss.detach())
         tally.add(loss, logits, labels)
         if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
             log_step(watch, tally, rate, state, step, end, args.batch_size)
         if updates:
-            state.precision.step(state.optimizer, args.grad_clip)
-            if state.ema:
-                state.ema.update_parameters(state.net)
-            state.step = step + 1
+            if allows_update(state, losses):
+                state.precision.step(state.optimizer, args.grad_clip)
+                if state.ema:
+                    state.ema.update_parameters(state.net)
+            else:
+                state.optimizer.zero_grad(set_to_none=True)
+                for buffer, before in zip(buffers, statistics, strict=True):
+                    buffer.copy_(before)
+            losses, state.step = [], step + 1
             if after_update(state, tally):
                 return None
     state.sums = tally.total(world)
@@ -120,7 +138,7 @@ class Rate:
 def log_step(watch: Watch, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
     """Tell about the epoch so far. `batch`: images of a batch over all processes."""
     now = tally.read()
-    numbers = {'lr': state.optimizer.param_groups[0]['lr']} | {name: now[name] for name in ('loss', 'top1', 'top5')}
+    numbers = {'lr': state.lr} | {name: now[name] for name in ('loss', 'top1', 'top5')}
     watch.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
 
 

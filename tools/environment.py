@@ -1,5 +1,7 @@
-"""What a run was made with: libraries, device, commit."""
+"""What a run was made with: libraries, device, commit, kernels."""
 
+import hashlib
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -34,3 +36,20 @@ def describe_environment(device: torch.device) -> dict:
         'threads': torch.get_num_threads(),
         'commit': git_commit(),
     }
+
+
+def fingerprint(path: str | Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Let torch take the fastest kernels on a GPU, or only those that give the same bits each time.
+
+    On a CPU all kernels used here do.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)

@@ -1,5 +1,9 @@
 """Exceptions that end a script in one line on stderr."""
 
+import errno
+
+import torch
+
 
 class BadInput(ValueError):
     """Input that cannot be used: the message names the value, where it came from, and what would be good.
@@ -11,3 +15,39 @@ class BadInput(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that cannot go on though its input was good, such as for want of disk space: one line, exit code 1."""
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""Full, over the quota, over a limit, read-only, broken."""
+
+MEMORY_FLAGS = ('checkpoint_ops', 'amp', 'opt_level', 'grad_accum')
+"""Flags that reduce memory, in the scripts that have them."""
+
+
+def explain(error: Exception, args) -> str:
+    """One line about an error that is neither the input's fault nor a bug; empty for others.
+
+    Args:
+        args: the flags of the run.
+    """
+    text = str(error)
+    if isinstance(error, RunFailed):
+        return text
+    if isinstance(error, OSError):
+        where = error.filename or 'a file'
+        return (
+            f'{where} could not be written ({error.strerror}); the files before it are whole'
+            if error.errno in DISK
+            else ''
+        )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        sizes = ', '.join(f'--{name} {getattr(args, name)}' for name in ('batch_size', 'img_size') if name in args)
+        flags = ', '.join(f'--{name}' for name in MEMORY_FLAGS if name in args)
+        also = f'; {flags} reduce memory too' if flags else ''
+        return f'out of memory with {sizes}; smaller ones need less{also} ({text.splitlines()[0] if text else error!r})'
+    if text.startswith('DataLoader worker'):
+        return (
+            f'a process that loads images ended ({text.splitlines()[0]}); the system may have killed it for want of'
+            ' memory: fewer --workers need less; --snapshot auto goes on from the last checkpoint'
+        )
+    return ''

@@ -5,17 +5,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from tools.checkpoint import save_and_keep_previous, save_checkpoint, write_text
 from tools.distributed import World, restart_store
 from tools.engine import Tally
 from tools.errors import BadInput, RunFailed
+from tools.guard import LossGuard
 from tools.interrupt import EXIT_CODES, StopRequest, resume_command
 from tools.logs import log_flags, make_logger, make_run_folder
 from tools.metrics import Metrics
@@ -32,6 +33,10 @@ class State(Protocol):
     epoch: int
     step: int
     sums: list[float]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the weights."""
 
     def to_checkpoint(self, args) -> dict:
         """The contents of a checkpoint file."""
@@ -71,6 +76,8 @@ def open_run_folder(
         store.set('folder', str(folder.resolve()))
     logger = make_logger(folder)
     log_flags(logger, args)
+    for name, value in header['environment'].items():
+        logger.info('%s: %s', name, value)
     for note in snapshot.notes:
         logger.info(note)
     return folder, Watch(logger, Metrics(folder, header, (state.epoch, state.step), args.tensorboard))
@@ -100,7 +107,7 @@ class Writer:
     the next call.
 
     Raises (in all calls):
-        RunFailed: a checkpoint could not be written; the files that were there before are as they were.
+        OSError: a checkpoint could not be written; the files that were there before are as they were.
     """
 
     def __init__(self):
@@ -129,16 +136,13 @@ class Writer:
         try:
             for save in saves:
                 save(data)
-        except OSError as e:
-            where, why = e.filename or 'a checkpoint', e.strerror or str(e)
-            self.error = RunFailed(f'{where} could not be written ({why}); the checkpoints before it are whole')
-        except BaseException as e:  # a bug of ours, for the run to raise
+        except BaseException as e:
             self.error = e
 
 
 def copied(value: Any) -> Any:
     """The value with all tensors copied to the CPU."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.detach().to('cpu', copy=True)
     if isinstance(value, dict):
         return {key: copied(inner) for key, inner in value.items()}
@@ -151,12 +155,13 @@ class Keeper:
     Args:
         folder: gets the files; None in processes that write nothing.
         world: its processes agree on stopping after the same update.
-        args: save_freq, and all else for the checkpoints.
+        args: save_freq and on_nan, and all else for the checkpoints.
+        environment: what the run is made with, for the checkpoints.
     """
 
-    def __init__(self, folder: Path | None, world: World, args):
-        self.folder, self.world, self.args = folder, world, args
-        self.stop, self.writer = StopRequest(), Writer()
+    def __init__(self, folder: Path | None, watch: Watch, world: World, args, environment: dict):
+        self.folder, self.watch, self.world, self.args, self.environment = folder, watch, world, args, environment
+        self.stop, self.writer, self.guard = StopRequest(), Writer(), LossGuard(world, args.on_nan)
         self.signal, self.saved_at = 0, time.monotonic()
 
     def __enter__(self) -> 'Keeper':
@@ -166,18 +171,31 @@ class Keeper:
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         try:
             self.writer.finish()
-        except RunFailed:
-            if kind is None:
+        except Exception:
+            if kind is None:  # otherwise the first error counts
                 raise
         finally:
             self.stop.__exit__()
 
+    def allows_update(self, state: State, losses: Sequence[Tensor]) -> bool:
+        """Whether to make the update that these losses belong to: see `LossGuard`."""
+        place = f'epoch {state.epoch} step {state.step + 1} (learning rate {state.lr:.3g})'
+        allowed = self.guard.allows(place, losses)
+        if not allowed and self.guard.skips:
+            self.watch.log('the loss is NaN or infinite at %s: left out', place)
+        return allowed
+
     def after_update(self, state: State, *tallies: Tally) -> bool:
-        """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop."""
+        """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop.
+
+        Raises:
+            RunFailed: the loss was NaN or infinite.
+            OSError: a checkpoint could not be written.
+        """
         self.writer.check()
         due = self.world.is_first and time.monotonic() - self.saved_at >= 60 * self.args.save_freq
-        due, self.signal = self.world.agree(due, self.stop.signal)
-        if due or self.signal:
+        due, self.signal, bad = self.world.agree(due, self.stop.signal, self.guard.bad != '')
+        if bad or due or self.signal:
             state.sums = [number for tally in tallies for number in tally.total(self.world)]
             self.save(state)
         return self.signal != 0
@@ -189,20 +207,40 @@ class Keeper:
 
     def save(self, state: State, is_best: bool = False) -> None:
         """Write `checkpoint.pth.tar` and, where it is the best, `model_best.pth.tar`."""
-        if self.folder:
-            best = [partial(save_checkpoint, path=self.folder / 'model_best.pth.tar')] if is_best else []
-            self.write(state, *best, partial(save_and_keep_previous, path=self.folder / CHECKPOINT))
+        folder = self.folder or Path()
+        best = [partial(save_checkpoint, path=folder / 'model_best.pth.tar')] if is_best else []
+        self.write(state, *best, partial(save_and_keep_previous, path=folder / CHECKPOINT))
 
     def write(self, state: State, *saves: Save) -> None:
-        """Write a checkpoint in some ways."""
+        """Write a checkpoint in some ways, unless an update should not have been made; called by all processes."""
+        self.stop_at_bad_loss()
         self.saved_at = time.monotonic()
         if self.folder:
-            self.writer.write(state.to_checkpoint(self.args), *saves)
+            self.writer.write(state.to_checkpoint(self.args) | {'environment': self.environment}, *saves)
 
-    def exit_code(self, log: Callable[..., None]) -> int:
+    def stop_at_bad_loss(self) -> None:
+        """Raise RunFailed where the loss of an update, the last one too, was NaN or infinite in any process."""
+        self.guard.look()
+        (bad,) = self.world.agree(self.guard.bad != '')
+        if not bad:
+            return
+        self.writer.finish()
+        where = f'at {self.guard.bad}' if self.guard.bad else 'in another process'
+        files = self.folder.glob('[!.]*.pth.tar') if self.folder else ()
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+        last = f'the last good checkpoint is {newest}' if newest else 'no checkpoint is written yet'
+        raise RunFailed(f'the loss is NaN or infinite {where}; {last}; --on_nan skip leaves such updates out')
+
+    def remove_checkpoints(self) -> None:
+        """Remove what a finished run needs no more: the checkpoints from within its epochs."""
+        self.writer.finish()
+        for path in self.folder.glob('checkpoint*.pth.tar') if self.folder else ():
+            path.unlink()
+
+    def exit_code(self) -> int:
         """The exit code of the run, which is over; the log gets the command that goes on where a signal stopped it."""
         if self.signal:
-            log('stopped by %s; to go on:', signal.Signals(self.signal).name)
+            self.watch.log('stopped by %s; to go on:', signal.Signals(self.signal).name)
             if self.folder:
-                log(resume_command(self.folder / CHECKPOINT))
+                self.watch.log(resume_command(self.folder / CHECKPOINT))
         return EXIT_CODES[self.signal]

@@ -37,12 +37,19 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that the disk does not take is an error of the run, not a message among others."""
+
+    def handleError(self, _record: logging.LogRecord) -> None:
+        raise  # noqa: PLE0704  (called where the error is being handled)
+
+
 def make_logger(folder: Path | None) -> logging.Logger:
     """A logger to stdout and `<folder>/log.txt` (appended, a line at a time); a silent one where `folder` is None."""
     logger = logging.Logger('tf-nas', logging.INFO if folder else logging.CRITICAL)
     if folder:
         formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
-        for handler in (_Console(), logging.FileHandler(folder / 'log.txt', encoding='utf-8')):
+        for handler in (_Console(), _LogFile(folder / 'log.txt', encoding='utf-8')):
             handler.setFormatter(formatter)
             logger.addHandler(handler)
     return logger

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from tools.errors import BadInput, RunFailed
+from tools.errors import BadInput, explain
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,8 +49,11 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         ]  # without the traceback of a process that loads images
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
-    except RunFailed as e:
-        print(f'{sys.argv[0]}: {" ".join(str(e).split())}', file=sys.stderr)
+    except (OSError, RuntimeError, MemoryError) as e:
+        message = explain(e, args)
+        if not message:
+            raise
+        print(f'{sys.argv[0]}: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(1)
     sys.exit(code)
 
@@ -80,6 +83,11 @@ def count(low: int = 1) -> Callable[[str], float]:
 def fraction(text: str) -> float:
     """An argparse type: a float from 0 up to, but not including, 1."""
     return number(float, 0, math.nextafter(1, 0))(text)
+
+
+def count_or_all(text: str) -> int | None:
+    """An argparse type: a whole number of at least 1; None for the word 'all'."""
+    return None if text == 'all' else count()(text)
 
 
 def yes_no(text: str) -> bool:
@@ -159,6 +167,15 @@ def add_snapshot_args(parser: Parser) -> None:
         default=10.0,
         help='minutes between two checkpoints within an epoch; 0: after each step',
     )
+    parser.add_argument(
+        '--on_nan',
+        choices=('stop', 'skip'),
+        default='stop',
+        help='at a loss that is NaN or infinite: stop the run, or leave the update out (waits for the GPU at each)',
+    )
+    parser.add_argument(
+        '--deterministic', action='store_true', help='only kernels that give the same bits each time; slower on GPUs'
+    )
 
 
 def add_speed_args(parser: Parser) -> None:
@@ -169,6 +186,11 @@ def add_speed_args(parser: Parser) -> None:
         help='NHWC memory layout; by default on the CPU and in mixed precision',
     )
     parser.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
+    add_rank_arg(parser)
+
+
+def add_rank_arg(parser: Parser) -> None:
+    """What older launchers pass to each of many processes."""
     parser.add_argument('--local_rank', '--local-rank', type=count(0), help='set by launchers')
 
 

@@ -22,7 +22,7 @@ from tools.precision import Precision
 CHECKPOINT = 'checkpoint.pth.tar'
 HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
-    'max_steps', 'tensorboard',
+    'max_steps', 'tensorboard', 'on_nan', 'deterministic',
 }  # fmt: skip
 POSITION = {'batch_size', 'seed', 'grad_accum'}
 
@@ -76,6 +76,11 @@ class TrainState:
     step: int = 0
     best: tuple[float, float] = (0.0, 0.0)
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the optimizer's first parameters."""
+        return self.optimizer.param_groups[0]['lr']
 
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts: the moving average where there is one."""

@@ -104,6 +104,7 @@ def fit(
     args,
     folder: Path | None,
     watch: Watch,
+    environment: dict,
 ) -> int:
     """Train until `args.epochs` epochs or `args.max_steps` updates are done, evaluating and saving after each epoch.
 
@@ -113,18 +114,20 @@ def fit(
         model: `state.net`, wrapped for many devices.
         loaders: of training and validation images.
         folder: gets `checkpoint.pth.tar`, and `model_best.pth.tar` for the best top-1; None where nothing is written.
+        environment: what the run is made with, for the checkpoints.
     """
     layout, mix = memory_format(args, world.device), make_mix(args)
     train_loader, val_loader = loaders
     steps = len(train_loader)
     watch.progress = Progress(args.epochs * steps, state.epoch * steps + state.step, not world.is_first)
-    with Keeper(folder, world, args) as keeper, ended_with(*loaders):
+    with Keeper(folder, watch, world, args, environment) as keeper, ended_with(*loaders):
         while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
             set_lr(state.optimizer, lr_at(state.epoch, args))
             train_loader.sampler.set_epoch(state.epoch, state.step)
             batches = to_device(train_loader, world.device, layout)
             batches = watch.progress.track(batches, f'epoch {state.epoch}', steps, state.step)
-            train = train_epoch(model, state, batches, end, mix, world, args, watch, keeper.after_update)
+            keeping = keeper.after_update, keeper.allows_update
+            train = train_epoch(model, state, batches, end, mix, world, args, watch, *keeping)
             if train is None:
                 break
             world.same_buffers(state.net, *filter(None, [state.ema]))
@@ -143,7 +146,7 @@ def fit(
     if not keeper.signal:
         watch.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
         watch.write('end', state.epoch, best_top1=state.best[0])
-    return keeper.exit_code(watch.log)
+    return keeper.exit_code()
 
 
 def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
@@ -151,5 +154,4 @@ def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dic
     watch.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
     numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
     watch.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
-    lr = state.optimizer.param_groups[0]['lr']
-    watch.write('epoch', state.epoch, lr=lr, train=train, val=val, best_top1=state.best[0])
+    watch.write('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])

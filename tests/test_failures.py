@@ -1,0 +1,191 @@
+"""Runs that fail through no fault of their input end in one line, with exit code 1 and their files whole."""
+
+import os
+import re
+import signal
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from search_runs import begin, flags, search, small_project, wait_for
+from torch.utils.data import DataLoader
+from training_runs import command, data, finish, load, only_run, run, run_here, start  # noqa: F401  (data: a fixture)
+from training_runs import flags as training_flags
+
+from models.search_state import save_searched_model
+from tools.checkpoint import save_checkpoint
+from tools.distributed import World
+from tools.engine import Tally
+from tools.errors import RunFailed, explain
+from tools.guard import MOST_SKIPS, LossGuard
+from tools.keeper import Writer
+
+CPU = torch.device('cpu')
+NAN, ONE = torch.tensor(float('nan')), torch.tensor(1.0)
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    return small_project(tmp_path_factory.mktemp('small') / 'project')
+
+
+def last_line(output):
+    """The last line of a run that failed; the lines before it are the run's own."""
+    assert 'Traceback' not in output and 'Logging error' not in output, output
+    return output.splitlines()[-1]
+
+
+def test_a_search_stops_at_the_step_whose_loss_is_nan(project):
+    save = project / 'nan'
+    line = last_line(search(project, save, 1, w_lr=1e30, save_freq=0))
+    place = re.search(r'NaN or infinite at epoch 0 step (\d+) \(learning rate 1e\+30\)', line)
+    step = int(place[1])
+    assert f'the last good checkpoint is {only_run(save)}/checkpoint.pth.tar' in line and '--on_nan skip' in line
+    checkpoint = load(only_run(save) / 'checkpoint.pth.tar')
+    assert checkpoint['step'] == step - 1
+    assert (only_run(save) / 'log.txt').read_text().count(' step ') == step
+
+
+def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path):  # noqa: F811
+    line = last_line(run('train_eval.py', training_flags(data, tmp_path, lr=1e30, epochs=1), 1))
+    assert re.search(r'NaN or infinite at epoch 0 step \d+ .*; no checkpoint is written yet', line)
+
+
+def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch):  # noqa: F811
+    """One image of NaN: with skip the run ends, its weights and statistics are those of a run without that update."""
+    batches = DataLoader.__iter__
+
+    def with_nan(self):
+        for i, (images, labels) in enumerate(batches(self)):
+            yield (images * float('nan') if i == 2 and self.drop_last else images), labels
+
+    monkeypatch.setattr(DataLoader, '__iter__', with_nan)
+    words = training_flags(data, tmp_path, epochs=1, on_nan='skip')
+    folder = run_here(monkeypatch, words)
+    assert 'the loss is NaN or infinite at epoch 0 step 3' in (folder / 'log.txt').read_text()
+    checkpoint = load(folder / 'checkpoint.pth.tar')
+    assert checkpoint['epoch'] == 1
+    assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+    assert checkpoint['state_dict']['module.first_stem.bn.num_batches_tracked'] == 9
+    with pytest.raises(RunFailed, match='epoch 0 step 3 '):
+        run_here(monkeypatch, training_flags(data, tmp_path, epochs=1))
+
+
+def test_a_guard_allows_good_losses_and_remembers_the_first_bad_one():
+    guard = LossGuard(World(CPU), 'stop')
+    assert guard.allows('a', [ONE, ONE]) and guard.bad == ''
+    assert not guard.allows('b', [ONE, NAN]) and not guard.allows('c', [ONE])
+    assert guard.bad == 'b'
+
+
+def test_a_guard_gives_up_after_many_skips_in_a_row():
+    guard = LossGuard(World(CPU), 'skip')
+    for _ in range(MOST_SKIPS):
+        assert not guard.allows('a', [torch.tensor(float('inf'))])
+    assert guard.allows('b', [ONE])
+    for _ in range(MOST_SKIPS):
+        assert not guard.allows('c', [NAN])
+    with pytest.raises(RunFailed, match='NaN or infinite at d'):
+        guard.allows('d', [NAN])
+
+
+def test_bad_losses_do_not_count():
+    tally = Tally(CPU)
+    logits, labels = torch.eye(6), torch.arange(6)
+    tally.add(ONE, logits, labels)
+    tally.add(NAN, logits, labels)
+    assert tally.read() == {'loss': 1.0, 'top1': 100.0, 'top5': 100.0, 'images': 6}
+
+
+def test_a_full_disk_leaves_the_files_before_it_whole(project):
+    """A limit on the size of files stands for the disk: a searched model is larger, the log is not."""
+    save = project / 'full'
+    search(project, save, epochs=2)
+    folder = only_run(save)
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')}
+    words = command('train_search.py', flags(project, save, epochs=3, snapshot='auto'))
+    line = last_line(finish(start(['bash', '-c', 'ulimit -f 60; exec "$@"', 'bash', *words], cwd=project), 1))
+    assert re.search(r'searched_model_02.pth.tar could not be written \(File too large\)', line)
+    assert {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')} == before
+    assert not list(folder.glob('.*.pth.tar.*'))
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(project):
+    words = command('train_search.py', flags(project, project / 'log'))
+    line = last_line(finish(start(['bash', '-c', 'ulimit -f 1; exec "$@"', 'bash', *words], cwd=project), 1))
+    assert 'could not be written (File too large)' in line
+
+
+def test_errors_of_a_writer_come_out_of_its_next_call(tmp_path):
+    writer = Writer()
+    writer.write({'n': 1}, lambda content: save_checkpoint(content, tmp_path / 'none' / 'file'))
+    while writer.thread.is_alive():
+        time.sleep(0.01)
+    with pytest.raises(FileNotFoundError):
+        writer.check()
+    writer.finish()
+
+
+def test_a_writer_writes_what_was_there_when_it_was_called(tmp_path):
+    writer, weights = Writer(), torch.zeros(3)
+
+    def slow(content):
+        time.sleep(0.3)
+        torch.save(content, tmp_path / 'file')
+
+    writer.write({'inner': [weights]}, slow)
+    weights += 1
+    assert not (tmp_path / 'file').exists()  # the run goes on meanwhile
+    writer.finish()
+    assert load(tmp_path / 'file')['inner'][0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(('keep', 'left'), [(1, [11]), (3, [9, 10, 11]), (None, list(range(12)))])
+def test_as_many_searched_models_are_kept_as_asked_for(tmp_path, keep, left):
+    (tmp_path / 'searched_model_best.pth.tar').write_text('of the user')
+    for epoch in range(12):
+        save_searched_model({'epoch': epoch}, tmp_path, keep)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f'searched_model_{epoch:02d}.pth.tar' for epoch in left] + ['searched_model_best.pth.tar']
+
+
+def test_out_of_memory_names_sizes_and_flags():
+    args = Namespace(batch_size=64, img_size=224, amp=False, checkpoint_ops=False)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    for error in (caught.value, torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError()):
+        line = explain(error, args)
+        assert line.startswith('out of memory with --batch_size 64, --img_size 224; smaller ones need less')
+        assert '--checkpoint_ops, --amp' in line and '--grad_accum' not in line and '\n' not in line
+    assert explain(RuntimeError('size mismatch'), args) == ''
+
+
+def test_a_killed_process_that_loads_images_leads_to_one_line(project):
+    process = begin(project, project / 'worker', workers=1, epochs=40)
+    wait_for(process, r'epoch 0 step 5/')
+    children = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    os.kill(children[0], signal.SIGKILL)
+    line = last_line(finish(process, 1))
+    assert 'a process that loads images ended (DataLoader worker (pid' in line and '--snapshot auto' in line
+
+
+def resources(pid):
+    """Resident memory in MB and open files of a process."""
+    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20, len(list(Path(f'/proc/{pid}/fd').iterdir()))
+
+
+@pytest.mark.slow
+def test_2000_steps_need_no_more_memory_or_files_than_200(project):
+    epochs = 200
+    changes = {'epochs': epochs, 'warmup_epochs': 20, 'workers': 1, 'save_freq': 0.01, 'print_freq': 5}
+    process = begin(project, project / 'long', **changes)
+    wait_for(process, r'epoch 40 step 10/')
+    start_memory, start_files = resources(process.pid)
+    wait_for(process, rf'epoch {epochs - 2} step 10/')
+    memory, files = resources(process.pid)
+    print(f'memory {start_memory:.1f} -> {memory:.1f} MB, open files {start_files} -> {files}')
+    finish(process)
+    assert memory - start_memory < 20 and files <= start_files + 1
