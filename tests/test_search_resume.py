@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 def whole(project):
     """Folder of a search that nothing disturbed."""
     save = project / 'whole'
-    search(project, save, workers=2)
+    search(project, save, workers=2, keep_checkpoints='all')
     return only_run(save)
 
 
