@@ -55,6 +55,7 @@ from tools.options import (
     add_device_arg,
     add_rank_arg,
     add_snapshot_args,
+    add_step_args,
     add_watch_args,
     count,
     count_or_all,
@@ -119,6 +120,7 @@ def get_args():
     )
     add_device_arg(parser)
     add_rank_arg(parser)
+    add_step_args(parser)
     add_watch_args(parser)
     return parser.parse_args()
 
@@ -155,14 +157,25 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
         bi_sampling = not warming_up and 'operator' in args.freedoms
         paths = [first, net.sample('random', draws, exclude=first)] if bi_sampling else [first]
         train_only(weights, architecture)
-        loss, logits = weight_step(net, state.w_optimizer, images, labels, paths, args.grad_clip, before_update)
+        loss, logits = weight_step(
+            net, state.w_optimizer, images, labels, paths, args.grad_clip, state.w_precision, before_update
+        )
         w_tally.add(loss, logits, labels)
         if not warming_up and step % 2 == 0:
             images, labels = val_batches.next(world.device)
             train_only(architecture, weights)
             op_weights = net.mixture_weights(temperature(epoch, args), draws)
             loss, logits, state.latency = architecture_step(
-                net, state.a_optimizer, images, labels, op_weights, table_matrix, table, args, before_update
+                net,
+                state.a_optimizer,
+                images,
+                labels,
+                op_weights,
+                table_matrix,
+                table,
+                args,
+                state.a_precision,
+                before_update,
             )
             a_tally.add(loss, logits, labels)
         if step % args.print_freq == 0 or step == steps - 1:
@@ -189,7 +202,7 @@ def read_numbers(w_tally, a_tally, latency, warming_up, world):
 
 
 @torch.no_grad()
-def validate(net, loader, args, epoch, world, stops):
+def validate(net, loader, args, epoch, world, stops, precision):
     """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch. None where it `stops`."""
     tally = Tally(world.device)
     loader.sampler.set_epoch(0)
@@ -198,7 +211,8 @@ def validate(net, loader, args, epoch, world, stops):
             return None
         path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
         images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-        logits = net(images, path)
+        with precision.autocast():
+            logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
     return tally.read(world)
 
@@ -302,7 +316,7 @@ def main(args):
             state.take_over()
             world.same(state.full.values())
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
-                val = validate(state.net, val_loader, args, epoch, world, keeper.stops)
+                val = validate(state.net, val_loader, args, epoch, world, keeper.stops, state.w_precision)
                 if val is None:
                     keeper.save(state)
                     break

@@ -4,7 +4,7 @@ Paper: width level, section 3.4 and algorithm 1.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -205,32 +205,55 @@ def full_weights(num_classes: int, device: torch.device, space: SearchSpace = SP
 
 
 @torch.no_grad()
-def gather(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
-    """Give `net` the widths of the masks and fill it with the channels that they keep."""
+def gather(net: Network, full: Mapping[str, Tensor], masks: Masks, held: Masks | None = None) -> None:
+    """Give `net` the widths of the masks and fill it with the channels that they keep.
+
+    Args:
+        held: masks by which `net` was last filled or scattered, if `full` has not changed since: what they share with
+            `masks` (the same tensor for an operator) is in place already.
+    """
     net.set_widths(mask_widths(masks))
-    for name, p, dim, kept in _slices(net, masks):
-        p.copy_(full[name] if kept is None else full[name].index_select(dim, kept))
+    for name, p, mask in _masked(net, masks):
+        if held and (mask is None or mask is _mask(held, name)):
+            continue
+        p.copy_(full[name] if mask is None else _kept(full[name], name, mask))
 
 
 @torch.no_grad()
 def scatter(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
     """Write the weights of `net` back into the full-width weights; channels that the masks drop keep their values."""
-    for name, p, dim, kept in _slices(net, masks):
-        if kept is None:
+    for name, p, mask in _masked(net, masks):
+        if mask is None:
             full[name].copy_(p)
+        elif _keeps_first(mask):
+            _kept(full[name], name, mask).copy_(p)
         else:
-            full[name].index_copy_(dim, kept, p)
+            full[name].index_copy_(_mid_dim(name), mask.nonzero().flatten().to(p.device), p)
 
 
-def _slices(net: Network, masks: Masks):
-    """(name, parameter, dimension of mid channels, kept channels or None) for every parameter of the supernet."""
-    mid_channels = {}
-    device = net.first_stem.conv.weight.device
-    for stage, blocks in masks.items():
-        for block, ops in blocks.items():
-            for index, mask in ops.items():
-                kept = mask.nonzero().flatten().to(device)
-                for weight, dim in MID_DIMS.items():
-                    mid_channels[f'{stage}.{block}.m_ops.{index}.{weight}'] = dim, kept
+def _masked(net: Network, masks: Masks) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(name, parameter, mask of its mid channels or None) for every parameter of the supernet."""
     for name, p in net.named_parameters():
-        yield name, p, *mid_channels.get(name, (None, None))
+        yield name, p, None if _mid_dim(name) is None else _mask(masks, name)
+
+
+def _mid_dim(name: str) -> int | None:
+    """Which dimension of a supernet's parameter runs over mid channels that a mask selects."""
+    _, is_op, rest = name.partition('.m_ops.')
+    return MID_DIMS.get(rest.partition('.')[2]) if is_op else None
+
+
+def _mask(masks: Masks, name: str) -> Tensor:
+    stage, block, _, index, _ = name.split('.', 4)
+    return masks[stage][block][int(index)]
+
+
+def _keeps_first(mask: Tensor) -> bool:
+    return bool(mask[: int(mask.sum())].all())
+
+
+def _kept(weight: Tensor, name: str, mask: Tensor) -> Tensor:
+    """The channels of a full-width weight that a mask keeps; a view where they are the first ones."""
+    if _keeps_first(mask):
+        return weight.narrow(_mid_dim(name), 0, int(mask.sum()))
+    return weight.index_select(_mid_dim(name), mask.nonzero().flatten().to(weight.device))

@@ -1,10 +1,13 @@
 """The layers that networks and supernets are made of. A layer is built from its spec and keeps it as `.spec`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from models.config import ConvSpec, LinearSpec, MBSpec
+from models.functions import convolve
 
 ACTIVATIONS = {None: nn.Identity, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'swish': nn.SiLU, 'h-swish': nn.Hardswish}
 INPLACE = ('relu', 'relu6', 'swish', 'h-swish')
@@ -30,10 +33,11 @@ class ConvLayer(nn.Module):
 
     Args:
         spec: the layer.
-        running_stats: False for a supernet, whose batch norms always use the statistics of the batch.
+        norm_act: for a supernet, whose batch norms have no parameters and always use the statistics of the batch: what
+            computes one and the activation behind it, such as `functions.norm_act`.
     """
 
-    def __init__(self, spec: ConvSpec, running_stats: bool = True):
+    def __init__(self, spec: ConvSpec, norm_act: Callable | None = None):
         super().__init__()
         self.spec = spec
         self.conv = nn.Conv2d(
@@ -46,13 +50,20 @@ class ConvLayer(nn.Module):
             bias=spec.bias,
         )
         if spec.use_bn:
-            self.bn = nn.BatchNorm2d(spec.out_channels, affine=spec.affine, track_running_stats=running_stats)
+            self.bn = nn.BatchNorm2d(spec.out_channels, affine=spec.affine, track_running_stats=norm_act is None)
         else:
             self.bn = nn.Identity()
         self.act = activation(spec.act_func)
+        self.norm_act = norm_act
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        if self.norm_act is None:
+            return self.act(self.bn(self.conv(x)))
+        return self.norm_act(self.convolve(x), self.spec.act_func, self.bn.eps)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone, for a supernet."""
+        return convolve(x, self.conv.weight, self.spec.stride, self.spec.groups)
 
 
 class LinearLayer(nn.Module):
@@ -91,11 +102,11 @@ class MBInvertedResBlock(nn.Module):
 
     Args:
         spec: the block.
-        running_stats: see `ConvLayer`.
+        norm_act: see `ConvLayer`.
         drop_connect: probability of dropping the residual branch of an image in training (Huang et al. 2016).
     """
 
-    def __init__(self, spec: MBSpec, running_stats: bool = True, drop_connect: float = 0.0):
+    def __init__(self, spec: MBSpec, norm_act: Callable | None = None, drop_connect: float = 0.0):
         super().__init__()
         self.spec = spec
         expands = spec.mid_channels > spec.in_channels
@@ -105,7 +116,7 @@ class MBInvertedResBlock(nn.Module):
             shape = ConvSpec(
                 kernel, stride, in_ch, out_ch, act, groups, bias=spec.bias, use_bn=spec.use_bn, affine=spec.affine
             )
-            return ConvLayer(shape, running_stats)
+            return ConvLayer(shape, norm_act)
 
         self.inverted_bottleneck = conv(spec.in_channels, mid, act=spec.act_func) if expands else None
         self.depth_conv = conv(mid, mid, spec.kernel_size, spec.stride, groups=mid, act=spec.act_func)
@@ -116,12 +127,18 @@ class MBInvertedResBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """The block without its residual connection."""
+        return self.point_linear(self.expanded(x))
+
+    def projected(self, x: Tensor) -> Tensor:
+        """`branch` before its last batch norm."""
+        return self.point_linear.convolve(self.expanded(x))
+
+    def expanded(self, x: Tensor) -> Tensor:
+        """What the block projects: [N, mid_channels, H', W']."""
         if self.inverted_bottleneck is not None:
             x = self.inverted_bottleneck(x)
         x = self.depth_conv(x)
-        if self.squeeze_excite is not None:
-            x = self.squeeze_excite(x)
-        return self.point_linear(x)
+        return x if self.squeeze_excite is None else self.squeeze_excite(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_connect(self.branch(x)) if self.residual else self.branch(x)

@@ -4,14 +4,18 @@ Paper: operator level (bi-sampling) section 3.2, depth level (sink-connecting) s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from models.config import fixed_layers, op_spec
+from models.functions import compiled_norm_act, mix_norms, norm_act, take
+from models.fused import fused_mixture
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, Skip, init_weights
 from models.search_space import SPACE, Block, SearchSpace, Stage, Widths
 
@@ -19,14 +23,39 @@ Choice = Sequence[int] | Tensor
 """What a forward pass runs: an op index per block (a path), or mixture weights [blocks, ops]."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a supernet is computed; the result is the same.
+
+    Args:
+        fused: operators of one kernel size at once, see `fused_mixture`; few launches, which pays on a GPU.
+        recompute: in the backward pass compute what is inside the operators again instead of keeping it.
+        compiled: batch norms with their activations by torch.compile.
+    """
+
+    fused: bool = False
+    recompute: bool = False
+    compiled: bool = False
+
+    @property
+    def norm_act(self) -> Callable:
+        """What computes a batch norm and the activation behind it."""
+        return compiled_norm_act() if self.compiled else norm_act
+
+
+LOOP = Form()
+"""One operator after the other."""
+
+
 class MixedOp(nn.Module):
     """All operators of one block and their log-probabilities `log_alphas` [ops]."""
 
-    def __init__(self, space: SearchSpace, block: Block, widths: dict[int, int]):
+    def __init__(self, space: SearchSpace, block: Block, widths: dict[int, int], form: Form):
         super().__init__()
         self.block = block
+        self.form = form
         self.space = space
-        self.m_ops = nn.ModuleList(_operator(space, block, index, width) for index, width in widths.items())
+        self.m_ops = nn.ModuleList(_operator(space, block, index, width, form) for index, width in widths.items())
         self.log_alphas = nn.Parameter(torch.full((len(self.m_ops),), 1 / len(self.m_ops)).log())
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
@@ -38,9 +67,21 @@ class MixedOp(nn.Module):
         if isinstance(choice, int):
             y = self.m_ops[choice].branch(x)
         else:
-            weights = choice[: len(self.m_ops)].unbind()
-            y = sum(weight * op.branch(x) for weight, op in zip(weights, self.m_ops, strict=True))
+            y = self.mixture(x, choice)
         return x + y if self.block.residual else y
+
+    def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Sum of the operators' branches weighted by `weights` [ops]; those of operators that it lacks are not read."""
+        rows = [row for row, op in enumerate(self.m_ops) if not isinstance(op, Skip)]
+        ops, weights = [self.m_ops[row] for row in rows], take(weights, rows)
+        if self.form.fused and all(op.inverted_bottleneck is not None for op in ops):
+            return self._kept(fused_mixture, ops, x, weights)
+        return mix_norms([self._kept(op.projected, x) for op in ops], weights)
+
+    def _kept(self, function: Callable[..., Tensor], *args) -> Tensor:
+        if not self.form.recompute:
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     def set_widths(self, widths: dict[int, int]) -> None:
         """Rebuild the operators whose width differs; their weights are then uninitialised. The others are kept."""
@@ -48,19 +89,21 @@ class MixedOp(nn.Module):
             old = self.m_ops[index]
             if old.spec.mid_channels != width:
                 device = old.point_linear.conv.weight.device
-                new = _operator(self.space, self.block, index, width)
+                new = _operator(self.space, self.block, index, width, self.form)
                 self.m_ops[index] = new.to(device, memory_format=torch.channels_last)
 
 
 class MixedStage(nn.Module):
     """The blocks of one stage, each joined to the sink, and the sink's log-weights `betas` [exits]."""
 
-    def __init__(self, space: SearchSpace, stage: Stage, blocks: list[Block], widths: dict[str, dict[int, int]]):
+    def __init__(
+        self, space: SearchSpace, stage: Stage, blocks: list[Block], widths: dict[str, dict[int, int]], form: Form
+    ):
         super().__init__()
         self.stage = stage
         self.block_names = [block.name for block in blocks]
         for block in blocks:
-            self.add_module(block.name, MixedOp(space, block, widths[block.name]))
+            self.add_module(block.name, MixedOp(space, block, widths[block.name], form))
         self.betas = nn.Parameter(torch.zeros(len(stage.exit_depths)))
 
     def forward(self, x: Tensor, choices: Sequence[int | Tensor]) -> Tensor:
@@ -85,19 +128,20 @@ class Network(nn.Module):
         space: operators and stages.
         widths: mid channels of every operator in this network.
         num_classes: outputs of the classifier.
+        form: how it is computed.
     """
 
-    def __init__(self, widths: Widths, num_classes: int, space: SearchSpace = SPACE):
+    def __init__(self, widths: Widths, num_classes: int, space: SearchSpace = SPACE, form: Form = LOOP):
         super().__init__()
         self.space = space
         fixed = fixed_layers(num_classes, space, affine=False)
-        self.first_stem = ConvLayer(fixed['first_stem'], running_stats=False)
-        self.second_stem = MBInvertedResBlock(fixed['second_stem'], running_stats=False)
+        self.first_stem = ConvLayer(fixed['first_stem'], form.norm_act)
+        self.second_stem = MBInvertedResBlock(fixed['second_stem'], form.norm_act)
         blocks = space.blocks()
         for name, stage in zip(space.stage_names, space.stages, strict=True):
             own = [block for block in blocks if block.stage == name]
-            self.add_module(name, MixedStage(space, stage, own, widths[name]))
-        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], running_stats=False)
+            self.add_module(name, MixedStage(space, stage, own, widths[name], form))
+        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], form.norm_act)
         self.classifier = LinearLayer(fixed['classifier'])
         self.num_blocks = len(blocks)
         init_weights(self)
@@ -114,7 +158,14 @@ class Network(nn.Module):
         return [getattr(stage, name) for stage in self.stages() for name in stage.block_names]
 
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
-        x = self.second_stem(self.first_stem(x))
+        return self.searched(self.stem(x), choice)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The part before the first stage, which every path shares: [N, 3, H, W] -> [N, C, H / 2, W / 2]."""
+        return self.second_stem(self.first_stem(x))
+
+    def searched(self, x: Tensor, choice: Choice) -> Tensor:
+        """The part behind the stem: its output -> logits [N, classes]."""
         choices, start = list(choice), 0
         for stage in self.stages():
             x = stage(x, choices[start : start + len(stage.block_names)])
@@ -134,11 +185,12 @@ class Network(nn.Module):
             return (log_alphas + _gumbel(tuple(log_alphas.shape), generator)).argmax(dim=1).tolist()
         if how != 'random':
             raise ValueError(f"how is {how!r}, should be 'gumbel' or 'random'")
-        counts = [len(op.m_ops) for op in self.mixed_ops()]
+        counts = torch.tensor([len(op.m_ops) for op in self.mixed_ops()])
+        uniform = torch.rand(len(counts), dtype=torch.float64, generator=generator)
         if exclude is None:
-            return [_below(count, generator) for count in counts]
-        others = [1 + _below(count - 1, generator) if count > 1 else 0 for count in counts]
-        return [(first + step) % count for first, step, count in zip(exclude, others, counts, strict=True)]
+            return (uniform * counts).long().tolist()
+        others = 1 + (uniform * (counts - 1)).long()
+        return ((torch.tensor(exclude) + others) % counts).tolist()
 
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
         """Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
@@ -167,8 +219,10 @@ class Network(nn.Module):
     @torch.no_grad()
     def project_architecture(self) -> None:
         """Make log_alphas and betas logarithms of probabilities again, by log_softmax."""
-        for p in self.arch_parameters():
-            p.copy_(F.log_softmax(p, dim=0))
+        rows = F.log_softmax(self.log_alphas(), dim=1).unbind()
+        alphas = [row[: len(op.m_ops)] for row, op in zip(rows, self.mixed_ops(), strict=True)]
+        betas = [F.log_softmax(stage.betas, dim=0) for stage in self.stages()]
+        torch._foreach_copy_(self.arch_parameters(), [*alphas, *betas])
 
     def widths(self) -> Widths:
         """Mid channels of every operator."""
@@ -183,14 +237,10 @@ class Network(nn.Module):
             op.set_widths(widths[op.block.stage][op.block.name])
 
 
-def _operator(space: SearchSpace, block: Block, index: int, width: int) -> MBInvertedResBlock | Skip:
+def _operator(space: SearchSpace, block: Block, index: int, width: int, form: Form) -> MBInvertedResBlock | Skip:
     op = space.ops[index]
     spec = op_spec(block, op, width, affine=False)
-    return Skip(spec) if op.is_skip else MBInvertedResBlock(spec, running_stats=False)
-
-
-def _below(end: int, generator: torch.Generator) -> int:
-    return int(torch.randint(end, (), generator=generator))
+    return Skip(spec) if op.is_skip else MBInvertedResBlock(spec, form.norm_act)
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from models.elasticity import full_weights, gather, scatter, start_masks
-from models.model_search import Network
+from models.model_search import Form, Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
 from models.search_space import SearchSpace
+from models.search_steps import make_optimizers
 from tools.checkpoint import check_weights, save_checkpoint
 from tools.distributed import World
 from tools.engine import cosine_lr
 from tools.errors import BadInput
+from tools.precision import DTYPES, Precision
 from tools.snapshot import RunKind, Snapshot, compare_flags
 
 
@@ -89,18 +91,22 @@ class SearchState:
     `net` has the widths that `masks` keep, and is what steps train; `full` are all weights at full width, which take
     over those of `net` when the epoch is over or saved. `step` batches of `epoch` are done. `sums` are those of the two
     `engine.Tally`s over these batches (weights, architecture), of all processes, and held by the first one. `latency`
-    is that of the mixture at the last architecture step, in ms. The optimizers are new in each epoch.
+    is that of the mixture at the last architecture step, in ms. The optimizers are new in each epoch. `held` are the
+    masks of the weights in `net`, where it has any. Each optimizer has a precision, which keeps its scale of gradients.
     """
 
     net: Network
     full: dict[str, Tensor]
     masks: Masks
+    w_precision: Precision
+    a_precision: Precision
     epoch: int = 0
     step: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * 8)
     latency: Tensor = field(default_factory=lambda: torch.zeros(()))
     w_optimizer: torch.optim.Optimizer | None = None
     a_optimizer: torch.optim.Optimizer | None = None
+    held: Masks | None = None
 
     @property
     def lr(self) -> float:
@@ -113,14 +119,10 @@ class SearchState:
         Args:
             args: flags of both optimizers, and what `weights_lr` needs.
         """
-        gather(self.net, self.full, self.masks)
+        gather(self.net, self.full, self.masks, self.held)
+        self.held = self.masks
         self.sums, self.latency = [0.0] * 8, torch.zeros(())
-        self.w_optimizer = torch.optim.SGD(
-            self.net.weight_parameters(), weights_lr(self.epoch, args), args.w_mom, weight_decay=args.w_wd
-        )
-        self.a_optimizer = torch.optim.Adam(
-            self.net.arch_parameters(), args.a_lr, (args.a_beta1, args.a_beta2), weight_decay=args.a_wd
-        )
+        self.w_optimizer, self.a_optimizer = make_optimizers(self.net, weights_lr(self.epoch, args), args)
 
     def take_over(self) -> None:
         """Write the network's weights into those at full width; what the masks drop keeps its values."""
@@ -132,7 +134,12 @@ class SearchState:
 
     def to_checkpoint(self, args) -> dict:
         """The contents of a checkpoint file. `args`: the flags of the run."""
-        checkpoint = {MASKS_KEY: self.masks, 'epoch': self.epoch - 1, 'flags': dict(vars(args))}
+        checkpoint = {
+            MASKS_KEY: self.masks,
+            'epoch': self.epoch - 1,
+            'flags': dict(vars(args)),
+            'scalers': [precision.state_dict() for precision in (self.w_precision, self.a_precision)],
+        }
         if self.step:
             self.take_over()
             checkpoint |= {
@@ -157,6 +164,8 @@ class SearchState:
             self.full[name].copy_(value)
         self.masks = masks
         self.epoch, self.step = position(checkpoint)
+        for precision, scaler in zip((self.w_precision, self.a_precision), checkpoint.get('scalers', ()), strict=False):
+            precision.load_state_dict(scaler)
         if not self.step:
             return
         self.begin_epoch(args)
@@ -179,8 +188,10 @@ def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> 
         BadInput: the snapshot does not fit the network or the flags.
     """
     full, masks = full_weights(args.num_classes, world.device, space), start_masks(space)
-    net = Network(mask_widths(masks), args.num_classes, space).to(world.device).train()
-    state = SearchState(net, full, masks)
+    form = Form(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
+    net = Network(mask_widths(masks), args.num_classes, space, form).to(world.device).train()
+    precisions = (Precision(world.device, DTYPES.get(args.amp)) for _ in range(2))
+    state = SearchState(net, full, masks, *precisions)
     differing = compare_flags(snapshot, SEARCH, args)
     if snapshot.checkpoint:
         state.load(snapshot.checkpoint, snapshot.path, world, args)

@@ -102,16 +102,6 @@ def test_draws_and_mixtures_never_skip_where_it_is_impossible(net):
     assert all(op.log_alphas.exp().sum().item() == pytest.approx(1, abs=1e-5) for op in net.mixed_ops())
 
 
-def test_draws_of_the_default_space_are_as_before():
-    """Paths that published seeds give: one draw of `torch.randint` for all blocks at once."""
-    net = Network(SMALL_SPACE.start_widths(), NUM_CLASSES, SMALL_SPACE)
-    free, others = (torch.Generator().manual_seed(5) for _ in range(2))
-    first = torch.randint(3, (5,), generator=torch.Generator().manual_seed(5)).tolist()
-    assert net.sample('random', free) == first
-    steps = torch.randint(1, 3, (5,), generator=torch.Generator().manual_seed(5)).tolist()
-    assert net.sample('random', others, exclude=first) == [(a + b) % 3 for a, b in zip(first, steps, strict=True)]
-
-
 def test_latency_of_a_mixture_with_skip_by_hand():
     table = make_table(SKIPPING, 32, base=2.0)
     matrix = table.matrix(SKIPPING.start_widths())

@@ -16,8 +16,10 @@ from conftest import NUM_CLASSES, SMALL_SPACE, make_table
 from models.model_search import Network
 from models.search_steps import architecture_step, train_only, weight_step
 from tools.distributed import join_world, leave_world
+from tools.precision import Precision
 from tools.rng import generator_for
 
+FULL = Precision(torch.device('cpu'))
 ARGS = Namespace(lambda_lat=0.1, target_lat=3.0, grad_clip=0.1)
 
 
@@ -39,11 +41,11 @@ def both_steps(net, batch, before_weights, before_architecture, optimizers=None)
     first = net.sample('gumbel', draws)
     paths = [first, net.sample('random', draws, exclude=first)]
     train_only(weights, architecture)
-    weight_step(net, w_optimizer, *batch, paths, ARGS.grad_clip, before_weights)
+    weight_step(net, w_optimizer, *batch, paths, ARGS.grad_clip, FULL, before_weights)
     train_only(architecture, weights)
     op_weights = net.mixture_weights(2.0, draws)
     matrix = table.matrix(net.widths())
-    architecture_step(net, a_optimizer, *batch, op_weights, matrix, table, ARGS, before_architecture)
+    architecture_step(net, a_optimizer, *batch, op_weights, matrix, table, ARGS, FULL, before_architecture)
 
 
 def fresh():

@@ -228,3 +228,14 @@ def add_amp_args(parser: Parser) -> None:
     parser.add_argument('--amp_backend', choices=('native', 'apex'), default='native')
     parser.add_argument('--loss_scale', type=dynamic_or_positive, help="'dynamic' (default) or a number; float16 only")
     parser.add_argument('--keep_batchnorm_fp32', type=yes_no, help='True or False; default: False with O3 only')
+
+
+def add_step_args(parser: Parser) -> None:
+    """Flags that change how fast a search is and what memory it needs, and not what it computes but for rounding."""
+    parser.add_argument(
+        '--amp', choices=('float16', 'bfloat16'), help='autocast to this format; by default all is float32'
+    )
+    parser.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
+    parser.add_argument(
+        '--checkpoint_ops', action='store_true', help='compute operators again in backward passes, to save memory'
+    )

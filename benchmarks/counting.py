@@ -1,0 +1,60 @@
+"""What a step costs beside time: dispatched calls, tensors kept for the backward pass, waits of the host."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__int__', '__float__', '__index__')
+"""Methods of a tensor that make the host wait for a GPU."""
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators that compute, forward and backward; views not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def saved_megabytes(forward: Callable[[], Tensor]) -> float:
+    """Memory of all storages that autograd keeps for the backward pass of what `forward` returns, in MB."""
+    storages, alive = {}, []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor.detach())  # so that no storage takes the place of another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storages.values()) / 1e6
+
+
+@contextmanager
+def host_reads(names: Sequence[str] = READS):
+    """Counts in a list of one how often the host reads a tensor within the context, which on a GPU makes it wait."""
+    count, originals = [0], {name: getattr(Tensor, name) for name in names}
+
+    def counted(original):
+        def read(*args, **kwargs):
+            count[0] += 1
+            return original(*args, **kwargs)
+
+        return read
+
+    try:
+        for name, original in originals.items():
+            setattr(Tensor, name, counted(original))
+        yield count
+    finally:
+        for name, original in originals.items():
+            setattr(Tensor, name, original)

@@ -1,0 +1,142 @@
+"""What the supernet computes, as autograd functions that keep little for the backward pass.
+
+Its batch norms have no parameters and use the statistics of the batch, and in an architecture step its convolutions
+need no gradient. So a batch norm with its activation keeps one tensor instead of three, and a convolution keeps none.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+ACTIVATIONS = {
+    None: (lambda y: y, lambda grad, y: grad),
+    'relu': (F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0)),
+    'relu6': (F.relu6, lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6)),
+    'swish': (F.silu, aten.silu_backward),
+    'h-swish': (F.hardswish, aten.hardswish_backward),
+}
+"""`act_func` -> (function, gradient from that of the output and the input)."""
+
+
+class _NormAct(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, act_func: str | None, eps: float) -> Tensor:
+        # a scale of float32 has the statistics of half-precision values computed and kept in float32
+        scale = _standard_statistics(x.shape[1], torch.float32, x.device)[1] if x.dtype.itemsize < 4 else None
+        y, _, inv_std = torch.native_batch_norm(x, scale, None, None, None, True, 0.0, eps)
+        ctx.save_for_backward(y, inv_std)
+        ctx.act_func = act_func
+        return ACTIVATIONS[act_func][0](y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, inv_std = ctx.saved_tensors
+        grad = ACTIVATIONS[ctx.act_func][1](grad, y)
+        # the gradient as a function of the output: that of a batch norm whose input is y, of mean 0 and variance 1
+        standard = _standard_statistics(len(inv_std), inv_std.dtype, inv_std.device)
+        grad, _, _ = aten.native_batch_norm_backward(
+            grad, y, inv_std, None, None, *standard, True, 0.0, [True, False, False]
+        )
+        return grad, None, None
+
+
+class _FrozenConv(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: None, stride: int, padding: int, dilation: int, groups: int):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.options = x.shape, (stride, padding, groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (weight,), (stride, padding, groups) = ctx.saved_tensors, ctx.options
+        shape_only = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        grad, _, _ = aten.convolution_backward(
+            grad, shape_only, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups,
+            [True, False, False],
+        )  # fmt: skip
+        return grad, None, None, None, None, None, None
+
+
+class _MixNorms(Function):
+    @staticmethod
+    def forward(ctx, weights: Tensor, eps: float, *inputs: Tensor) -> Tensor:
+        total, kept = None, []
+        for weight, x in zip(weights.unbind(), inputs, strict=True):
+            scale = weight.repeat(x.shape[1])
+            y, mean, inv_std = torch.native_batch_norm(x, scale, None, None, None, True, 0.0, eps)
+            total = y if total is None else total.add_(y)
+            kept += [x, scale, mean, inv_std]
+        ctx.save_for_backward(*kept)
+        ctx.eps = eps
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        kept, grad_weights, grad_inputs = ctx.saved_tensors, [], []
+        for x, scale, mean, inv_std in zip(*(kept[i::4] for i in range(4)), strict=True):
+            grad_x, grad_scale, _ = aten.native_batch_norm_backward(
+                grad, x, scale, None, None, mean, inv_std, True, ctx.eps, [True, True, False]
+            )
+            grad_inputs.append(grad_x)
+            grad_weights.append(grad_scale.sum())
+        return torch.stack(grad_weights), None, *grad_inputs
+
+
+@lru_cache(maxsize=4096)
+def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, kept so that the backward pass need not make them for every norm."""
+    return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
+
+
+def norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
+    """Batch norm by the statistics of the batch, without parameters, then the activation: keeps the shape [N, C, H, W].
+
+    The backward pass needs the normalised values alone, from which the gradient of the norm can be computed as well.
+    """
+    return _NormAct.apply(x, act_func, eps)
+
+
+@lru_cache(maxsize=1)
+def compiled_norm_act() -> Callable:
+    """`norm_act` as torch.compile makes it, once for all shapes of a layout and activation."""
+
+    def composed(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
+        return ACTIVATIONS[act_func][0](F.batch_norm(x, None, None, training=True, eps=eps))
+
+    return torch.compile(composed, dynamic=True)
+
+
+def mix_norms(inputs: list[Tensor], weights: Tensor, eps: float = 1e-5) -> Tensor:
+    """Sum of weights [k] times the batch norms of k inputs of one shape, where each weight is the scale of its norm."""
+    return _MixNorms.apply(weights, eps, *inputs)
+
+
+def convolve(x: Tensor, weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
+    """Convolution, padded to keep the size, that does not keep its input where the weight needs no gradient.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [C', C / groups, k, k].
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    conv = F.conv2d if weight.requires_grad or not x.requires_grad else _FrozenConv.apply
+    return conv(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
+
+
+def take(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """`values[rows]` of a vector, without the transfer of `rows` to a GPU that indexing makes."""
+    each = values.unbind()
+    return torch.stack([each[row] for row in rows])

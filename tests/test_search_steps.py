@@ -1,0 +1,196 @@
+"""The steps of a search against their plain form: the same numbers with fewer calls, less memory, fewer waits."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.counting import Calls, host_reads, saved_megabytes
+from benchmarks.plain_search import (
+    make_plain,
+    plain_architecture_step,
+    plain_forward,
+    plain_weight_step,
+)
+from conftest import NUM_CLASSES, make_table
+from models.functions import compiled_norm_act, mix_norms, norm_act
+from models.layers import ACTIVATIONS
+from models.model_search import Form, Network
+from models.search_space import SPACE, Op
+from models.search_steps import architecture_step, train_only, weight_step
+from tools.precision import Precision
+from tools.rng import generator_for
+
+FORMS = [Form(), Form(recompute=True), Form(fused=True), Form(fused=True, recompute=True)]
+FULL = Precision(torch.device('cpu'))
+ARGS = SimpleNamespace(lambda_lat=0.1, target_lat=2.0, grad_clip=1e9)
+
+
+def make_net(space, form=FORMS[0]):
+    """A supernet of an architecture that is not uniform; the same in every form."""
+    torch.manual_seed(0)
+    net = Network(space.start_widths(), NUM_CLASSES, space, form).train()
+    with torch.no_grad():
+        for p in net.arch_parameters():
+            p.copy_(torch.randn_like(p).log_softmax(0))
+    return net
+
+
+def batch(size=32, images=6):
+    return torch.randn(images, 3, size, size), torch.arange(images) % NUM_CLASSES
+
+
+def gradients(parameters):
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in parameters])
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize('act', [a for a in ACTIVATIONS])
+def test_norm_act_equals_batch_norm_and_activation(act):
+    x, grad = torch.randn(5, 7, 4, 4, dtype=torch.float64) * 3 + 2, torch.randn(5, 7, 4, 4, dtype=torch.float64)
+    x.requires_grad_()
+    expected = ACTIVATIONS[act]()(torch.nn.BatchNorm2d(7, affine=False, track_running_stats=False).double()(x))
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    got = norm_act(x, act)
+    (got_grad,) = torch.autograd.grad(got, x, grad)
+    assert torch.allclose(got, expected) and torch.allclose(got_grad, expected_grad)
+
+
+def test_mix_norms_passes_gradcheck():
+    inputs = [torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, *x: mix_norms(list(x), w), (weights, *inputs))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_architecture_step_equals_the_plain_one(small_space, form):
+    x, labels = batch()
+    table = make_table(small_space, 32)
+    results = []
+    for net, step in [
+        (make_plain(make_net(small_space)), plain_architecture_step),
+        (make_net(small_space, form), architecture_step),
+    ]:
+        train_only(net.arch_parameters(), net.weight_parameters())
+        weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
+        optimizer = torch.optim.SGD(net.arch_parameters(), 1.0)
+        matrix = table.matrix(net.widths())
+        loss, logits, latency = step(net, optimizer, x, labels, weights, matrix, table, ARGS, FULL)
+        assert not any(p.grad is not None for p in net.weight_parameters())
+        results.append((logits, latency, loss, torch.cat(net.arch_parameters())))
+    for plain, ours in zip(*results, strict=True):
+        assert close(ours, plain)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_weight_step_equals_the_plain_one(small_space, form):
+    x, labels = batch()
+    paths = [[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]]
+    results = []
+    for net, step in [
+        (make_plain(make_net(small_space)), plain_weight_step),
+        (make_net(small_space, form), weight_step),
+    ]:
+        train_only(net.weight_parameters(), net.arch_parameters())
+        optimizer = torch.optim.SGD(net.weight_parameters(), 1.0)
+        loss, logits = step(net, optimizer, x, labels, paths, 1e9, FULL)
+        results.append((logits, loss, torch.cat([p.detach().flatten() for p in net.weight_parameters()])))
+    for plain, ours in zip(*results, strict=True):
+        assert close(ours, plain)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_mixture_gives_weights_their_gradients_where_they_want_them(small_space, form):
+    x, _ = batch()
+    plain, net = make_plain(make_net(small_space)), make_net(small_space, form)
+    weights = torch.rand(5, 3).softmax(1)
+    plain_forward(plain, x, weights).square().sum().backward()
+    net(x, weights).square().sum().backward()
+    assert close(gradients(net.parameters()), gradients(plain.parameters()))
+
+
+def test_fused_form_serves_spaces_of_other_operators(small_space):
+    for ops in [
+        (Op(3, 2, True), Op(5, 4, True)),
+        (Op(7, 3, False), Op(3, 3, True), Op(7, 3, True)),
+        (Op(3, 3, False),),
+    ]:
+        space = replace(small_space, ops=ops)
+        x, _ = batch()
+        weights = torch.rand(5, len(ops)).softmax(1)
+        plain, net = make_plain(make_net(space)), make_net(space, Form(fused=True))
+        assert close(net(x, weights), plain_forward(plain, x, weights))
+
+
+def test_costs_of_an_architecture_step_of_the_whole_space():
+    """The countable bars: 0.4 of the plain calls, 0.6 and 0.2 of the kept memory, no reads and at most one."""
+    table, (x, labels) = make_table(SPACE, 64), batch(112, 4)
+
+    def run(net, step):
+        train_only(net.arch_parameters(), net.weight_parameters())
+        weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
+        optimizer = torch.optim.Adam(net.arch_parameters(), fused=step is architecture_step)
+        matrix = table.matrix(net.widths())
+        step(net, optimizer, x, labels, weights, matrix, table, ARGS, FULL)
+        with Calls() as calls, host_reads() as reads:
+            step(net, optimizer, x, labels, net.mixture_weights(5.0, generator_for(0)), matrix, table, ARGS, FULL)
+        return calls.count, reads[0]
+
+    def kept(net, forward):
+        train_only(net.arch_parameters(), net.weight_parameters())
+        weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
+        return saved_megabytes(lambda: forward(net, x, weights))
+
+    plain, fused = make_plain(make_net(SPACE)), make_net(SPACE, Form(fused=True))
+    (plain_calls, _), (fused_calls, reads) = run(plain, plain_architecture_step), run(fused, architecture_step)
+    assert fused_calls <= 0.4 * plain_calls
+    assert reads == 0
+    plain_kept = kept(plain, plain_forward)
+    assert kept(make_net(SPACE), Network.__call__) <= 0.6 * plain_kept
+    assert kept(fused, Network.__call__) <= 0.6 * plain_kept
+    assert kept(make_net(SPACE, Form(recompute=True)), Network.__call__) <= 0.2 * plain_kept
+    train_only(fused.weight_parameters(), fused.arch_parameters())
+    with host_reads(
+        ['cpu']
+    ) as transfers:  # the generator is of the CPU, so that only the probabilities are transferred
+        first = fused.sample('gumbel', generator_for(0))
+        paths = [first, fused.sample('random', generator_for(1), exclude=first)]
+    optimizer = torch.optim.SGD(fused.weight_parameters(), 0.1, fused=True)
+    with host_reads() as reads:
+        weight_step(fused, optimizer, x, labels, paths, 5.0, FULL)
+    assert (transfers[0], reads[0]) == (1, 0)
+
+
+@pytest.mark.parametrize('form', [Form(), Form(fused=True)])
+def test_mixed_precision_stays_close_to_full(small_space, form):
+    table, (x, labels) = make_table(small_space, 32), batch(64, 16)
+    half, results = Precision(torch.device('cpu'), torch.bfloat16), []
+    for precision in (FULL, half):
+        net = make_net(small_space, form)
+        train_only(net.arch_parameters(), net.weight_parameters())
+        weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
+        optimizer = torch.optim.SGD(net.arch_parameters(), 1.0)
+        matrix = table.matrix(net.widths())
+        architecture_step(net, optimizer, x, labels, weights, matrix, table, ARGS, precision)
+        train_only(net.weight_parameters(), net.arch_parameters())
+        optimizer = torch.optim.SGD(net.weight_parameters(), 1.0)
+        loss, _ = weight_step(net, optimizer, x, labels, [[0, 1, 2, 0, 1]], 1e9, precision)
+        stem = net.first_stem.conv.weight.detach() - make_net(small_space, form).first_stem.conv.weight.detach()
+        results.append((torch.cat(net.arch_parameters()).detach(), loss, stem.flatten()))
+    (full_arch, full_loss, full_stem), (arch, loss, stem) = results
+    assert torch.allclose(arch, full_arch, atol=0.02) and not torch.equal(arch, full_arch)
+    assert abs(loss - full_loss) < 0.05
+    assert torch.cosine_similarity(stem, full_stem, dim=0) > 0.95
+
+
+def test_compiled_norm_equals_the_plain_one():
+    x, grad = torch.randn(2, 6, 5, 3, 3).unbind()
+    x.requires_grad_()
+    for act in ('relu', 'swish'):
+        expected, got = norm_act(x, act), compiled_norm_act()(x, act)
+        assert close(got, expected)
+        assert close(torch.autograd.grad(got, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
