@@ -18,7 +18,7 @@ from models.functions import compiled_norm_act, mix_norms, norm_act
 from models.layers import ACTIVATIONS
 from models.model_search import Form, Network
 from models.search_space import SPACE, Op
-from models.search_steps import architecture_step, train_only, weight_step
+from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
 from tools.precision import Precision
 from tools.rng import generator_for
 
@@ -101,6 +101,21 @@ def test_weight_step_equals_the_plain_one(small_space, form):
         results.append((logits, loss, torch.cat([p.detach().flatten() for p in net.weight_parameters()])))
     for plain, ours in zip(*results, strict=True):
         assert close(ours, plain)
+
+
+def test_steps_on_changing_paths_equal_the_plain_ones_under_momentum(small_space):
+    """Some weights get their first gradient at a later step than others."""
+    x, labels = batch()
+    args = SimpleNamespace(w_mom=0.9, w_wd=1e-3, a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4)
+    plain, net = make_plain(make_net(small_space)), make_net(small_space)
+    optimizer, _ = make_optimizers(net, 0.1, args)
+    plain_optimizer = torch.optim.SGD(plain.weight_parameters(), 0.1, 0.9, weight_decay=1e-3, foreach=False)
+    train_only(net.weight_parameters(), net.arch_parameters())
+    for paths in ([[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]], [[2, 1, 1, 0, 0], [0, 0, 0, 1, 2]], [[0, 1, 2, 0, 1]]):
+        plain_weight_step(plain, plain_optimizer, x, labels, paths, 5.0, FULL)
+        weight_step(net, optimizer, x, labels, paths, 5.0, FULL)
+    for p, q in zip(net.weight_parameters(), plain.weight_parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4)
 
 
 @pytest.mark.parametrize('form', FORMS)
