@@ -111,6 +111,9 @@ def get_args():
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
     parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
     parser.add_argument(
+        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
+    )
+    parser.add_argument(
         '--freedoms',
         nargs='*',
         choices=FREEDOMS,

@@ -205,6 +205,31 @@ def full_weights(num_classes: int, device: torch.device, space: SearchSpace = SP
 
 
 @torch.no_grad()
+def align_operators(full: Mapping[str, Tensor], space: SearchSpace = SPACE) -> None:
+    """Let all operators of a block start from the weights of its largest: the first channels, the middle of kernels.
+
+    Not in the paper. Operators that start apart each write features of their own, and the blocks behind them first have
+    to learn to read any of them, for which searches of a few thousand steps are too short.
+    """
+    for block in space.blocks():
+        ops = [(op.kernel, op.expand, op.se, index) for index, op in enumerate(space.ops_of(block)) if not op.is_skip]
+        names = [f'{block.stage}.{block.name}.m_ops.{index}' for *_, index in sorted(ops, reverse=True)]
+        for weight in MID_DIMS:
+            source = full.get(f'{names[0]}.{weight}')
+            for target in (full.get(f'{name}.{weight}') for name in names[1:]):
+                if source is not None and target is not None:
+                    common = [min(sizes) for sizes in zip(source.shape, target.shape, strict=True)]
+                    _middle(target, common).copy_(_middle(source, common))
+
+
+def _middle(weight: Tensor, sizes: list[int]) -> Tensor:
+    """The first channels and the middle pixels of a weight, as many as `sizes` says."""
+    for dim, size in enumerate(sizes):
+        weight = weight.narrow(dim, (weight.shape[dim] - size) // 2 if dim > 1 else 0, size)
+    return weight
+
+
+@torch.no_grad()
 def gather(net: Network, full: Mapping[str, Tensor], masks: Masks, held: Masks | None = None) -> None:
     """Give `net` the widths of the masks and fill it with the channels that they keep.
 

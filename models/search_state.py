@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.elasticity import full_weights, gather, scatter, start_masks
+from models.elasticity import align_operators, full_weights, gather, scatter, start_masks
 from models.model_search import Form, Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
 from models.search_space import SearchSpace
@@ -188,6 +188,8 @@ def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> 
         BadInput: the snapshot does not fit the network or the flags.
     """
     full, masks = full_weights(args.num_classes, world.device, space), start_masks(space)
+    if args.aligned_start:
+        align_operators(full, space)
     form = Form(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
     net = Network(mask_widths(masks), args.num_classes, space, form).to(world.device).train()
     precisions = (Precision(world.device, DTYPES.get(args.amp)) for _ in range(2))

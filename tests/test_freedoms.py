@@ -12,7 +12,16 @@ from torch import nn
 
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
 from models.config import build_config
-from models.elasticity import fit_widths, full_weights, gather, latency_range, scatter, start_masks, update_masks
+from models.elasticity import (
+    align_operators,
+    fit_widths,
+    full_weights,
+    gather,
+    latency_range,
+    scatter,
+    start_masks,
+    update_masks,
+)
 from models.latency import expected_latency
 from models.model_eval import NetworkEval
 from models.model_search import Network
@@ -190,6 +199,23 @@ def test_checkpoints_tell_their_space(tmp_path):
         save_checkpoint(data | {'flags': flags}, path)
         with pytest.raises(BadInput, match='log_alphas should be 3 values'):
             load_search_checkpoint(path, SMALL_SPACE)
+
+
+def test_aligned_operators_are_parts_of_the_largest():
+    torch.manual_seed(3)
+    full = full_weights(NUM_CLASSES, torch.device('cpu'), SKIPPING)
+    before = {name: value.clone() for name, value in full.items()}
+    align_operators(full, SKIPPING)
+    stage = 'stage3.block2.m_ops'  # 8 channels; operators k3 e3 (32 wide), k5 e3 se (32), k3 e6 (64); the second leads
+    lead = {name: value for name, value in full.items() if name.startswith(f'{stage}.1.')}
+    assert all(torch.equal(value, before[name]) for name, value in lead.items())
+    depthwise = full[f'{stage}.1.depth_conv.conv.weight']
+    assert torch.equal(full[f'{stage}.0.depth_conv.conv.weight'], depthwise[:, :, 1:4, 1:4])
+    wide = full[f'{stage}.2.point_linear.conv.weight']
+    assert torch.equal(wide[:, :32], full[f'{stage}.1.point_linear.conv.weight'])
+    assert torch.equal(wide[:, 32:], before[f'{stage}.2.point_linear.conv.weight'][:, 32:])
+    untouched = [name for name in full if 'm_ops' not in name or 'squeeze' in name]
+    assert all(torch.equal(full[name], before[name]) for name in untouched)
 
 
 def test_random_networks_of_a_space_with_skip_are_whole():

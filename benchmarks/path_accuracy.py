@@ -1,0 +1,90 @@
+"""Accuracy of given architectures with the weights of a searched supernet, without training them.
+
+python benchmarks/path_accuracy.py --model_path searched.pth.tar --architectures a.json b.json \
+    --val_root images --val_list val.txt --num_classes 10 --img_size 64
+
+An architecture is a JSON file: {"arch": {"stage1": [op indices], ...},
+"widths": {"stage1": {"block1": {"0": mid channels, ...}, ...}, ...}}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.lists import read_list
+from dataset.loaders import make_loader
+from dataset.transforms import val_transform
+from models.elasticity import gather, update_masks
+from models.model_search import Network
+from models.parsing import load_search_checkpoint, mask_widths
+from tools.distributed import World, pick_device
+from tools.engine import evaluate
+from tools.errors import BadInput
+from tools.options import Parser, add_device_arg, add_eval_data_args, run_script
+from tools.precision import Precision
+
+
+def get_args():
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument('--model_path', required=True, help='a searched model')
+    parser.add_argument('--architectures', nargs='+', required=True, help='JSON files')
+    add_eval_data_args(parser, batch_size=128, workers=0, num_classes=100)
+    parser.set_defaults(seed=0)
+    add_device_arg(parser)
+    return parser.parse_args()
+
+
+class OnePath(torch.nn.Module):
+    """A supernet reduced to one path: images -> logits."""
+
+    def __init__(self, net, path):
+        super().__init__()
+        self.net, self.path = net, path
+
+    def forward(self, x):
+        return self.net(x, self.path)
+
+
+def set_path(net, full, masks, chosen):
+    """Give the supernet an architecture's widths and exits; returns the op index of each block."""
+    widths = mask_widths(masks)
+    for stage, blocks in chosen['widths'].items():
+        for block, ops in blocks.items():
+            widths[stage][block] |= {int(index): width for index, width in ops.items()}
+    gather(net, full, update_masks(masks, widths, full))
+    path = []
+    for name, stage in zip(net.space.stage_names, net.stages(), strict=True):
+        ops = chosen['arch'][name]
+        exit_ = stage.stage.exit_depths.index(len(ops))
+        with torch.no_grad():
+            stage.betas.copy_(torch.eye(len(stage.betas))[exit_].log())
+        path += ops + [0] * (stage.stage.depth - len(ops))
+    return path
+
+
+def main(args):
+    """Print a line an architecture."""
+    world = World(pick_device(args.device))
+    full, masks, space = load_search_checkpoint(args.model_path)
+    net = Network(mask_widths(masks), args.num_classes, space).to(world.device)
+    samples = read_list(args.val_list, args.val_root, args.num_classes)
+    # batch norms take the statistics of the batch, so the images come shuffled and no batch is left small
+    data = args.val_root, samples, val_transform(args.img_size), args, world, True, True, args.val_list
+    loader = make_loader(*data)
+    for path in args.architectures:
+        try:
+            chosen = json.loads(Path(path).read_text())
+            one = OnePath(net, set_path(net, full, masks, chosen))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadInput(f'{path}: not an architecture of this search space ({type(e).__name__}: {e})') from e
+        result = evaluate(one, loader, Precision(world.device), world, torch.channels_last)
+        print(f'{path}: supernet top1 {result["top1"]:.2f} top5 {result["top5"]:.2f}', flush=True)
+
+
+if __name__ == '__main__':
+    run_script(main, get_args())

@@ -1,0 +1,493 @@
+"""What each of the three search freedoms is worth: searches with and without it, at one latency target.
+
+python benchmarks/three_freedoms.py --img_root images/train --train_list search_train.txt --val_list search_val.txt \
+    --test_root images/test --test_list test.txt --num_classes 10 --img_size 64 --lookup_path my_table.pkl \
+    --save evidence
+
+Arms: `full` method; without `operator` freedom (the Gumbel path alone trains the weights), without `depth` freedom (a
+skip operator in place of the sinks), without `width` freedom (no scaling); `random` architectures with fitted widths;
+`targets`, the full method at other targets. Every run is searched, parsed, trained from scratch on both lists and
+tested on a third one by the project's scripts. Prints its plan and how long that takes first. Stopped or killed, it
+goes on where it was with the same command; it writes results.jsonl, table.md and pictures after each run.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.lists import read_list
+from latency_pkl.sampling import random_network
+from models.config import build_config, dump_config
+from models.elasticity import fit_widths, latency_range
+from models.latency import load_table
+from models.search_space import FREEDOMS, SPACE
+from tools.checkpoint import write_text
+from tools.errors import BadInput
+from tools.metrics import read_run
+from tools.options import Parser, add_device_arg, count, number, run_script
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = ('full', 'operator', 'depth', 'width', 'random', 'targets')
+TIMED_BATCHES = 6
+ABOVE_CHANCE = 2.0
+"""A supernet counts as evidence where it has so many times the accuracy of chance when architecture steps begin."""
+
+
+def get_args():
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    positive = number(float, 0, open_low=True)
+    parser.add_argument('--img_root', required=True, help='folder that the paths in the lists of the search start from')
+    parser.add_argument('--train_list', required=True, help='images that train the weights of the supernet')
+    parser.add_argument('--val_list', required=True, help='images that train the architecture')
+    parser.add_argument('--test_root', help='folder of the test images; default: --img_root')
+    parser.add_argument('--test_list', required=True, help='images that neither search nor training sees')
+    parser.add_argument('--lookup_path', required=True, help='latency table of this machine')
+    parser.add_argument('--save', required=True, help='folder that gets a folder a run and the results')
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
+    parser.add_argument('--seeds', nargs='+', type=count(0), default=[0, 1, 2])
+    parser.add_argument('--random_networks', type=count(2), default=10)
+    parser.add_argument('--target_lat', default='40%', help='in ms; or a share of the reachable range')
+    parser.add_argument('--more_targets', nargs='+', default=['25%', '60%'], help='of the arm `targets`')
+    parser.add_argument('--num_classes', type=count(2), default=100)
+    parser.add_argument('--img_size', type=count(32), default=224)
+    parser.add_argument('--batch_size', type=count(2), default=32)
+    parser.add_argument('--epochs', type=count(), default=90, help='of a search')
+    parser.add_argument('--warmup_epochs', type=count(), default=10, help='of them')
+    parser.add_argument('--train_epochs', type=count(), default=250)
+    parser.add_argument('--train_batch_size', type=count(2), default=512)
+    parser.add_argument('--train_lr', type=positive, default=0.2)
+    parser.add_argument('--workers', type=count(0), default=4)
+    parser.add_argument('--search_flags', default='', help="more flags of train_search.py, as in '--w_lr 0.01'")
+    parser.add_argument('--train_flags', default='', help='more flags of train_eval.py')
+    parser.add_argument('--measured_rounds', type=count(), default=3, help='times that each latency is measured')
+    parser.add_argument('--plan', action='store_true', help='print plan and estimate, and stop')
+    add_device_arg(parser)
+    args = parser.parse_args()
+    args.test_root = args.test_root or args.img_root
+    return args
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network's way from search to test. `freedoms` None: drawn at random by the seed, without a search."""
+
+    arm: str
+    seed: int
+    target: str
+    freedoms: tuple[str, ...] | None = FREEDOMS
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f'{self.arm}-{self.seed}'
+
+
+def planned(args) -> list[Run]:
+    """All runs in order: seed by seed, so that an unfinished experiment has the same seeds in every arm."""
+    runs = []
+    for seed in args.seeds:
+        runs += [Run('full', seed, args.target_lat)] if 'full' in args.arms else []
+        for off in FREEDOMS:
+            if off in args.arms:
+                runs.append(Run(f'no-{off}', seed, args.target_lat, tuple(f for f in FREEDOMS if f != off)))
+        if seed == args.seeds[0] and 'random' in args.arms:
+            runs += [Run('random', i, args.target_lat, None) for i in range(args.random_networks)]
+    if 'targets' in args.arms:
+        for target, seed in itertools.product(args.more_targets, args.seeds):
+            runs.append(Run(f'full-at-{target.replace("%", "pc")}', seed, target))
+    return runs
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; the running script has written its state."""
+
+
+class Scripts:
+    """Runs the project's scripts one after the other, each until it is done once; passes signals on to them."""
+
+    def __init__(self):
+        self.child, self.signal = None, 0
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, self._stop)
+
+    def _stop(self, number_, _frame):
+        self.signal = number_
+        if number_ == signal.SIGTERM and self.child and self.child.poll() is None:
+            self.child.send_signal(number_)  # a terminal's SIGINT goes to both
+
+    def once(self, folder: Path, step: str, words: list, done: str) -> dict:
+        """The record of a step: what it printed, and the seconds of wall clock and CPU it took over all its attempts.
+
+        Args:
+            done: a pattern in its output that says that it is finished.
+        """
+        path = folder / f'{step}.json'
+        record = json.loads(path.read_text()) if path.exists() else {'finished': False, 'wall_s': 0.0, 'cpu_s': 0.0}
+        if record['finished']:
+            return record
+        if self.signal:
+            raise Stopped
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *map(str, words)]
+        print(f'{time.strftime("%H:%M:%S")} {folder.name} {step}', flush=True)
+        start, cpu = time.monotonic(), _children_cpu()
+        with open(folder / f'{step}.err', 'w') as errors:
+            self.child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            out, _ = self.child.communicate()
+        record['wall_s'] += time.monotonic() - start
+        record['cpu_s'] += _children_cpu() - cpu
+        record |= {
+            'command': shlex.join(map(str, words)),
+            'output': out[-4000:],
+            'finished': bool(re.search(done, out)),
+        }
+        write_text(path, json.dumps(record) + '\n')
+        if self.signal:
+            raise Stopped
+        if self.child.returncode or not record['finished']:
+            last = (folder / f'{step}.err').read_text().strip().splitlines()[-1:]
+            raise BadInput(f'{folder.name}: {step} ended with {self.child.returncode}: {" ".join(last)}')
+        return record
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read_numbers(text: str, **patterns: str) -> dict[str, float]:
+    """The last number that each pattern's group has in a text."""
+    found = {name: re.findall(pattern, text) for name, pattern in patterns.items()}
+    return {name: float(values[-1]) for name, values in found.items() if values}
+
+
+def shared_flags(args) -> list:
+    """Flags of all scripts that read images."""
+    return ['--num_classes', args.num_classes, '--img_size', args.img_size, '--device', args.device]
+
+
+def search_words(run: Run, folder: Path, args) -> list:
+    """The command of a run's search."""
+    return [
+        'train_search.py', *shared_flags(args), '--img_root', args.img_root, '--train_list', args.train_list,
+        '--val_list', args.val_list, '--lookup_path', args.lookup_path, '--target_lat', run.target, '--save',
+        folder / 'search', '--note', run.name, '--batch_size', args.batch_size, '--workers', args.workers, '--epochs',
+        args.epochs, '--warmup_epochs', args.warmup_epochs, '--seed', run.seed, '--freedoms', *run.freedoms,
+        *shlex.split(args.search_flags), '--snapshot', 'auto',
+    ]  # fmt: skip
+
+
+def train_words(config: Path, save: Path, seed: int, args) -> list:
+    """The command that trains a network from scratch."""
+    return [
+        'train_eval.py', *shared_flags(args), '--train_root', args.img_root, '--train_list',
+        Path(args.save) / 'both.txt', '--val_root', args.test_root, '--val_list', args.test_list, '--config_path',
+        config, '--save', save, '--batch_size', args.train_batch_size, '--workers', args.workers, '--epochs',
+        args.train_epochs, '--lr', args.train_lr, '--seed', seed, *shlex.split(args.train_flags), '--snapshot', 'auto',
+    ]  # fmt: skip
+
+
+def draw_network(run: Run, folder: Path, table, args) -> None:
+    """Write a random architecture that can meet the target, its widths fitted: architecture.json and drawn.config."""
+    rng, target = random.Random(run.seed), table.target(run.target)
+    while True:
+        arch, widths = random_network(rng, False, table.space)
+        least, most = latency_range(arch, table)
+        if least <= target <= most:
+            break
+    widths = fit_widths(arch, table.space.start_widths(), table, target)
+    write_text(folder / 'architecture.json', json.dumps({'arch': arch, 'widths': widths}) + '\n')
+    write_text(folder / 'drawn.config', dump_config(build_config(arch, widths, args.num_classes, table.space)))
+
+
+def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
+    """From search (or dice) to model.config."""
+    parse = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat', '--save_path',
+             folder / 'model.config']  # fmt: skip
+    if run.freedoms is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_network(run, folder, table, args)
+        scripts.once(folder, 'parse', [*parse, '--config_path', folder / 'drawn.config'], 'Lat_LUT')
+        return
+    scripts.once(folder, 'search', search_words(run, folder, args), 'searched model: ')
+    models = sorted(folder.glob('search/*/searched_model_*.pth.tar'))
+    for old in [*models[:-1], *folder.glob('search/*/checkpoint*.pth.tar')]:
+        old.unlink()
+    target = ['--target_lat', run.target] if 'width' in run.freedoms else []
+    scripts.once(folder, 'parse', [*parse, '--model_path', models[-1], *target], 'Lat_LUT')
+
+
+def follow(run: Run, table, scripts: Scripts, args) -> None:
+    """One run from search to test."""
+    folder = Path(args.save) / run.name
+    find_network(run, folder, table, scripts, args)
+    config = folder / 'model.config'
+    scripts.once(folder, 'train', train_words(config, folder / 'train', run.seed, args), 'done: epoch')
+    # the last weights and not the best ones, which the test images would have chosen
+    (weights,) = folder.glob('train/*/checkpoint.pth.tar')
+    words = ['test.py', *shared_flags(args), '--val_root', args.test_root, '--val_list', args.test_list, '--workers',
+             args.workers, '--config_path', config, '--weights', weights]  # fmt: skip
+    scripts.once(folder, 'test', words, 'Val_acc_top5')
+
+
+def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
+    """Accuracy of the random architectures with the weights of each full search."""
+    save = Path(args.save)
+    drawn = [save / run.name / 'architecture.json' for run in runs if run.freedoms is None]
+    for run in runs:
+        if run.arm == 'full' and drawn:
+            (model,) = (save / run.name).glob('search/*/searched_model_*.pth.tar')
+            words = ['benchmarks/path_accuracy.py', *shared_flags(args), '--model_path', model, '--val_root',
+                     args.img_root, '--val_list', args.val_list, '--batch_size', args.batch_size, '--architectures',
+                     *drawn]  # fmt: skip
+            scripts.once(save / run.name, 'paths', words, 'supernet top1')
+
+
+def measure(runs: list[Run], scripts: Scripts, args) -> None:
+    """Time every network in fresh processes, all in turn, some rounds, so that disturbances disturb all alike."""
+    for number_, run in itertools.product(range(1, args.measured_rounds + 1), runs):
+        folder = Path(args.save) / run.name
+        words = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat',
+                 '--config_path', folder / 'model.config', '--save_path', folder / 'measured.config']  # fmt: skip
+        scripts.once(folder, f'measure-{number_}', words, 'Lat_CPU')
+
+
+def step_seconds(folder: Path, kind: str) -> list[float]:
+    """Seconds a step of each epoch of a timed run, from its metrics."""
+    by_epoch = {}
+    (metrics,) = folder.glob(f'{kind}/*/metrics.jsonl')
+    for line in read_run(metrics).of('step'):
+        by_epoch.setdefault(line['epoch'], []).append((line['step'], line['time']))
+    return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in ((v[0], v[-1]) for v in by_epoch.values() if len(v) > 1)]
+
+
+def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
+    """Time a few real steps of each kind, once; returns how long the plan takes."""
+    folder = Path(args.save) / 'timing'
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name in ('train', 'val'):
+        samples = read_list(getattr(args, f'{name}_list'), args.img_root, args.num_classes)
+        counts[name] = len(samples)
+        few = random.Random(0).sample(samples, min(len(samples), TIMED_BATCHES * args.batch_size))
+        write_text(folder / f'{name}.txt', ''.join(f'{path} {label}\n' for path, label in few))
+    timed = Run('timing', 0, args.target_lat)
+    more = ['--train_list', folder / 'train.txt', '--val_list', folder / 'val.txt', '--epochs', 2, '--warmup_epochs', 1]
+    scripts.once(folder, 'search', [*search_words(timed, folder, args), *more, '--print_freq', 1], 'searched model: ')
+    draw_network(Run('timing', 0, args.target_lat, None), folder, table, args)
+    words = train_words(folder / 'drawn.config', folder / 'train', 0, args)
+    scripts.once(folder, 'train', [*words, '--max_steps', TIMED_BATCHES, '--print_freq', 1], 'done: epoch')
+    warm, search = step_seconds(folder, 'search')
+    (train,) = step_seconds(folder, 'train')
+    steps = counts['train'] // args.batch_size
+    one_search = steps * (args.warmup_epochs * warm + (args.epochs - args.warmup_epochs) * search)
+    one_training = train * (sum(counts.values()) // args.train_batch_size) * args.train_epochs
+    searches = sum(run.freedoms is not None for run in runs)
+    hours = (searches * one_search + len(runs) * one_training) / 3600
+    return (
+        f'{searches} searches of {one_search / 60:.1f} min ({warm:.3f} s a step of the warm-up, {search:.3f} s after), '
+        f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step): {hours:.1f} hours from the start'
+    )
+
+
+def result_of(run: Run, args, table) -> dict | None:
+    """What is known of a tested run; None where it is not tested yet."""
+    folder = Path(args.save) / run.name
+    records = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json') if path.stem != 'architecture'}
+    if not records.get('test', {}).get('finished'):
+        return None
+    target = table.target(run.target)
+    result = {'arm': run.arm, 'seed': run.seed, 'target': target, 'unit': table.unit}
+    result |= read_numbers(records['test']['output'], top1=r'top1: ([\d.]+)', top5=r'top5: ([\d.]+)')
+    parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')
+    result |= read_numbers(records['parse']['output'], **parsed)
+    device, batch = ('GPU', 32) if 'Lat_GPU' in records['parse']['output'] else ('CPU', 1)
+    times = [
+        read_numbers(record['output'], ms=rf'Lat_{device} bs={batch}: ([\d.]+)')['ms']
+        for name, record in records.items()
+        if name.startswith('measure-') and record['finished']
+    ]
+    if times:
+        result['measured'] = statistics.median(times)
+    result['off_target'] = 100 * (result['predicted'] / target - 1)
+    if run.freedoms is not None:
+        result |= {'search_s': records['search']['wall_s'], 'search_cpu_s': records['search']['cpu_s']}
+        result |= search_result(folder, args)
+    result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
+    if 'paths' in records and records['paths']['finished']:
+        result['path_top1'] = [float(v) for v in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output'])]
+    return result
+
+
+def search_result(folder: Path, args) -> dict:
+    """What the metrics of a search say: the supernet where architecture steps begin and at the end, and its choices."""
+    (metrics,) = folder.glob('search/*/metrics.jsonl')
+    epochs = read_run(metrics).of('epoch')
+    entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
+    winners = [int(np.argmax(row)) for row in epochs[-1]['ops']]
+    most = statistics.mode(winners)
+    begin = next(line['val']['top1'] for line in epochs if line['epoch'] == args.warmup_epochs - 1)
+    return {
+        'supernet_top1': begin,
+        'supernet_top1_end': epochs[-1]['val']['top1'],
+        'counts': begin >= ABOVE_CHANCE * 100 / args.num_classes,
+        'entropy': entropies,
+        'winner': most,
+        'winner_share': winners.count(most) / len(winners),
+    }
+
+
+def interval(values: list[float], digits: int = 2) -> str:
+    """Mean and 95 % t-interval."""
+    if not values:
+        return ''
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f'{mean:.{digits}f} (n = 1)'
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f'{mean:.{digits}f} ± {half:.{digits}f}'
+
+
+def difference(ours: list[float], full: list[float]) -> str:
+    """Mean difference to the full method with Welch's 95 % interval."""
+    if min(len(ours), len(full)) < 2 or ours is full:
+        return ''
+    ends = stats.ttest_ind(ours, full, equal_var=False).confidence_interval()
+    return f'{statistics.mean(ours) - statistics.mean(full):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})'
+
+
+COLUMNS = {
+    'predicted': 'predicted', 'measured': 'measured', 'off_target': 'off target [%]', 'macs': 'MACs [M]',
+    'params': 'params [M]', 'search_s': 'search [s]', 'search_cpu_s': 'search [CPU s]',
+    'supernet_top1': 'supernet top-1 at the first architecture step', 'winner_share': 'blocks won by one operator',
+}  # fmt: skip
+
+
+def table_text(results: list[dict], runs: list[Run]) -> str:
+    """The results as Markdown: a row an arm, means with 95 % intervals over seeds."""
+    unit = results[0]['unit']
+    head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'top-5 [%]']
+    head += [f'{name} [{unit}]' if key in ('predicted', 'measured') else name for key, name in COLUMNS.items()]
+    rows = [head, ['---'] * len(head)]
+    full = [r['top1'] for r in results if r['arm'] == 'full' and r['counts']]
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [r for r in results if r['arm'] == arm and r.get('counts', True)]
+        planned_ = sum(run.arm == arm for run in runs)
+        at_chance = sum(r['arm'] == arm and not r.get('counts', True) for r in results)
+        n = f'{len(mine)} of {planned_}' if len(mine) < planned_ else str(planned_)
+        top1 = [r['top1'] for r in mine]
+        row = [arm, n + (f' ({at_chance} at chance)' if at_chance else ''), interval(top1)]
+        row += [difference(top1, full) if arm != 'full' else '', interval([r['top5'] for r in mine])]
+        row += [interval([r[key] for r in mine if key in r]) for key in COLUMNS]
+        rows.append(row)
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
+    """Rank correlation of supernet and trained-alone accuracy of the random networks, by seed of the full method."""
+    alone = [r['top1'] for r in sorted((r for r in results if r['arm'] == 'random'), key=lambda r: r['seed'])]
+    lines, pairs = [], []
+    for result in results:
+        if len(result.get('path_top1', [])) == len(alone) > 2:
+            found = stats.spearmanr(result['path_top1'], alone)
+            lines.append(
+                f'seed {result["seed"]}: rho = {found.statistic:+.2f} (p = {found.pvalue:.2f}, n = {len(alone)})'
+            )
+            pairs += zip(result['path_top1'], alone, strict=True)
+    return '; '.join(lines), pairs
+
+
+def draw(results: list[dict], pairs: list, save: Path) -> None:
+    """Pictures: accuracy over latency, entropy over epochs, supernet against trained-alone accuracy."""
+    arms = list(dict.fromkeys(r['arm'] for r in results))
+    colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
+    for arm in arms:
+        mine = [r for r in results if r['arm'] == arm]
+        at = [r.get('measured', r['predicted']) for r in mine]
+        axes[0].scatter(at, [r['top1'] for r in mine], color=colours[arm], label=arm)
+        curves = [r['entropy'] for r in mine if 'entropy' in r]
+        if curves:
+            axes[1].plot(np.mean(curves, axis=0), color=colours[arm], label=arm)
+    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured where it was', ylabel='test top-1 [%]')
+    axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
+    axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
+    if pairs:
+        axes[2].scatter(*zip(*pairs, strict=True), color='0.3')
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(save / 'three_freedoms.png')
+    plt.close(figure)
+
+
+def report(runs: list[Run], table, args) -> None:
+    """Write results.jsonl, table.md and the pictures from whatever is finished."""
+    save = Path(args.save)
+    results = [result for run in runs if (result := result_of(run, args, table))]
+    write_text(save / 'results.jsonl', ''.join(json.dumps(result) + '\n' for result in results))
+    if results:
+        ranks, pairs = correlation(results)
+        text = table_text(results, runs)
+        text += f'\nRank correlation of supernet paths and the same networks trained alone: {ranks}\n' if ranks else ''
+        write_text(save / 'table.md', text)
+        draw(results, pairs, save)
+
+
+def main(args):
+    """Plan, then every run, then the paths and the clock."""
+    save = Path(args.save).resolve()
+    for name in ('img_root', 'test_root', 'train_list', 'val_list', 'test_list', 'lookup_path', 'save'):
+        setattr(args, name, os.path.abspath(getattr(args, name)))  # the scripts run in the project's folder
+    table = load_table(args.lookup_path, args.img_size, SPACE)
+    lists = [read_list(p, args.img_root, args.num_classes) for p in (args.train_list, args.val_list)]
+    tested = read_list(args.test_list, args.test_root, args.num_classes)
+    if args.test_root == args.img_root and {path for path, _ in tested} & {path for path, _ in lists[0] + lists[1]}:
+        raise BadInput(f'--test_list {args.test_list}: has images of the search or the training')
+    save.mkdir(parents=True, exist_ok=True)
+    write_text(save / 'both.txt', ''.join(f'{path} {label}\n' for part in lists for path, label in part))
+    runs, scripts = planned(args), Scripts()
+    for run in runs:
+        table.target(run.target)
+        print(f'{run.name}: target {run.target}, freedoms {" ".join(run.freedoms) if run.freedoms else "none, random"}')
+    try:
+        print(estimate(runs, table, scripts, args), flush=True)
+        if args.plan:
+            return 0
+        for run in runs:
+            follow(run, table, scripts, args)
+            report(runs, table, args)
+        rank_paths(runs, scripts, args)
+        measure(runs, scripts, args)
+    except Stopped:
+        print('Stopped; the same command goes on', flush=True)
+        return 130 if scripts.signal == signal.SIGINT else 0
+    report(runs, table, args)
+    print((save / 'table.md').read_text())
+    return 0
+
+
+if __name__ == '__main__':
+    run_script(main, get_args())
