@@ -38,6 +38,7 @@ def test_a_file_reads_back_without_the_line_that_a_kill_cut(tmp_path):
     assert run.header == HEADER and len(run.lines) == 8
     assert run.of('epoch')[1]['val'] == {'top1': None} and run.of('epoch')[1]['lr'] == 0.3
     assert [line['loss'] for line in run.of('step')] == [0.1, 0.2, 0.3, 1.1, 1.2, 1.3]
+    assert all(abs(line['time'] - time.time()) < 100 for line in run.lines)
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,12 @@ def _encode(line: dict) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: floats to seven digits, None for those that are not finite."""
+    """The value as JSON can hold it: floats to seven digits, or whole and a tenth as times of day are; None for those
+    that are not finite."""
     if isinstance(value, float):
-        return float(f'{value:.7g}') if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return float(f'{value:.7g}') if abs(value) < 1e6 else round(value, 1)
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
