@@ -50,7 +50,7 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
             running.terminate()
     assert running.wait() == 0 and not (save / 'no-depth-0' / 'model.config').exists()
     finished = (save / 'full-0' / 'search.json').read_bytes()
-    done = run_script(*words, cwd=project_copy).stdout
+    done = subprocess.run(command, cwd=project_copy, capture_output=True, text=True, check=True).stdout
     assert (save / 'full-0' / 'search.json').read_bytes() == finished and 'full-0 search' not in done
     results = [json.loads(line) for line in (save / 'results.jsonl').read_text().splitlines()]
     assert [r['arm'] for r in results] == [
