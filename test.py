@@ -2,27 +2,38 @@
 
 python test.py --val_root /data/imagenet/val --val_list val.txt --config_path model.config --weights weights.pth.tar
 python test.py --image photo.jpg --config_path model.config --weights weights.pth.tar
+python test.py --export net.onnx --fuse_bn --config_path model.config --weights weights.pth.tar
+
+--export writes ONNX (.onnx), a program of torch.export (.pt2), a Python file that needs torch alone with its weights
+beside it (.py and .pth), or weights (.safetensors).
 """
 
 import csv
 import io
 from pathlib import Path
+from runpy import run_path
 
 import torch
 
 from dataset.lists import read_list
 from dataset.loaders import load_rgb, make_loader
 from dataset.transforms import val_transform
+from models.config import dump_config
+from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.checkpoint import put_weights, read_weights, write_text
+from tools.checkpoint import put_weights, read_weights, save_checkpoint, write_text
 from tools.distributed import World, pick_device
 from tools.engine import evaluate
 from tools.errors import BadInput
+from tools.export import open_onnx, save_onnx, save_program, save_safetensors, time_call
 from tools.options import Parser, add_arch_args, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
 
 LAYOUT = torch.channels_last
+FORMATS = ('.onnx', '.pt2', '.py', '.safetensors')
+CLOSE = 1e-4
+"""Largest difference of an exported network's outputs, see `largest_difference`."""
 
 
 def get_args():
@@ -34,11 +45,17 @@ def get_args():
     parser.add_argument('--no_average', action='store_true', help='not the moving average where --weights holds one')
     parser.add_argument('--image', help='an image file; prints its five most probable classes')
     parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
+    parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
+    parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
     parser.set_defaults(seed=0)
     add_device_arg(parser)
     args = parser.parse_args()
-    if not args.image and not (args.val_root and args.val_list):
-        parser.error('give --val_root and --val_list, or --image')
+    if not (args.image or args.export) and not (args.val_root and args.val_list):
+        parser.error('give --val_root and --val_list, or --image, or --export')
+    if args.export and Path(args.export).suffix not in FORMATS:
+        parser.error(f'--export {args.export}: its name should end in {", ".join(FORMATS)}')
+    if args.export and args.export.endswith('.py') and not Path(args.export).stem.isidentifier():
+        parser.error(f'--export {args.export}: a module to import should be named like a variable')
     if args.export_predictions and not args.val_list:
         parser.error('--export_predictions writes the predictions for --val_root and --val_list; give both')
     return args
@@ -58,7 +75,37 @@ def load_net(args):
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')
-    return net.eval()
+    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval()
+
+
+def export(net, args):
+    """Write the network to a file, check that it gives the same outputs, print what was done."""
+    path, times = Path(args.export), ''
+    net = net.cpu().to(memory_format=torch.contiguous_format)
+    if path.suffix == '.safetensors':
+        save_safetensors(net, path)
+        write_text(path.with_suffix('.config'), dump_config(net.config))
+        print(f'Exported: {path}, its config: {path.with_suffix(".config")}')
+        return
+    if path.suffix == '.py':
+        weights = path.with_suffix('.pth')
+        title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
+        write_text(path, to_source(net, path.stem, weights.name, title))
+        save_checkpoint(net.state_dict(), weights)
+        exported = run_path(str(path))['load']()
+    elif path.suffix == '.pt2':
+        save_program(net, path, args.img_size)
+        exported = torch.export.load(path).module()
+    else:
+        save_onnx(net, path, args.img_size)
+        exported = open_onnx(path)
+        torch.set_num_threads(1)
+        ms = [time_call(call, args.img_size) for call in (exported, net)]
+        times = f'; one image on one CPU thread: onnxruntime {ms[0]:.3f} ms, torch {ms[1]:.3f} ms'
+    difference = largest_difference(net, exported, args.img_size)
+    print(f'Exported: {path}, largest difference {difference:.1e}{times}')
+    if difference > CLOSE:
+        raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {CLOSE}')
 
 
 def predictions_csv(samples, probabilities):
@@ -81,16 +128,8 @@ def classify(net, args, device):
         print(f'{place}. class {label} probability {probability:.4f}')
 
 
-def main(args):
-    """Build the network, load its weights, evaluate."""
-    if args.export_predictions and not Path(args.export_predictions).absolute().parent.is_dir():
-        raise BadInput(f'--export_predictions {args.export_predictions}: its folder does not exist')
-    world = World(pick_device(args.device))
-    net = load_net(args).to(world.device, memory_format=LAYOUT)
-    if args.image:
-        classify(net, args, world.device)
-    if not args.val_list:
-        return
+def test(net, args, world):
+    """Print the accuracies on --val_list; write the predictions where asked for."""
     samples = read_list(args.val_list, args.val_root, args.num_classes)
     loader = make_loader(args.val_root, samples, val_transform(args.img_size), args, world, False, False, args.val_list)
     logits = []
@@ -99,6 +138,22 @@ def main(args):
     print(f'Val_acc_top5: {result["top5"]:.2f}')
     if args.export_predictions:
         write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))
+
+
+def main(args):
+    """Build the network, load its weights, evaluate, export."""
+    for flag in ('export', 'export_predictions'):
+        path = getattr(args, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise BadInput(f'--{flag} {path}: its folder does not exist')
+    world = World(pick_device(args.device))
+    net = load_net(args).to(world.device, memory_format=LAYOUT)
+    if args.image:
+        classify(net, args, world.device)
+    if args.val_list:
+        test(net, args, world)
+    if args.export:
+        export(net, args)
 
 
 if __name__ == '__main__':

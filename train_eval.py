@@ -8,6 +8,8 @@
 For mixed precision see train_eval_amp.py.
 """
 
+from functools import partial
+
 import torch
 
 from dataset.loaders import make_train_val_loaders
@@ -23,7 +25,7 @@ from tools.options import Parser, add_training_args, run_script
 from tools.precision import Precision
 from tools.rng import derive_seed
 from tools.snapshot import TRAINING
-from tools.training import fit, memory_format, start_state
+from tools.training import conclude, fit, memory_format, start_state
 
 
 def get_args():
@@ -49,6 +51,7 @@ def main(args):
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
     code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
+    conclude(watch, partial(NetworkEval, config), world, args)
     return code
 
 

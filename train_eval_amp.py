@@ -8,6 +8,8 @@
 --batch_size and --workers are totals over all processes.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
 from tools.rng import derive_seed
 from tools.snapshot import TRAINING
-from tools.training import fit, memory_format, start_state
+from tools.training import conclude, fit, memory_format, start_state
 
 
 def get_args():
@@ -66,6 +68,7 @@ def main(args):
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
     code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
+    conclude(watch, partial(NetworkEval, config), world, args)
     return code
 
 

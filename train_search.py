@@ -340,6 +340,8 @@ def main(args):
             if keeper.folder:
                 watch.log('searched model: %s', keeper.folder / searched_model(args.epochs - 1))
     leave_world(world)
+    if args.report:
+        watch.draw()
     return keeper.exit_code()
 
 

@@ -29,7 +29,7 @@ def describe_space(img_size: int, space: SearchSpace = SPACE) -> dict:
                 'size': block.in_size,
                 'widths': [
                     (op.min_width(block.in_ch), op.start_width(block.in_ch), op.max_width(block.in_ch))
-                    for op in space.ops
+                    for op in space.ops_of(block)
                 ],
             }
             for block in blocks

@@ -1,5 +1,6 @@
 """One network, built from a config."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -37,6 +38,31 @@ class NetworkEval(nn.Module):
         self.classifier = LinearLayer(config.classifier)
         init_weights(self)
 
+    def forward_features_list(self, x: Tensor) -> list[Tensor]:
+        """What detection and segmentation build on: images [N, 3, H, W] -> the last feature map of each resolution.
+
+        Those of TF-NAS have strides 2, 4, 8, 16 and 32; see `feature_info`.
+        """
+        maps = [self.second_stem(self.first_stem(x))]
+        for name, keeps in zip(self.stage_names, self._keeps_size(), strict=True):
+            x = getattr(self, name)(maps[-1])
+            maps = [*(maps[:-1] if keeps else maps), x]
+        return maps
+
+    def feature_info(self) -> list[tuple[int, int]]:
+        """(stride, channels) of each map of `forward_features_list`."""
+        stem = self.config.second_stem
+        info = [(self.config.first_stem.stride * stem.stride, stem.out_channels)]
+        for specs, keeps in zip(self.config.stages.values(), self._keeps_size(), strict=True):
+            stride = info[-1][0] * math.prod(spec.stride for spec in specs)
+            last = stride, specs[-1].out_channels if specs else info[-1][1]
+            info = [*(info[:-1] if keeps else info), last]
+        return info
+
+    def _keeps_size(self) -> list[bool]:
+        """Whether each stage has the resolution of the one before it."""
+        return [all(spec.stride == 1 for spec in specs) for specs in self.config.stages.values()]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.second_stem(self.first_stem(x))
         for name in self.stage_names:
@@ -49,6 +75,13 @@ def load_network(
     config_path: str | Path, weights: str | Path | None = None, num_classes: int | None = None
 ) -> NetworkEval:
     """A found network in evaluation mode, from its config file and, where given, its weights file.
+
+        net = load_network('model.config', weights='model_best.pth.tar')
+        maps = net.forward_features_list(images)
+
+    Args:
+        weights: a checkpoint, a state dict or safetensors; None: initial weights.
+        num_classes: None: as the config says.
 
     Raises:
         BadInput: a file that cannot be read, or weights of another network.

@@ -1,7 +1,9 @@
 """metrics.jsonl: written, cut at the point a run goes on from, read back; the time that is left."""
 
 import json
+import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from models.config import build_config, load_config
 from models.describe import describe_network, describe_space
 from tools.errors import BadInput
 from tools.logs import make_logger
-from tools.metrics import METRICS, Metrics, read_run
+from tools.metrics import METRICS, Metrics, read_run, run_header
 from tools.watch import Progress, Watch
 
 HEADER = {'kind': 'run', 'version': 1, 'task': 'training'}
@@ -86,6 +88,13 @@ def test_tensorboard_gets_every_number_once_also_after_going_on(tmp_path):
     assert set(board.Tags()['scalars']) == {'epoch/val/top1', *ops, 'step/loss'}
     assert [(e.step, e.value) for e in board.Scalars('step/loss')] == [(15, 2.0)]
     assert [(e.step, e.value) for e in board.Scalars(ops[1])] == [(10, 0.75)]
+
+
+def test_without_tensorboard_its_flag_is_refused_before_there_is_a_folder(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(BadInput, match='pip install tensorboard'):
+        run_header('training', Namespace(tensorboard=True), torch.device('cpu'))
+    assert run_header('training', Namespace(tensorboard=False), torch.device('cpu'))['version'] == 1
 
 
 def test_the_time_left_counts_the_work_that_is_left(monkeypatch):

@@ -31,7 +31,7 @@ def search(images, table, save, *more):
     return [
         'train_search.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list', images / 'val.txt',
         '--lookup_path', table, '--save', save, *SMALL, '--batch_size', '8', '--epochs', '2', '--warmup_epochs', '1',
-        '--target_lat', '40%', '--print_freq', '1', *more,
+        '--target_lat', '40%', '--print_freq', '1', '--no-report', *more,
     ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def search(images, table, save, *more):
 def searched(images, table, tmp_path_factory, run_script):
     """A finished search: its folder and what it printed."""
     save = tmp_path_factory.mktemp('search')
-    out = run_script(*search(images, table, save, '--note', 'test run')).stdout
+    out = run_script(*search(images, table, save, '--note', 'test run', '--report')).stdout
     (folder,) = save.iterdir()
     return folder, out
 
@@ -47,7 +47,8 @@ def searched(images, table, tmp_path_factory, run_script):
 def train(script, images, save, *more):
     return [
         script, '--train_root', images, '--val_root', images, '--train_list', images / 'train.txt', '--val_list',
-        images / 'val.txt', '--save', save, *SMALL, '--batch_size', '8', '--lr', '0.02', '--epochs', '2', *more,
+        images / 'val.txt', '--save', save, *SMALL, '--batch_size', '8', '--lr', '0.02', '--epochs', '2',
+        '--no-report', *more,
     ]  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def found(searched, table, tmp_path_factory, run_script):
 @pytest.fixture(scope='module')
 def trained(found, images, tmp_path_factory, run_script):
     save = tmp_path_factory.mktemp('trained')
-    out = run_script(*train('train_eval.py', images, save, '--config_path', found[0])).stdout
+    out = run_script(*train('train_eval.py', images, save, '--config_path', found[0], '--report')).stdout
     (folder,) = save.iterdir()
     return folder, out
 
@@ -71,7 +72,14 @@ def trained(found, images, tmp_path_factory, run_script):
 def test_search_writes_checkpoints_and_log(searched):
     folder, out = searched
     assert re.fullmatch(r'search-\d{8}-\d{6}-test run', folder.name)
-    names = ['log.txt', 'metrics.jsonl', 'searched_model_00.pth.tar', 'searched_model_01.pth.tar']
+    names = [
+        'log.txt',
+        'metrics.jsonl',
+        'plots',
+        'report.html',
+        'searched_model_00.pth.tar',
+        'searched_model_01.pth.tar',
+    ]
     assert sorted(p.name for p in folder.glob('[!.]*')) == names
     log = (folder / 'log.txt').read_text()
     assert 'networks reach from' in log and '--target_lat' in log
@@ -138,7 +146,14 @@ def test_training_and_testing(trained, found, images, run_script):
         'metrics.jsonl',
         'model.config',
         'model_best.pth.tar',
+        'plots',
+        'report.html',
     ]
+    (latency,) = read_run(folder).of('latency')
+    assert f'measured latency {latency["ms"]:.4f} ms'[:22] in out and latency['batch_size'] == 1 and latency['ms'] > 0
+    assert {path.name for path in (folder / 'plots').iterdir()} == {
+        'network.png', 'network.svg', 'training.png', 'training.svg'
+    }  # fmt: skip
     checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=True)
     assert {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'} <= checkpoint.keys()
     words = ['--val_root', images, '--val_list', images / 'val.txt', '--weights', folder / 'model_best.pth.tar', *SMALL]

@@ -108,6 +108,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any
         BadInput: no such file, damaged, or it holds other objects than tensors, numbers, strings and containers.
     """
     try:
+        if Path(path).suffix == '.safetensors':
+            return _read_safetensors(path, device)
         if zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
@@ -116,6 +118,18 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any
     except UNREADABLE as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
+
+
+def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise BadInput(f'{path}: reading it needs a package that is not here: pip install safetensors') from e
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as e:
+        raise ValueError(str(e)) from e
 
 
 def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,12 @@ def run_header(task: str, args, device: torch.device, **about: Any) -> dict:
         task: 'search' or 'training'.
         args: the flags.
         about: what is known of the run's network or search space, as plain values.
+
+    Raises:
+        BadInput: `args.tensorboard` without the package; here, before there is a folder.
     """
+    if getattr(args, 'tensorboard', False):
+        _summary_writer()
     environment = describe_environment(device)
     flags = {name: value for name, value in sorted(vars(args).items()) if name != 'local_rank'}
     return {'kind': 'run', 'version': VERSION, 'task': task, 'environment': environment, 'flags': flags, **about}
@@ -46,9 +51,6 @@ class Metrics:
         header: see `run_header`; the first line of a new file.
         position: (epoch, step) that the run goes on from.
         tensorboard: also write `<folder>/tensorboard`.
-
-    Raises:
-        BadInput: `tensorboard` without the package.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class Metrics:
         self.ops = [op['label'] for op in space['ops']]
         self.steps_an_epoch = header.get('steps_an_epoch', 0)
         self.board = None
+        self.ended = False
         if not self.path:
             return
         if tensorboard:
-            self.board = _summary_writer(folder / 'tensorboard', position[0] * self.steps_an_epoch + position[1])
+            done = position[0] * self.steps_an_epoch + position[1]
+            # what an earlier run of this folder wrote behind that, this one writes again
+            self.board = _summary_writer()(str(folder / 'tensorboard'), purge_step=done + 1)
         kept = [line for line in _whole_lines(self.path) if _is_before(line, position)]
         lines = kept if kept and kept[0].get('kind') == 'run' else [header, *kept]
         write_atomic(self.path, lambda f: f.writelines(_encode(line) for line in lines))
@@ -72,6 +77,7 @@ class Metrics:
         """Append a line. `step`: steps of the epoch that are done."""
         if not self.path:
             return
+        self.ended = self.ended or kind == 'end'
         position = {'epoch': epoch} if step is None else {'epoch': epoch, 'step': step}
         with open(self.path, 'ab') as f:
             f.write(_encode({'kind': kind, **position, 'time': round(time.time(), 1), **values}))
@@ -159,12 +165,12 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, bool, str, type(None))) else str(value)
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+def _summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
         raise BadInput('--tensorboard needs a package that is not here: pip install tensorboard') from e
-    return SummaryWriter(str(folder), purge_step=step + 1)  # of a run before, what this one writes again
+    return SummaryWriter
 
 
 def _scalars(value: Any, name: str, blocks: list[str], ops: list[str]) -> Iterator[tuple[str, float]]:

@@ -154,6 +154,12 @@ def add_training_args(parser: Parser) -> None:
 def add_watch_args(parser: Parser) -> None:
     """What a run leaves to look at, besides log.txt and metrics.jsonl."""
     parser.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
+    parser.add_argument(
+        '--report',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='draw pictures and report.html at the end; a training then also measures the latency of its network',
+    )
 
 
 def add_snapshot_args(parser: Parser) -> None:

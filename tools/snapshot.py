@@ -22,7 +22,7 @@ from tools.precision import Precision
 CHECKPOINT = 'checkpoint.pth.tar'
 HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
-    'max_steps', 'tensorboard', 'on_nan', 'deterministic',
+    'max_steps', 'tensorboard', 'report', 'on_nan', 'deterministic',
 }  # fmt: skip
 POSITION = {'batch_size', 'seed', 'grad_accum'}
 

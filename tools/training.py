@@ -15,6 +15,7 @@ from tools.engine import cosine_lr, evaluate, set_lr, to_device, train_epoch
 from tools.interrupt import ended_with
 from tools.keeper import Keeper
 from tools.precision import Precision
+from tools.profiling import device_name, measure_latency
 from tools.snapshot import TRAINING, Snapshot, TrainState, compare_flags, find_snapshot
 from tools.watch import Progress, Watch
 
@@ -155,3 +156,25 @@ def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dic
     numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
     watch.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
     watch.write('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])
+
+
+def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -> None:
+    """Where a training has ended and `args.report`: measure the latency of its network, draw pictures and report.
+
+    Args:
+        build: makes the network, with any weights.
+        args: report and img_size.
+    """
+    if not (args.report and watch.metrics and watch.metrics.ended):
+        return
+    torch.set_num_threads(1)
+    batch_size = 32 if world.device.type == 'cuda' else 1
+    where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
+    try:
+        ms = measure_latency(build, batch_size, args.img_size, world.device)
+    except RuntimeError as e:  # the training itself is done and saved
+        watch.log('latency not measured: %s', e)
+    else:
+        watch.write('latency', args.epochs, ms=ms, **where)
+        watch.log('measured latency %.4f ms on %s, batch %d', ms, where['device'], batch_size)
+    watch.draw()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from tools.metrics import Metrics
+from tools.plots import draw_at_end
 
 Item = TypeVar('Item')
 
@@ -76,6 +77,11 @@ class Watch:
         words = ' '.join(f'{name} {value:{FORMATS[name.rpartition("_")[2]]}}' for name, value in numbers.items())
         self.log('epoch %d step %d/%d %s eta %s', epoch, step, steps, words, left)
         self.write('step', epoch, step, steps=steps, **numbers)
+
+    def draw(self) -> None:
+        """Pictures and report of a run that has ended; what stands in their way is a line of the log."""
+        if self.metrics and self.metrics.ended:
+            draw_at_end(self.metrics.path.parent, self.log)
 
     def write(self, kind: str, epoch: int, step: int | None = None, **values: Any) -> None:
         """A line of `metrics.jsonl` alone."""

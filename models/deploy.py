@@ -1,0 +1,139 @@
+"""A found network for use elsewhere: batch norms folded away, and as source code that needs torch alone."""
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import StochasticDepth
+
+from models.config import NetworkConfig
+from models.model_eval import NetworkEval
+
+SOURCE = '''"""{title}
+
+Needs torch alone. The weights are in {weights!r} beside this file:
+
+    from {module} import load
+    net = load()
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    """Images [N, 3, H, W], normalised, -> logits [N, {classes}]."""
+
+    def __init__(self):
+        super().__init__()
+        layers = {{
+{layers}
+        }}
+        for name, layer in layers.items():
+            *parents, own = name.split('.')
+            place = self
+            for parent in parents:
+                if not hasattr(place, parent):
+                    place.add_module(parent, nn.Module())
+                place = getattr(place, parent)
+            place.add_module(own, layer)
+
+{forward}
+
+
+def load(weights=Path(__file__).with_name({weights!r})):
+    """The network with its weights, in evaluation mode."""
+    net = Network()
+    net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
+    return net.eval()
+'''
+
+
+class _Tracer(fx.Tracer):
+    """Enters this project's modules; torch's own and stochastic depth stay calls."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """See `fx.Tracer`."""
+        return isinstance(module, StochasticDepth) or super().is_leaf_module(module, qualified_name)
+
+
+def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
+    """Python source of a module with the same layers, names of weights and outputs as `net` in evaluation mode.
+
+    The forward pass is traced by torch.fx, so it is what the network does and not a second description of it; layers
+    are printed as torch prints them, which is how they are constructed. Stochastic depth is left out.
+
+    Args:
+        module: name that the source will be imported by.
+        weights: file name of the weights beside it.
+        title: first line of its docstring.
+    """
+    graph = _Tracer().trace(net.eval())
+    layers = dict(net.named_modules())
+    for node in list(graph.nodes):
+        if node.op == 'call_module' and isinstance(layers[node.target], (StochasticDepth, nn.Identity)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.lint()
+    used = [node.target for node in graph.nodes if node.op == 'call_module']
+    code = graph.python_code('self').src.strip('\n')
+    forward = re.sub(r'^def forward\(self, x.*\):', 'def forward(self, x):', code, flags=re.MULTILINE)
+    return SOURCE.format(
+        title=title,
+        module=module,
+        weights=weights,
+        classes=net.config.classifier.out_features,
+        layers='\n'.join(f'            {name!r}: nn.{layers[name]!r},' for name in used),
+        forward='\n'.join(f'    {line}'.rstrip() for line in forward.splitlines()),
+    )
+
+
+def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
+    """The same function in evaluation mode, with every batch norm folded into the convolution before it."""
+    fused = NetworkEval(_without_batch_norm(net.config))
+    state = net.state_dict()
+    for name, layer in net.named_modules():
+        norm = getattr(layer, 'bn', None)
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        weight, bias = fuse_conv_bn_weights(layer.conv.weight, layer.conv.bias, *statistics)
+        state |= {f'{name}.conv.weight': weight.detach(), f'{name}.conv.bias': bias.detach()}
+    wanted = fused.state_dict().keys()
+    fused.load_state_dict({key: value for key, value in state.items() if key in wanted})
+    return fused.to(next(net.parameters()).device).eval()
+
+
+def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:
+    """The config with biases in place of batch norms in all convolutions."""
+
+    def plain(spec):
+        return replace(spec, use_bn=False, bias=True)
+
+    return replace(
+        config,
+        first_stem=plain(config.first_stem),
+        second_stem=plain(config.second_stem),
+        stages={name: [plain(spec) for spec in specs] for name, specs in config.stages.items()},
+        feature_mix_layer=plain(config.feature_mix_layer),
+    )
+
+
+@torch.inference_mode()
+def largest_difference(net: nn.Module, other, img_size: int, batch_sizes: tuple[int, ...] = (1, 3)) -> float:
+    """Largest difference of outputs on random images, relative to the largest output where that is below 1.
+
+    Args:
+        other: called with the same images [N, 3, img_size, img_size]; gives a tensor or array.
+    """
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    for batch_size in batch_sizes:
+        images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
+        expected = net(images)
+        difference = (expected - torch.as_tensor(other(images))).abs().max() / expected.abs().max().clamp(1e-12, 1)
+        worst = max(worst, difference.item())
+    return worst

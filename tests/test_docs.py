@@ -1,0 +1,136 @@
+"""Every command block of README.md, CONTRIBUTING.md and docs/ runs, at tiny size; its links and file names are real.
+
+The blocks run as they stand, page by page, in a copy of the project with tiny images. `python` and `torchrun` there are
+programs that add a script's tiny flags to its own: the last of two equal flags counts. Variables that a page sets only
+where they are unset (`${IMAGES:-...}`) come from here.
+"""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_table
+from latency_pkl.make_lat_lut import save_table
+from models.config import dump_config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+SMALL = '--img_size 32 --workers 0 --device cpu'
+TRAINING = f'{SMALL} --batch_size 8 --epochs 1 --lr 0.02 --print_freq 1'
+TINY = {
+    'train_search.py': f'{SMALL} --batch_size 8 --epochs 2 --warmup_epochs 1 --print_freq 1',
+    'train_eval.py': TRAINING,
+    'train_eval_amp.py': TRAINING,
+    'parsing_model.py': '--img_size 32 --device cpu',
+    'test.py': f'{SMALL} --batch_size 8',
+    'latency_pkl/make_lat_lut.py': '--img_size 32 --budget 30',
+}
+TINY_DEMO = TINY | {
+    'train_search.py': '--img_size 32 --epochs 2 --warmup_epochs 1',
+    'train_eval.py': '--img_size 32 --epochs 1',
+    'test.py': '--img_size 32',
+}
+TINY_CHECK = '--img_size 32 --device cpu --networks 2 --tolerance 1e9'
+WRAPPER = """#!{python}
+import os, sys
+words, tiny = sys.argv[1:], {tiny}
+if {torchrun}:
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port={port}',
+             *(word for word in words if not word.startswith('--nproc_per_node'))]
+script = next((word for word in words if word in tiny), '')
+words += tiny[script].split() if script and '--check' not in words else {check!r}.split() if script else []
+os.execv({python!r}, [{python!r}, *words])
+"""
+
+
+def blocks(page, language='bash'):
+    return re.findall(rf'^```{language}\n(.*?)^```$', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def tiny(project_copy, images, tmp_path):
+    """A copy of the project, an environment whose commands are tiny, a table and a trained-on set of images."""
+    shutil.copytree(ROOT / 'dataset' / 'demo', project_copy / 'dataset' / 'demo')
+    (project_copy / 'dataset' / 'imagenet100_classes.txt').write_text('a\nb\nc\n')
+    for part in ('train', 'val'):
+        for name in 'abc':
+            shutil.copytree(images / f'class {"abc".index(name)}', tmp_path / 'images' / part / name)
+    table = make_table(img_size=32, seed=1)
+    save_table(table.base, table.curves, {'unit': 'ms', 'device': 'made up'}, tmp_path / 'table.pkl')
+    (tmp_path / 'three.config').write_text(
+        dump_config(load_config(ROOT / 'models' / 'zoo' / 'tf_nas_a.config').with_classes(3))
+    )
+    programs = tmp_path / 'bin'
+    programs.mkdir()
+    for name in ('python', 'torchrun'):
+        text = WRAPPER.format(
+            python=sys.executable,
+            tiny=TINY,
+            check=TINY_CHECK,
+            torchrun=name == 'torchrun',
+            port=29500 + os.getpid() % 999,
+        )
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755 | stat.S_IXUSR)
+    variables = {
+        'PATH': f'{programs}:{os.environ["PATH"]}',
+        'IMAGES': tmp_path / 'images',
+        'TABLE': tmp_path / 'table.pkl',
+        'CONFIG': tmp_path / 'three.config',
+        'CLASSES': 3,
+        'TARGET': '40%',
+        'PYTHON': programs / 'demo',
+        'OMP_NUM_THREADS': 1,
+        'CUDA_VISIBLE_DEVICES': '',
+    }
+    return project_copy, os.environ | {name: str(value) for name, value in variables.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page, tiny):
+    copy, environment = tiny
+    script = 'set -euo pipefail\n' + '\n'.join(blocks(page))
+    command = ['bash', '-x', '-c', script]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-5000:]}'
+
+
+def test_the_python_of_the_recipes_prints_what_it_says(run_script):
+    (code,) = blocks(ROOT / 'docs' / 'recipes.md', 'python')
+    printed = run_script('-c', code).stdout
+    assert '(2, 16), (4, 24), (8, 40), (16, 112), (32, 320)' in printed and '(1, 320, 7, 7)' in printed
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_and_files_named_in_a_page_are_there(page):
+    text = page.read_text()
+    for link in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r'`((?:models|tools|dataset|latency_pkl|tests|benchmarks|docs)/[\w/.]+\.\w+)', text):
+        place, _, member = name.rpartition('.')
+        assert (ROOT / name).exists() or (ROOT / f'{place}.py').exists(), name
+    for fragment, target in re.findall(r'\]\(([^)#:]*)#([^)]+)\)', text):
+        headings = re.findall(r'^#+ (.*)$', (page.parent / fragment if fragment else page).read_text(), re.MULTILINE)
+        assert target in [re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings], target
+
+
+def test_flags_named_in_the_pages_exist(run_script):
+    known = set()
+    for script in [*TINY, 'dataset/make_lists.py', '-m tools.plots']:
+        if script.endswith(('.py', 'plots')):
+            known |= set(re.findall(r'--[\w-]+', run_script(*script.split(), '--help').stdout))
+    known |= {'--help', '--nproc_per_node', '--max-restarts', '--loss_scale'}
+    for page in PAGES:
+        named = set(re.findall(r'(?<![\w-])--[a-z]\w+(?:-\w+)*', page.read_text()))
+        assert named <= known, f'{page.name}: {sorted(named - known)}'
+
+
+def test_the_readme_is_at_most_five_screens():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 5 * 50

@@ -1,0 +1,195 @@
+"""Pictures and reports from metrics.jsonl alone, and comparisons of runs."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from metrics_runs import write_search, write_training
+from PIL import Image
+
+from tools.compare import PUBLISHED, _macs_figure, compare_runs, place_names, torchvision_rows
+from tools.errors import BadInput
+from tools.figures import STYLE, _collapsed, network_figure, operators_figure
+from tools.metrics import METRICS, read_run
+from tools.plots import draw_at_end, draw_run
+
+
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory, request):
+    return write_search(tmp_path_factory.mktemp('runs') / 'search-made-up')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return write_training(tmp_path_factory.mktemp('runs') / 'eval-made-up')
+
+
+def drawn(figure):
+    figure.draw_without_rendering()
+    return figure
+
+
+def overlapping(figure):
+    """Pairs of visible texts of a figure whose boxes overlap."""
+    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text().strip()]
+    texts = [t for t in texts if t.axes is None or t.axes.get_visible()]
+    boxes = [(t.get_text(), matplotlib.text.Text.get_window_extent(t)) for t in texts]  # without the line of a name
+    boxes = [(text, box) for text, box in boxes if box.width > 1]
+    return [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.padded(-1).overlaps(y.padded(-1))]
+
+
+def test_a_search_gives_four_pictures_and_a_report(searched, tmp_path):
+    shutil.copy(searched / METRICS, tmp_path / METRICS)  # nothing but the file
+    written = draw_run(tmp_path)
+    names = {f'{name}.{kind}' for name in ('network', 'search', 'operators', 'depth') for kind in ('png', 'svg')}
+    assert {path.name for path in written} == names | {'report.html'}
+    for path in (tmp_path / 'plots').glob('*.png'):
+        pixels = np.asarray(Image.open(path).convert('L'))
+        assert pixels.shape[1] >= 1200 and pixels.std() > 20
+    before = {path.name: path.read_bytes() for path in written if path.suffix == '.png'}
+    assert before == {path.name: path.read_bytes() for path in draw_run(tmp_path) if path.suffix == '.png'}
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.links = [], [], '', []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ('src', 'href')]
+        if tag not in ('meta', 'img'):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + '\n'
+
+
+def test_the_report_is_one_file_with_all_numbers(searched, trained):
+    for folder, pictures in ((searched, 4), (trained, 2)):
+        draw_run(folder)
+        page = Page((folder / 'report.html').read_text())
+        assert page.open == [] and page.tags.count('img') == pictures
+        assert all(link.startswith('data:image/svg+xml;base64,') for link in page.links)
+        run = read_run(folder)
+        assert all(str(value) in page.text for value in run.header['flags'].values() if not isinstance(value, float))
+        assert run.header['environment']['torch'] in page.text and 'finished' in page.text
+    assert '<made> & "up"' in Page((searched / 'report.html').read_text()).text  # escaped
+    assert '7.5 ms on made-up device, batch 1' in page.text.replace('7.5000', '7.5')
+
+
+def test_no_labels_overlap_at_18_blocks_or_few(trained, searched):
+    with matplotlib.rc_context(STYLE):
+        network = read_run(trained).header['network']
+        assert len(network['blocks']) == 18
+        assert overlapping(drawn(network_figure(network, 'title'))) == []
+        short = network | {'blocks': network['blocks'][::3], 'latency': 9.0, 'unit': 'ms'}
+        short['blocks'] = [row | {'latency': 1.0} for row in short['blocks']]
+        assert overlapping(drawn(network_figure(short, 'a title of a hundred characters ' * 3))) == []
+        assert overlapping(drawn(operators_figure(read_run(searched)))) == []
+
+
+def test_the_network_picture_shows_the_networks_numbers(trained):
+    network = read_run(trained).header['network']
+    with matplotlib.rc_context(STYLE):
+        widths, layers, costs = drawn(network_figure(network, 'title')).axes
+    texts = [text.get_text() for text in widths.texts]
+    assert [text for text in texts if text.isdigit()] == [str(row['mid']) for row in network['blocks']]
+    heights = [bar.get_height() for bar in costs.containers[0]]
+    shares = [100 * row['macs'] / network['macs'] for row in network['blocks']]
+    assert heights[:18] == pytest.approx(shares) and sum(heights) == pytest.approx(100)
+    cells = [patch for patch in layers.patches if patch.get_width() < 0.2]
+    assert len(cells) == sum(row['kernel'] ** 2 for row in network['blocks'])
+
+
+@pytest.mark.parametrize('skip', [False, True])
+def test_a_small_space_and_a_single_epoch_can_be_drawn(tmp_path, small_space, skip):
+    write_search(tmp_path, small_space.with_skip() if skip else small_space, epochs=1, warmup=0)
+    assert len(draw_run(tmp_path)) == 9
+    with open(tmp_path / METRICS) as f:
+        header = f.readline()
+    (tmp_path / METRICS).write_text(header)  # a run that has done nothing yet
+    assert [path.name for path in draw_run(tmp_path)] == ['report.html']
+
+
+def test_entropy_marks(searched):
+    assert _collapsed(1 / 8, 8) == pytest.approx(1) and 0 < _collapsed(0.9, 8) < _collapsed(0.5, 8) < 1
+
+
+def test_a_picture_that_fails_is_a_line_of_the_log(tmp_path):
+    lines = []
+    (tmp_path / METRICS).write_text('{"kind":"run","version":1,"task":"search"}\n{"kind":"epoch","epoch":0}\n')
+    draw_at_end(tmp_path, lambda text, *values: lines.append(text % values))
+    assert len(lines) == 1 and lines[0].startswith('no pictures: KeyError')
+
+
+def runs(tmp_path, **changes):
+    made = []
+    for i, ms in enumerate((15.0, 12.0, 10.0)):
+        kept = {name: value[i] for name, value in changes.items()}
+        made.append(read_run(write_training(tmp_path / f'run-{i}', **{'ms': ms, 'top1': 76.0 - i} | kept)))
+    return made
+
+
+def test_runs_compare_beside_published_networks(tmp_path, capsys):
+    written = compare_runs(runs(tmp_path), tmp_path / 'out')
+    assert [path.name for path in written] == [
+        'accuracy_multiply_adds.png', 'accuracy_multiply_adds.svg', 'accuracy_latency.png', 'accuracy_latency.svg'
+    ]  # fmt: skip
+    assert capsys.readouterr().out == ''
+    with matplotlib.rc_context(STYLE):
+        figure = drawn(_macs_figure(runs(tmp_path)[:1]))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert {'A', 'CPU-B', 'FBNetV3-A', 'OFA', 'EfficientNet-B0', 'run-0'} <= set(texts)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert sum('published' in label for label in labels) == 4 and sum('distilled' in label for label in labels) == 1
+    assert overlapping(figure) == []
+
+
+def test_latencies_of_different_settings_are_not_mixed(tmp_path, capsys):
+    mixed = runs(tmp_path, device=['a', 'a', 'b'])
+    with pytest.raises(BadInput, match='run-2 was measured with device b, run-0 with a'):
+        compare_runs(mixed, tmp_path / 'out')
+    assert not list((tmp_path / 'out').glob('*latency*'))
+    compare_runs(runs(tmp_path / 'b', ms=[1.0, None, 2.0], classes=[10, 10, 10]), tmp_path / 'c')
+    out = capsys.readouterr().out
+    assert 'run-1: no measured latency' in out and 'published networks are left out' in out
+
+
+def test_only_trainings_compare(searched, trained, tmp_path):
+    with pytest.raises(BadInput, match='search-made-up: comparing needs trainings'):
+        compare_runs([read_run(trained), read_run(searched)], tmp_path)
+
+
+def test_published_numbers_of_torchvision_are_its_own():
+    rows = {name: (macs, top1) for name, macs, top1 in torchvision_rows()}
+    assert rows['EfficientNet-B0'] == pytest.approx((386, 77.692)) and len(rows) == 3
+    assert sum(len(points) for _, _, points in PUBLISHED) == 12
+
+
+def test_names_of_crowded_points_do_not_overlap():
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(6, 4))
+        axis = figure.subplots()
+        points = [(x, y, f'network {x}{y}') for x in range(3) for y in range(3)]
+        axis.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), 'o')
+        axis.set_xlim(-3, 6)
+        place_names(axis, points)
+        names = drawn(figure).axes[0].texts
+    assert len(names) == 9 and not [
+        pair for pair in overlapping(figure) if 'network' in pair[0] and 'network' in pair[1]
+    ]
+
+
+def test_the_command_draws_and_refuses(trained, tmp_path, run_script):
+    out = run_script('-m', 'tools.plots', trained, '--out', tmp_path).stdout
+    assert re.findall(r'(\w+)\.svg', out) == ['network', 'training'] and (tmp_path / 'report.html').exists()
+    done = run_script('-m', 'tools.plots', tmp_path / 'absent', code=2)
+    assert 'expected a run folder with metrics.jsonl' in done.stderr and len(done.stderr.splitlines()) == 1

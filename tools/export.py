@@ -1,0 +1,91 @@
+"""A network in the formats of other programs. The packages are optional, and named where they are missing."""
+
+import importlib
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from tools.checkpoint import write_atomic
+from tools.errors import BadInput
+
+
+def need(module: str, package: str, what: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        BadInput: it is not there; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise BadInput(f'{what} needs a package that is not here: pip install {package}') from e
+
+
+def save_onnx(net: nn.Module, path: str | Path, img_size: int) -> None:
+    """Write an ONNX model with input 'images' [batch, 3, img_size, img_size], any batch, and output 'logits'.
+
+    Raises:
+        BadInput: onnx or onnxscript is missing.
+    """
+    need('onnx', 'onnx onnxscript', f'--export {path}')
+    need('onnxscript', 'onnx onnxscript', f'--export {path}')
+    program = torch.onnx.export(
+        net,
+        (torch.zeros(2, 3, img_size, img_size),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
+        input_names=['images'],
+        output_names=['logits'],
+        verbose=False,
+    )
+    write_atomic(path, lambda f: f.write(program.model_proto.SerializeToString()))
+
+
+def open_onnx(path: str | Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A function from images to logits that runs an ONNX model by onnxruntime on the CPU.
+
+    Raises:
+        BadInput: onnxruntime is missing.
+    """
+    onnxruntime = need('onnxruntime', 'onnxruntime', f'checking {path}')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+def save_program(net: nn.Module, path: str | Path, img_size: int) -> None:
+    """Write a program of torch.export, for any batch: `torch.export.load(path).module()`."""
+    batch = torch.export.Dim('batch', min=1)
+    program = torch.export.export(net, (torch.zeros(2, 3, img_size, img_size),), dynamic_shapes=({0: batch},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomic(path, lambda f: f.write(buffer.getvalue()))
+
+
+def save_safetensors(net: nn.Module, path: str | Path) -> None:
+    """Write the weights as safetensors.
+
+    Raises:
+        BadInput: safetensors is missing.
+    """
+    save = need('safetensors.torch', 'safetensors', f'--export {path}').save
+    state = {name: value.contiguous() for name, value in net.state_dict().items()}
+    write_atomic(path, lambda f: f.write(save(state, metadata={'format': 'pt'})))
+
+
+@torch.inference_mode()
+def time_call(call: Callable[[Tensor], object], img_size: int, repeats: int = 30) -> float:
+    """Median time of a call with one random image on the CPU, in ms, after a warm-up."""
+    images, times = torch.randn(1, 3, img_size, img_size), []
+    for i in range(repeats + 5):
+        start = time.perf_counter()
+        call(images)
+        times += [time.perf_counter() - start] if i >= 5 else []
+    return 1000 * statistics.median(times)
