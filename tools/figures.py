@@ -182,7 +182,7 @@ def _table_name(about: dict) -> str:
 def _mark_warmup(axes: list[Axes], run: Run) -> None:
     flags = run.header['flags']
     for axis in axes:
-        axis.set_xlim(0, flags['epochs'])
+        axis.set_xlim(0, 1.012 * flags['epochs'])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(axis='y', color='#E0E0E0', linewidth=0.6)
         axis.axvline(flags['warmup_epochs'], color=GREY, linewidth=0.9, linestyle=':')
@@ -379,7 +379,7 @@ def training_figure(run: Run) -> Figure:
     axes[2].set_xlabel('epochs done')
     for axis in axes:
         axis.grid(axis='y', color='#E0E0E0', linewidth=0.6)
-        axis.set_xlim(0, run.header['flags']['epochs'])
+        axis.set_xlim(0, 1.012 * run.header['flags']['epochs'])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
