@@ -22,13 +22,13 @@ from models.config import dump_config, load_config
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SMALL = '--img_size 32 --workers 0 --device cpu'
-TRAINING = f'{SMALL} --batch_size 8 --epochs 1 --lr 0.02 --print_freq 1'
+TRAINING = f'{SMALL} --batch_size 4 --epochs 1 --lr 0.02 --print_freq 1'
 TINY = {
-    'train_search.py': f'{SMALL} --batch_size 8 --epochs 2 --warmup_epochs 1 --print_freq 1',
+    'train_search.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --print_freq 1',
     'train_eval.py': TRAINING,
     'train_eval_amp.py': TRAINING,
     'parsing_model.py': '--img_size 32 --device cpu',
-    'test.py': f'{SMALL} --batch_size 8',
+    'test.py': f'{SMALL} --batch_size 4',
     'latency_pkl/make_lat_lut.py': '--img_size 32 --budget 30',
 }
 TINY_DEMO = TINY | {
