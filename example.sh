@@ -48,8 +48,8 @@ if [ -z "$imagenet" ]; then
     "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path $demo/model.config \
         --weights "$(newest "$demo/eval-*/model_best.pth.tar")" --num_classes 10 --img_size 64 --workers 2
     echo "The found network: $demo/model.config"
-    for run in "$(newest "$demo/search-*/")" "$(newest "$demo/eval-*/")"; do
-        echo "Report: ${run}report.html with its pictures:" "${run}plots/"*.png
+    for run in "$(newest $demo/search-)" "$(newest $demo/eval-)"; do
+        echo "Report: $run/report.html with its pictures:" "$run"/plots/*.png
     done
     exit
 fi
