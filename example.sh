@@ -13,7 +13,7 @@ gpus=2                                         # of the mixed-precision training
 # -----------------------------------------------------------------------------
 
 source tools/environment.sh
-use_environment requirements.txt torch torchvision numpy PIL scipy tqdm matplotlib
+use_environment requirements.txt torch torchvision numpy PIL simplejpeg scipy tqdm matplotlib
 
 newest() { ls -td $1* | head -n 1; } # newest PATTERN: the last changed file or folder of that name
 

@@ -22,10 +22,10 @@ from models.latency import load_table
 from models.model_eval import NetworkEval
 from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
 from models.targeting import most_probable
-from tools.checkpoint import write_text
+from tools.checkpoint import check_target, write_text
 from tools.distributed import pick_device
 from tools.errors import BadInput
-from tools.options import Parser, add_arch_args, add_device_arg, count, run_script
+from tools.options import Parser, add_arch_args, add_device_arg, class_count, count, image_size, run_script
 from tools.profiling import count_mult_adds, count_params, measure_latency
 
 MEASURED_ROUNDS = 5
@@ -44,9 +44,11 @@ def get_args():
     parser.add_argument(
         '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
     )
-    parser.add_argument('--num_classes', type=count(2), default=1000)
-    parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
-    parser.add_argument('--threads', type=count(), help="CPU threads of measured latencies; default: the table's, or 1")
+    parser.add_argument('--num_classes', type=class_count, default=1000)
+    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+    parser.add_argument(
+        '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
+    )
     add_device_arg(parser)
     return parser.parse_args()
 
@@ -114,6 +116,7 @@ def report(path, config, table, args, device):
 def main(args):
     """Read, fit where a target is given, write, print."""
     device = pick_device(args.device)
+    check_target(args.save_path, '--save_path')
     table = load_table(args.lookup_path, args.img_size) if args.print_lat or args.target_lat else None
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')

@@ -15,22 +15,25 @@ from runpy import run_path
 
 import torch
 
+from dataset.images import load_rgb
 from dataset.lists import read_list
-from dataset.loaders import load_rgb, make_loader
+from dataset.loaders import make_loader, tell_skipped
 from dataset.transforms import val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.checkpoint import put_weights, read_weights, save_checkpoint, write_text
+from tools.checkpoint import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.distributed import World, pick_device
 from tools.engine import evaluate
 from tools.errors import BadInput
 from tools.export import open_onnx, save_onnx, save_program, save_safetensors, time_call
-from tools.options import Parser, add_arch_args, add_device_arg, add_eval_data_args, run_script
+from tools.options import Parser, add_arch_args, add_bad_images_arg, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
 
 LAYOUT = torch.channels_last
+FALLBACK_CLASSES = 1000
+"""Of weights without a classifier, which do not fit any network."""
 FORMATS = ('.onnx', '.pt2', '.py', '.safetensors')
 CLOSE = 1e-4
 """Largest difference of an exported network's outputs, see `largest_difference`."""
@@ -40,13 +43,14 @@ def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
-    add_eval_data_args(parser, batch_size=256, workers=16, num_classes=1000, required=False)
+    add_eval_data_args(parser, batch_size=256, workers=16, required=False)
     parser.add_argument('--weights', required=True, help='a checkpoint or state dict of the network')
     parser.add_argument('--no_average', action='store_true', help='not the moving average where --weights holds one')
     parser.add_argument('--image', help='an image file; prints its five most probable classes')
     parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
     parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
+    add_bad_images_arg(parser)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
     args = parser.parse_args()
@@ -64,14 +68,17 @@ def get_args():
 def load_net(args):
     """The network in evaluation mode with its weights."""
     path = args.model_path or args.config_path
+    weights, key = read_weights(args.weights, average=not args.no_average)
+    in_weights = weights.get('classifier.linear.bias', torch.empty(0)).numel()
+    if args.num_classes is None:
+        args.num_classes = in_weights or FALLBACK_CLASSES
+        print(f'--num_classes {args.num_classes}: from {args.weights}')
     config = load_architecture(path, args.num_classes)
     if config.classifier.out_features != args.num_classes:
         raise BadInput(f'{path} has {config.classifier.out_features} classes, --num_classes says {args.num_classes}')
     net = NetworkEval(config)
-    weights, key = read_weights(args.weights, average=not args.no_average)
-    bias = weights.get('classifier.linear.bias')
-    if bias is not None and len(bias) != args.num_classes:
-        raise BadInput(f'{args.weights} is for {len(bias)} classes, --num_classes says {args.num_classes}')
+    if in_weights and in_weights != args.num_classes:
+        raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes says {args.num_classes}')
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')
@@ -136,16 +143,17 @@ def test(net, args, world):
     result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append)
     print(f'Val_acc_top1: {result["top1"]:.2f}')
     print(f'Val_acc_top5: {result["top5"]:.2f}')
+    tell_skipped(loader, log=print)
     if args.export_predictions:
+        samples = [sample for sample, bad in zip(samples, loader.dataset.bad.tolist(), strict=True) if not bad]
         write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))
 
 
 def main(args):
     """Build the network, load its weights, evaluate, export."""
     for flag in ('export', 'export_predictions'):
-        path = getattr(args, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise BadInput(f'--{flag} {path}: its folder does not exist')
+        if getattr(args, flag):
+            check_target(getattr(args, flag), f'--{flag}')
     world = World(pick_device(args.device))
     net = load_net(args).to(world.device, memory_format=LAYOUT)
     if args.image:

@@ -38,8 +38,8 @@ def get_args():
 def main(args):
     """Join the other processes if there are any, build the network, load the data, train."""
     world = join_world(args.device, args.local_rank)
-    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     loaders = make_train_val_loaders(args, world)
+    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     choose_kernels(args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)

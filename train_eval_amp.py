@@ -53,8 +53,8 @@ def main(args):
     precision = make_precision(args, world.device)
     if args.sync_bn:
         check_sync_bn(world)
-    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     loaders = make_train_val_loaders(args, world)
+    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     choose_kernels(args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)

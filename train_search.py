@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import list_folder, read_list, split_by_class, write_list
-from dataset.loaders import Batches, make_loader
+from dataset.lists import list_folder, split_by_class, write_list
+from dataset.loaders import Batches, make_loader, read_train_val, tell_skipped, transforms
 from dataset.make_lists import read_classes
-from dataset.transforms import train_transform, val_transform
 from models.describe import describe_architecture, describe_space, describe_table
-from models.elasticity import latency_range, scale_widths, update_masks
+from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import load_table
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
@@ -53,16 +52,21 @@ from tools.metrics import run_header
 from tools.options import (
     Parser,
     add_device_arg,
+    add_image_args,
     add_rank_arg,
     add_snapshot_args,
     add_step_args,
     add_watch_args,
+    class_count,
     count,
     count_or_all,
     fraction,
+    image_size,
     number,
+    process_count,
     run_script,
 )
+from tools.prefetch import to_device
 from tools.rng import derive_seed, generator_for
 from tools.snapshot import find_snapshot
 from tools.watch import Progress
@@ -90,11 +94,12 @@ def get_args():
         '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
     )
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
-    parser.add_argument('--workers', type=count(0), default=4, help='processes that load images')
+    parser.add_argument('--workers', type=process_count, default=4, help='processes that load images')
     parser.add_argument('--epochs', type=count(), default=90)
     parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
+    add_image_args(parser)
     parser.add_argument('--batch_size', type=count(2), default=32)
-    parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
+    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
     parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
@@ -105,7 +110,7 @@ def get_args():
     parser.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
     parser.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
     parser.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='its factor an epoch')
-    parser.add_argument('--num_classes', type=count(2), default=100)
+    parser.add_argument('--num_classes', type=class_count, help='default: as many as the lists name')
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
@@ -149,12 +154,10 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
     before_update = partial(average_and_check, state, world, keeper)
-    val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
-    batches = keeper.watch.progress.track(
-        train_loader, f'epoch {epoch}', steps, state.step, work=1 if warming_up else WORK
-    )
+    val_batches = to_device(Batches(val_loader, architecture_steps(epoch, state.step, steps, args)), world.device)
+    batches, work = to_device(train_loader, world.device), 1 if warming_up else WORK
+    batches = keeper.watch.progress.track(batches, f'epoch {epoch}', steps, state.step, work=work)
     for step, (images, labels) in enumerate(batches, state.step):
-        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         draws = generator_for(args.seed, 'draws', epoch, step)
         first = net.sample('gumbel', draws)
         bi_sampling = not warming_up and 'operator' in args.freedoms
@@ -165,7 +168,7 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
         )
         w_tally.add(loss, logits, labels)
         if not warming_up and step % 2 == 0:
-            images, labels = val_batches.next(world.device)
+            images, labels = next(val_batches)
             train_only(architecture, weights)
             op_weights = net.mixture_weights(temperature(epoch, args), draws)
             loss, logits, state.latency = architecture_step(
@@ -209,11 +212,10 @@ def validate(net, loader, args, epoch, world, stops, precision):
     """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch. None where it `stops`."""
     tally = Tally(world.device)
     loader.sampler.set_epoch(0)
-    for step, (images, labels) in enumerate(loader):
+    for step, (images, labels) in enumerate(to_device(loader, world.device)):
         if stops():
             return None
         path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
-        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         with precision.autocast():
             logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
@@ -262,18 +264,19 @@ def read_table(args, world):
     if world.is_first:
         print(notes[-1], flush=True)
     args.target_lat = table.target(args.target_lat)
+    check_divisor(args.width_divisor, table.space)
     return table, notes
 
 
-def make_loaders(args, world):
-    """Loaders of the images that train the weights and of those that train the architecture; and a line for the log."""
-    made = world.first_says(lambda: make_default_lists(args))
-    train, val = (read_list(path, args.img_root, args.num_classes) for path in (args.train_list, args.val_list))
-    for_training, for_validation = train_transform(args.img_size), val_transform(args.img_size)
+def make_loaders(args, world, note):
+    """Loaders of the images that train the weights and of those that train the architecture. `note`: for the log."""
+    note(world.first_says(lambda: make_default_lists(args)))
+    train, val = read_train_val((args.train_list, args.val_list), (args.img_root, args.img_root), args, note)
+    for_training, for_validation = transforms(args)
     more = args, world, True, True
     train_loader = make_loader(args.img_root, train, for_training, *more, args.train_list, outlive_signals)
     val_loader = make_loader(args.img_root, val, for_validation, *more, args.val_list, outlive_signals)
-    return train_loader, val_loader, made
+    return train_loader, val_loader
 
 
 def open_run(args, world, snapshot, state, table, steps):
@@ -299,11 +302,11 @@ def main(args):
     table, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    train_loader, val_loader, made = make_loaders(args, world)
+    train_loader, val_loader = make_loaders(args, world, notes.append)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     choose_kernels(args.deterministic)
     state, snapshot = start_search(find_snapshot(args, SEARCH), table.space, world, args)
-    keeper = open_run(args, world, snapshot.noting(*notes, made), state, table, len(train_loader))
+    keeper = open_run(args, world, snapshot.noting(*notes), state, table, len(train_loader))
     watch = keeper.watch
 
     with keeper, ended_with(train_loader, val_loader):
@@ -330,6 +333,7 @@ def main(args):
                 scale = partial(scale_to_target, state.full, state.masks, table, args, watch.log)
                 widths, numbers['latency'] = world.first_says(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
+            tell_skipped(train_loader, val_loader, log=watch.log)
             found = describe_architecture(state.full, state.masks, table, args.num_classes)
             watch.write('epoch', epoch, **numbers, **trained, **found)
             state.end_epoch()

@@ -1,7 +1,8 @@
 """Image lists: one image a line, `relative/path.JPEG label`. Paths may hold spaces."""
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -12,13 +13,19 @@ from tools.errors import BadInput
 Sample = tuple[str, int]
 """(path relative to the image root, label)"""
 
+MOST_CLASSES = 65536
+"""That a list without `--num_classes` may ask for."""
 
-def read_list(path: str | Path, root: str | Path, num_classes: int) -> list[Sample]:
+
+def read_list(
+    path: str | Path, root: str | Path, num_classes: int | None, warn: Callable[[str], object] = print
+) -> list[Sample]:
     """Read and check a list.
 
     Args:
         root: folder that the paths start from; the first and last image must be there.
-        num_classes: labels are 0 to num_classes - 1.
+        num_classes: labels are 0 to num_classes - 1; None where the list says how many there are.
+        warn: called with a line about what is odd but legal: images listed twice, classes without images.
 
     Raises:
         BadInput: unreadable, empty, or a bad line (named by its number).
@@ -26,10 +33,11 @@ def read_list(path: str | Path, root: str | Path, num_classes: int) -> list[Samp
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"image list {path}: cannot be read ({e}); expected lines of 'relative/path label'") from e
+        reason = getattr(e, 'strerror', None) or e
+        raise BadInput(f"image list {path}: cannot be read ({reason}); expected lines of 'relative/path label'") from e
     samples = [
-        _parse_line(line, f'{path}:{number}', num_classes)
-        for number, line in enumerate(text.splitlines(), start=1)
+        _parse_line(line.strip(), f'{path}:{number}', num_classes)
+        for number, line in enumerate(text.split('\n'), start=1)
         if line.strip()
     ]
     if not samples:
@@ -37,19 +45,43 @@ def read_list(path: str | Path, root: str | Path, num_classes: int) -> list[Samp
     for relative, _ in (samples[0], samples[-1]):
         if not (Path(root) / relative).is_file():
             raise BadInput(f'image list {path}: no file {relative} under {root}')
+    _warn_of_oddities(samples, path, num_classes or count_classes(samples), warn)
     return samples
 
 
-def _parse_line(line: str, where: str, num_classes: int) -> Sample:
-    parts = line.strip().rsplit(maxsplit=1)
+def count_classes(samples: Sequence[Sample]) -> int:
+    """Number of classes that the labels of a list ask for: the largest label plus one, at least two."""
+    return max(2, 1 + max(label for _, label in samples))
+
+
+def warn_of_overlap(
+    train: Sequence[Sample], val: Sequence[Sample], paths: tuple[str, str], warn: Callable[[str], object] = print
+) -> None:
+    """One line where two lists of one folder share images."""
+    if shared := {path for path, _ in train} & {path for path, _ in val}:
+        warn(f'warning: {len(shared)} images are both in {paths[0]} and in {paths[1]}, such as {min(shared)}')
+
+
+def _warn_of_oddities(samples: Sequence[Sample], path: str | Path, classes: int, warn: Callable) -> None:
+    if twice := [relative for relative, times in Counter(relative for relative, _ in samples).items() if times > 1]:
+        warn(f'warning: {path} lists {len(twice)} images more than once, such as {twice[0]}')
+    if absent := sorted(set(range(classes)) - {label for _, label in samples}):
+        shown = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
+        warn(f'warning: {path} has no images of {len(absent)} of {classes} classes: {shown}')
+
+
+def _parse_line(line: str, where: str, num_classes: int | None) -> Sample:
+    parts = line.rsplit(maxsplit=1)
     if len(parts) != 2:
-        raise BadInput(f"{where}: {line.strip()!r} has no label; expected 'relative/path label'")
+        raise BadInput(f"{where}: {line!r} has no label; expected 'relative/path label'")
     relative, label = parts
+    most = (num_classes or MOST_CLASSES) - 1
     if not label.isascii() or not label.isdigit():
-        raise BadInput(f'{where}: label {label!r} should be a whole number from 0 to {num_classes - 1}')
-    if int(label) >= num_classes:
-        raise BadInput(f'{where}: label {label} should be at most {num_classes - 1} (--num_classes {num_classes})')
-    if PurePosixPath(relative).is_absolute() or '..' in PurePosixPath(relative).parts:
+        raise BadInput(f'{where}: label {label!r} should be a whole number from 0 to {most}')
+    if len(label) > 9 or int(label) > most:
+        given = f' (--num_classes {num_classes})' if num_classes else ''
+        raise BadInput(f'{where}: label {label[:20]} should be at most {most}{given}')
+    if '\0' in relative or PurePosixPath(relative).is_absolute() or '..' in PurePosixPath(relative).parts:
         raise BadInput(f'{where}: path {relative!r} leaves the image root; expected a relative path without ..')
     return relative, int(label)
 
@@ -66,7 +98,9 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> list[
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f'image root {root}: no such folder; expected one folder a class in it')
-    names = sorted(classes if classes is not None else (p.name for p in root.iterdir() if p.is_dir()))
+    names = sorted(
+        classes if classes is not None else (p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
+    )
     if not names:
         raise BadInput(f'image root {root}: no class folders in it')
     absent = [name for name in names if not (root / name).is_dir()]
@@ -101,5 +135,12 @@ def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tup
 
 
 def write_list(samples: Sequence[Sample], path: str | Path) -> None:
-    """Write a list, whole or not at all."""
+    """Write a list, whole or not at all.
+
+    Raises:
+        BadInput: a path with a line break, or a folder that cannot be written to.
+    """
+    if bad := [relative for relative, _ in samples if relative.splitlines() != [relative]]:
+        raise BadInput(f'{bad[0]!r}: a list cannot hold a path with a line break; rename the file')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, ''.join(f'{relative} {label}\n' for relative, label in samples))

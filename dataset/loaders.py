@@ -1,43 +1,107 @@
 """Images from lists, in batches whose order and augmentation depend on seed, epoch and image alone."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from dataset.lists import Sample, read_list
+from dataset.device_aug import RawImages, TrainPixels, ValPixels
+from dataset.images import load_pixels, load_rgb
+from dataset.lists import Sample, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.interrupt import outlive_signals
 from tools.rng import derive_seed
 
+MOST_BAD = 0.01
+"""Share of the images of a list that `--bad_images skip` may skip."""
+
 
 class ImageList(Dataset):
-    """The images of a list: items (image [3, H, W], label), asked for by (epoch, index).
+    """The images of a list: items (what `transform` makes of an image, label), asked for by (epoch, index).
 
     Seed, epoch and index decide the augmentation: it is the same in any worker and after any interruption.
 
+    Args:
+        skip: go on without images that cannot be read: the next one of the list takes the place of such a one.
+        replace: with `skip` and False, nothing takes its place, and the item is None.
+
     Raises (in `__getitem__`):
-        BadInput: a file that is missing or no image.
+        BadInput: a file that is missing or no image; with `skip`, only where these are more than `MOST_BAD` of all.
     """
 
-    def __init__(self, root: str | Path, samples: Sequence[Sample], transform: Callable, seed: int):
+    def __init__(
+        self,
+        root: str | Path,
+        samples: Sequence[Sample],
+        transform: Callable,
+        seed: int,
+        skip: bool = False,
+        replace: bool = True,
+    ):
         self.root, self.samples, self.transform, self.seed = Path(root), samples, transform, seed
+        self.skip, self.replace = skip, replace
+        by_transform = {TrainPixels: partial(load_pixels, fast=True), ValPixels: load_pixels}
+        self.load = by_transform.get(type(transform), load_rgb)
+        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # which were skipped, in any worker
+        self.told: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple | None:
         epoch, index = key
-        relative, label = self.samples[index]
-        image = load_rgb(self.root / relative)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, 'image', epoch, index))
-            return self.transform(image), label
+        for shown in range(index, index + len(self.samples)):
+            relative, label = self.samples[shown % len(self.samples)]
+            try:
+                image = self.load(self.root / relative)
+            except BadInput as e:
+                self.note_bad(shown % len(self.samples), e)
+                if not self.replace:
+                    return None
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(derive_seed(self.seed, 'image', epoch, index))
+                return self.transform(image), label
+        raise BadInput(f'no image under {self.root} can be read')
+
+    def note_bad(self, index: int, error: BadInput) -> None:
+        """Count an image as skipped, or raise the error."""
+        if not self.skip:
+            raise error
+        self.bad[index] = True
+        if (count := int(self.bad.sum())) > MOST_BAD * len(self.samples):
+            share = f'{count} of {len(self.samples)} images are bad, more than {MOST_BAD:.0%}'
+            raise BadInput(f'--bad_images skip: {share}; the last one: {error}')
+
+    def tell_skipped(self, log: Callable[[str], object]) -> None:
+        """Log, with path and reason, the images skipped since it was last asked, in any worker."""
+        fresh = [index for index in self.bad.nonzero().flatten().tolist() if index not in self.told]
+        for index in fresh:
+            try:
+                self.load(self.root / self.samples[index][0])
+            except BadInput as e:
+                log(f'skipped: {e}')
+        self.told |= set(fresh)
+        if fresh:
+            log(f'--bad_images skip: {len(self.told)} of {len(self.samples)} images skipped so far')
+
+
+def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor]:
+    """A batch (images, labels) of the items of an `ImageList`.
+
+    Raises:
+        BadInput: none of the images could be read.
+    """
+    items = [item for item in items if item is not None]
+    if not items:
+        raise BadInput('--bad_images skip: no image of a batch can be read; use a larger --batch_size or mend the list')
+    images, labels = default_collate(items)
+    return RawImages(*images) if isinstance(images, (list, tuple)) else images, labels
 
 
 class EpochSampler(DistributedSampler):
@@ -78,23 +142,28 @@ def make_loader(
     """A loader of batches (images [N, 3, H, W], labels [N]) for this process. Its `sampler` is an `EpochSampler`.
 
     Args:
-        args: batch_size and workers, totals over all processes, and seed.
+        args: batch_size and workers, totals over all processes, seed, and bad_images ('error' where absent).
+        drop_last: for training: only whole batches, and bad images are replaced, not left out.
         what: names the images in errors.
         start_worker: called with its number in each process that loads images.
 
     Raises:
-        BadInput: with `drop_last`, fewer images than one batch.
+        BadInput: with `drop_last`, fewer images than one batch, or batches too small for batch norm.
     """
     if drop_last and len(samples) < args.batch_size:
         raise BadInput(f'{what}: {len(samples)} images are fewer than one batch of --batch_size {args.batch_size}')
-    dataset = ImageList(root, samples, transform, args.seed)
+    skip = getattr(args, 'bad_images', 'error') == 'skip'
+    dataset = ImageList(root, samples, transform, args.seed, skip, replace=drop_last)
     batch_size = world.share(args.batch_size, '--batch_size')
+    if drop_last and batch_size < 2:
+        raise BadInput(f'--batch_size {args.batch_size}: batch norm needs two images a process to train on')
     workers = -(-args.workers // world.size)
     return DataLoader(
         dataset,
         batch_size,
         sampler=EpochSampler(dataset, batch_size, world, shuffle, drop_last, args.seed),
         num_workers=workers,
+        collate_fn=collate,
         worker_init_fn=start_worker,
         pin_memory=world.device.type == 'cuda',
         drop_last=drop_last,
@@ -105,19 +174,63 @@ def make_loader(
 
 def make_train_val_loaders(args, world: World) -> tuple[DataLoader, DataLoader]:
     """The loaders of a training script from its flags (roots, lists, num_classes, img_size, batch_size, workers, seed,
-    auto_augment).
+    auto_augment, device_aug, bad_images). Where num_classes is None, it is set to what the training list names.
 
     Raises:
         BadInput: see `read_list` and `make_loader`.
     """
-    train = read_list(args.train_list, args.train_root, args.num_classes)
-    val = read_list(args.val_list, args.val_root, args.num_classes)
-    for_training, for_validation = train_transform(args.img_size, args.auto_augment), val_transform(args.img_size)
+    warn = partial(print, flush=True) if world.is_first else lambda _: None
+    train, val = read_train_val((args.train_list, args.val_list), (args.train_root, args.val_root), args, warn)
+    for_training, for_validation = transforms(args)
     start = outlive_signals
     return (
         make_loader(args.train_root, train, for_training, args, world, True, True, args.train_list, start),
         make_loader(args.val_root, val, for_validation, args, world, False, False, args.val_list, start),
     )
+
+
+def read_train_val(
+    paths: tuple[str, str], roots: tuple[str, str], args, say: Callable[[str], object]
+) -> tuple[list[Sample], list[Sample]]:
+    """Both lists of a run, checked each and against each other. Sets `args.num_classes` where it is None.
+
+    Args:
+        say: called with warnings, and with the number of classes where the training list decides it.
+
+    Raises:
+        BadInput: see `read_list`.
+    """
+    train = read_list(paths[0], roots[0], args.num_classes, say)
+    if args.num_classes is None:
+        args.num_classes = count_classes(train)
+        say(f'--num_classes {args.num_classes}: from the labels in {paths[0]}')
+    val = read_list(paths[1], roots[1], args.num_classes, say)
+    if Path(roots[0]).resolve() == Path(roots[1]).resolve():
+        warn_of_overlap(train, val, paths, say)
+    return train, val
+
+
+def transforms(args) -> tuple[Callable, Callable]:
+    """The transforms for training and for validation.
+
+    Args:
+        args: img_size, device_aug, and auto_augment where there is a choice.
+
+    Raises:
+        BadInput: both device_aug and auto_augment.
+    """
+    policy = getattr(args, 'auto_augment', None)
+    if args.device_aug and policy:
+        raise BadInput(f'--auto_augment {policy} runs where images are decoded; leave out --device_aug')
+    if args.device_aug:
+        return TrainPixels(args.img_size), ValPixels(args.img_size)
+    return train_transform(args.img_size, policy), val_transform(args.img_size)
+
+
+def tell_skipped(*loaders: DataLoader, log: Callable[[str], object]) -> None:
+    """Log which images the loaders of `make_loader` skipped since they were last asked."""
+    for loader in loaders:
+        loader.dataset.tell_skipped(log)
 
 
 class Batches:
@@ -134,26 +247,14 @@ class Batches:
         self.next_pass, self.skip = divmod(start, self.batches_a_pass)
         self.iterator: Iterator = iter(())
 
-    def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The next batch, on the device."""
+    def __iter__(self) -> 'Batches':
+        return self
+
+    def __next__(self) -> tuple[Tensor | RawImages, Tensor]:
         batch = next(self.iterator, None)
         if batch is None:
             self.loader.sampler.set_epoch(self.next_pass, self.skip)
             self.next_pass, self.skip = self.next_pass + 1, 0
             self.iterator = iter(self.loader)
             batch = next(self.iterator)
-        images, labels = batch
-        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def load_rgb(path: str | Path) -> Image.Image:
-    """Decode an image file of any mode to RGB.
-
-    Raises:
-        BadInput: missing, damaged, or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadInput(f'{path}: cannot be read as an image ({e})') from e
+        return batch

@@ -1,35 +1,49 @@
 """Make image lists from class folders.
 
-A training and a validation list from one folder, split 80/20 in each class:
+All lists that the scripts need, from a folder with train/ and val/ or from one folder of class folders; then it prints
+the commands that search:
+
+    python dataset/make_lists.py --img_root photos --to lists
+
+A training and a validation list from one folder, split 80/20 in each class; one list of all images of a folder:
 
     python dataset/make_lists.py --img_root images --train_list train.txt --val_list val.txt
-
-One list of all images of a folder:
-
     python dataset/make_lists.py --img_root images/val --list val.txt
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.lists import list_folder, split_by_class, write_list
+from tools.checkpoint import write_text
 from tools.errors import BadInput
 from tools.options import Parser, count, number, run_script
+
+TRAIN_NAMES, VAL_NAMES = ('train', 'training'), ('val', 'valid', 'validation', 'test')
 
 
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument('--img_root', required=True, help='folder with one folder a class')
+    parser.add_argument('--img_root', required=True, help='folder with one folder a class, or with train/ and val/')
     parser.add_argument('--classes', help='file that names the class folders to take, one a line; default: all')
+    parser.add_argument(
+        '--to', help='folder that gets train.txt, val.txt, search_train.txt, search_val.txt, classes.txt'
+    )
     parser.add_argument('--list', help='write all images to this one list')
     parser.add_argument('--train_list', help='write the first part of a split here')
     parser.add_argument('--val_list', help='write the second part of a split here')
-    parser.add_argument('--ratio', type=number(float, 0, 1, open_low=True), default=0.8, help='share of the first part')
+    ratio = number(float, 0, 1, open_low=True)
+    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of the first part of a split, in each class')
     parser.add_argument('--seed', type=count(0), default=2)
-    return parser.parse_args()
+    args = parser.parse_args()
+    pair = bool(args.train_list) + bool(args.val_list)
+    if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
+        parser.error('give --to, or --list, or both --train_list and --val_list')
+    return args
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -47,20 +61,70 @@ def read_classes(path: str | Path) -> list[str]:
     return names
 
 
+def find_pair(root: Path) -> tuple[Path, Path] | None:
+    """The folders of training and validation images in `root`, where it has both."""
+    found = [
+        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_NAMES, VAL_NAMES)
+    ]
+    return None if None in found else tuple(found)
+
+
+def flat(by_class):
+    """All samples of all classes."""
+    return [sample for samples in by_class for sample in samples]
+
+
+def all_lists(args, classes):
+    """Everything that search and training need: ({path: samples}, root of training, root of validation, names)."""
+    root, to = Path(args.img_root), Path(args.to)
+    train_root, val_root = find_pair(root) or (root, root)
+    train = list_folder(train_root, classes)
+    names = [Path(samples[0][0]).parts[0] for samples in train]
+    if val_root != train_root:
+        val = list_folder(val_root, classes)
+        others = [Path(samples[0][0]).parts[0] for samples in val]
+        if names != others:
+            odd = sorted(set(names) ^ set(others))
+            raise BadInput(f'{train_root} and {val_root} differ in {len(odd)} class folders: {", ".join(odd[:3])}')
+        train_samples, val_samples = flat(train), flat(val)
+    else:
+        train_samples, val_samples = split_by_class(train, args.ratio, args.seed)
+    by_class = [[sample for sample in train_samples if sample[1] == label] for label in range(len(names))]
+    search = split_by_class(by_class, args.ratio, args.seed)
+    lists = zip(('train', 'val', 'search_train', 'search_val'), (train_samples, val_samples, *search), strict=True)
+    return {to / f'{name}.txt': samples for name, samples in lists}, train_root, val_root, names
+
+
+def next_commands(to, train_root, val_root):
+    """The commands that go on from the lists to a search and to a trained network."""
+    to, train_root, val_root = (shlex.quote(str(path)) for path in (to, train_root, val_root))
+    return f"""next, at 224 pixels (a table of another size: --img_size in all of them):
+python latency_pkl/make_lat_lut.py --save_path {to}/latency.pkl
+python train_search.py --img_root {train_root} --train_list {to}/search_train.txt --val_list {to}/search_val.txt \\
+    --lookup_path {to}/latency.pkl --target_lat 50%
+and, to train what it finds: train_eval.py with --train_root {train_root} --train_list {to}/train.txt \\
+    --val_root {val_root} --val_list {to}/val.txt"""
+
+
 def main(args):
     """Write the lists that the flags ask for."""
-    if bool(args.list) == bool(args.train_list and args.val_list) or bool(args.train_list) != bool(args.val_list):
-        raise BadInput('give either --list, or --train_list and --val_list')
-    by_class = list_folder(args.img_root, read_classes(args.classes) if args.classes else None)
-    if args.list:
-        parts = {args.list: [sample for samples in by_class for sample in samples]}
+    classes = read_classes(args.classes) if args.classes else None
+    if args.to:
+        parts, *roots, names = all_lists(args, classes)
     else:
+        by_class = list_folder(args.img_root, classes)
+        names = by_class
+        parts = {args.list: flat(by_class)}
+    if args.train_list:
         parts = dict(
             zip((args.train_list, args.val_list), split_by_class(by_class, args.ratio, args.seed), strict=True)
         )
     for path, samples in parts.items():
         write_list(samples, path)
-        print(f'{path}: {len(samples)} images of {len(by_class)} classes')
+        print(f'{path}: {len(samples)} images of {len(names)} classes')
+    if args.to:
+        write_text(Path(args.to) / 'classes.txt', ''.join(f'{name}\n' for name in names))
+        print(next_commands(args.to, *roots))
 
 
 if __name__ == '__main__':

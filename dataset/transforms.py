@@ -1,11 +1,14 @@
 """Transforms of the paper's recipes, as presets."""
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-
+JITTER = {'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.2}
+LONGEST = 32
 
 POLICIES = {'autoaugment': v2.AutoAugment, 'randaugment': v2.RandAugment, 'trivialaugment': v2.TrivialAugmentWide}
 
@@ -16,20 +19,30 @@ def train_transform(size: int, auto_augment: str | None = None) -> v2.Compose:
     Args:
         auto_augment: one of `POLICIES`, in place of ColorJitter.
     """
-    jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size),
-            v2.RandomHorizontalFlip(),
-            POLICIES[auto_augment]() if auto_augment else jitter,
-            *_to_normalised(),
-        ]
-    )
+    colours = POLICIES[auto_augment]() if auto_augment else v2.ColorJitter(**JITTER)
+    return v2.Compose([crop_and_flip(size), colours, *_to_normalised()])
 
 
 def val_transform(size: int) -> v2.Compose:
     """Resize to 8/7 of the size (256 for 224), centre crop, normalise: PIL image -> float [3, size, size]."""
-    return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *_to_normalised()])
+    return v2.Compose([resize_and_crop(size), *_to_normalised()])
+
+
+def crop_and_flip(size: int) -> v2.Compose:
+    """RandomResizedCrop and flip, of a PIL image or a tensor [3, h, w]."""
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+
+
+def resize_and_crop(size: int) -> v2.Compose:
+    """Resize to 8/7 of the size (256 for 224) and centre crop, of a PIL image or a tensor [3, h, w]."""
+    return v2.Compose([central_part, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+
+
+def central_part(image: Image.Image | Tensor) -> Image.Image | Tensor:
+    """The middle of images more than `LONGEST` times as long as wide, which `Resize` would make gigabytes of."""
+    size = v2.functional.get_size(image)
+    longest = LONGEST * min(size)
+    return v2.functional.center_crop(image, [min(side, longest) for side in size]) if max(size) > longest else image
 
 
 def _to_normalised() -> list:

@@ -27,10 +27,11 @@ from models.config import fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
+from tools.checkpoint import check_target
 from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.fresh import in_fresh_process
-from tools.options import Parser, add_device_arg, count, number, run_script
+from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
 from tools.profiling import count_mult_adds, count_params, device_name, measure_latency
 
 WHOLE_EVERY = 4
@@ -46,9 +47,9 @@ def get_args():
     add_device_arg(parser)
     parser.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
     parser.add_argument('--batch_size', type=count(), help='images a pass; default: 32 on a GPU, 1 on a CPU')
-    parser.add_argument('--threads', type=count(), default=1, help='CPU threads of a pass')
-    parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
-    parser.add_argument('--num_classes', type=count(2), default=1000)
+    parser.add_argument('--threads', type=count(1, 1024), default=1, help='CPU threads of a pass')
+    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+    parser.add_argument('--num_classes', type=class_count, default=1000)
     parser.add_argument('--budget', type=number(float, 5), default=100.0, help='seconds to measure')
     parser.add_argument(
         '--save_path', help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl'
@@ -224,6 +225,9 @@ def main(args):
         if not check(args, device):
             sys.exit(1)
         return
+    of = args.estimate or device.type
+    path = args.save_path or f'latency_pkl/{args.metric}_{of}_{args.img_size}_bs{args.batch_size}.pkl'
+    check_target(path, '--save_path')
     if args.estimate:
         base, curves, meta = estimated_table(args)
     else:
@@ -238,8 +242,6 @@ def main(args):
         'date': time.strftime('%Y-%m-%d'),
         'seed': args.seed,
     }
-    of = args.estimate or device.type
-    path = args.save_path or f'latency_pkl/{args.metric}_{of}_{args.img_size}_bs{args.batch_size}.pkl'
     save_table(base, curves, meta, path)
     print(
         f'{path}: {len(curves)} block shapes, base {base:.4f} {meta["unit"]}, made in {time.monotonic() - start:.0f} s'

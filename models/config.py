@@ -5,6 +5,7 @@ classifier.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from tools.errors import BadInput
 ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
 MAX_CHANNELS = 65536
 MAX_BLOCKS = 1000
+MAX_PARAMS = 10**9
+"""Bounds that keep a file from asking for absurd amounts of memory."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class NetworkConfig:
             for i, spec in enumerate(blocks):
                 yield f'{name}.{i}', spec
 
+    def layers(self) -> Iterator[Spec]:
+        """All layers in order."""
+        yield self.first_stem
+        yield from (spec for _, spec in self.blocks())
+        yield from (self.feature_mix_layer, self.classifier)
+
     def table_keys(self, img_size: int) -> Iterator[tuple[str, MBSpec, str]]:
         """(place, spec, key in a latency table) of every block behind the stem."""
         size = after_stride(after_stride(img_size, self.first_stem.stride), self.second_stem.stride)
@@ -138,7 +147,7 @@ class NetworkConfig:
         stage_names = [f'stage{i}' for i in range(1, len(data) - len(fixed) + 1)]
         for key in [*fixed, *stage_names]:
             if key not in data:
-                raise BadInput(f'{where}: key {key!r} is missing (has: {", ".join(map(str, data))})')
+                raise BadInput(f'{where}: key {key!r} is missing (has: {reprlib.repr(list(data))})')
         stages = {}
         for name in stage_names:
             if not isinstance(data[name], list) or len(data[name]) > MAX_BLOCKS:
@@ -147,6 +156,8 @@ class NetworkConfig:
         layers = {key: _spec(kind, data[key], f'{where}: {key}') for key, kind in fixed.items()}
         config = cls(stages=stages, **layers)
         _check_chain(config, where)
+        if (count := sum(_parameters(spec) for spec in config.layers())) > MAX_PARAMS:
+            raise BadInput(f'{where}: a network of {count:.1e} parameters; at most {MAX_PARAMS:.0e} are allowed')
         return config
 
 
@@ -157,10 +168,18 @@ def parse_config(text: str, where: str) -> NetworkConfig:
         BadInput: not JSON, or see `NetworkConfig.from_dict`.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
         raise BadInput(f'{where}: not a JSON file ({e})') from e
     return NetworkConfig.from_dict(data, where)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'key {next(name for name in data if names.count(name) > 1)!r} is there twice')
+    return data
 
 
 def load_config(path: str | Path) -> NetworkConfig:
@@ -222,7 +241,7 @@ def _spec(kind: type, data: object, where: str) -> Spec:
     if not isinstance(data, dict) or data.get('name') != kind.NAME:
         raise BadInput(f'{where}: expected an object with "name": "{kind.NAME}"')
     names = [f.name for f in fields(kind)]
-    unknown = sorted(map(str, data.keys() - {'name', *names}))
+    unknown = sorted(reprlib.repr(key) for key in data.keys() - {'name', *names})[:5]
     missing = [name for name in names if name not in data]
     if unknown or missing:
         raise BadInput(f'{where}: unknown keys {unknown}, missing keys {missing}')
@@ -249,7 +268,17 @@ def _check_value(name: str, value: object, where: str) -> None:
         good = type(value) is int and low <= value <= high and (name != 'kernel_size' or value % 2 == 1)
         want = f'{"an odd" if name == "kernel_size" else "a"} whole number from {low} to {high}'
     if not good:
-        raise BadInput(f'{where}: {name} is {value!r}, should be {want}')
+        raise BadInput(f'{where}: {name} is {reprlib.repr(value)}, should be {want}')
+
+
+def _parameters(spec: Spec) -> int:
+    """Weights of a layer, those of batch norm and biases left out."""
+    if isinstance(spec, LinearSpec):
+        return spec.in_features * spec.out_features
+    area = spec.kernel_size**2
+    if isinstance(spec, ConvSpec):
+        return area * spec.in_channels * spec.out_channels // spec.groups
+    return spec.mid_channels * (spec.in_channels + area + spec.out_channels + 2 * spec.se_channels)
 
 
 def _check_chain(config: NetworkConfig, where: str) -> None:

@@ -57,6 +57,16 @@ def fit_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float, d
     return scaler.result()
 
 
+def check_divisor(divisor: int, space: SearchSpace = SPACE) -> None:
+    """Raise BadInput where some operator has no width that is a multiple of `divisor`."""
+    for block, _, op in space.positions():
+        if op.max_width(block.in_ch) // divisor * divisor < op.min_width(block.in_ch):
+            widths = f'{op.min_width(block.in_ch)} to {op.max_width(block.in_ch)}'
+            raise BadInput(
+                f'--width_divisor {divisor}: {block.stage}.{block.name} has widths from {widths}; use a smaller one'
+            )
+
+
 def latency_range(arch: Arch, table: LatencyTable) -> tuple[float, float]:
     """Latency of an architecture at its least and at its most widths, in ms."""
     scaler = _Scaler(arch, table.space.start_widths(), table, target=0.0)

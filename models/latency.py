@@ -201,7 +201,7 @@ def _read(path: str | Path) -> dict:
     except BadInput as e:
         raise BadInput(f'{path}: refused, the file {e}') from e
     except Exception as e:  # a damaged pickle can raise anything at all
-        raise BadInput(f'{path}: not a pickled latency table ({type(e).__name__}: {e})') from e
+        raise BadInput(f'{path}: not a pickled latency table ({type(e).__name__}: {" ".join(str(e).split())})') from e
     if not isinstance(data, dict):
         raise BadInput(f'{path}: holds a {type(data).__name__}, should be a dict of latencies by block shape')
     return data

@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from dataset.demo.unpack import unpack
-from dataset.lists import list_folder, read_list, split_by_class, write_list
-from dataset.loaders import Batches, EpochSampler, load_rgb, make_loader
+from dataset.device_aug import TrainPixels, ValPixels
+from dataset.images import load_pixels, load_rgb
+from dataset.lists import list_folder, read_list, split_by_class, warn_of_overlap, write_list
+from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
+from tools.errors import BadInput
 
 CPU = torch.device('cpu')
 
@@ -44,6 +47,32 @@ def test_bad_lists_are_refused_by_line(tmp_path, text, message):
         read_list(tmp_path / 'list.txt', tmp_path, 3)
 
 
+def test_odd_but_legal_lists_are_read_with_a_warning(tmp_path):
+    (tmp_path / 'x.png').write_bytes(b'')
+    (tmp_path / 'list.txt').write_text('x.png 0\nx.png 0\ny z.png 3\nx.png 3\nx.png 0\n')
+    warnings = []
+    assert len(read_list(tmp_path / 'list.txt', tmp_path, 6, warnings.append)) == 5
+    assert [line.replace(f'{tmp_path}/', '') for line in warnings] == [
+        'warning: list.txt lists 1 images more than once, such as x.png',
+        'warning: list.txt has no images of 4 of 6 classes: 1, 2, 4, 5',
+    ]
+    train, val = [('a', 0), ('b', 1), ('c', 0)], [('c', 0), ('d', 1), ('b', 1)]
+    warn_of_overlap(train, val, ('t.txt', 'v.txt'), warnings.append)
+    assert warnings[2] == 'warning: 2 images are both in t.txt and in v.txt, such as b'
+    warn_of_overlap(train, val[1:2], ('t.txt', 'v.txt'), warnings.append)
+    assert len(warnings) == 3
+
+
+def test_the_number_of_classes_comes_from_the_training_list_and_is_said(images):
+    args, said = SimpleNamespace(num_classes=None), []
+    lists, roots = (images / 'train.txt', images / 'val.txt'), (images, images)
+    train, val = read_train_val(lists, roots, args, said.append)
+    assert args.num_classes == 3 and said == [f'--num_classes 3: from the labels in {lists[0]}']
+    assert (len(train), len(val)) == (20, 16)
+    with pytest.raises(BadInput, match='label 2 should be at most 1'):
+        read_train_val(lists, roots, SimpleNamespace(num_classes=2), said.append)
+
+
 def test_split_is_by_class_and_by_seed(images, tmp_path):
     by_class = list_folder(images)
     assert [len(samples) for samples in by_class] == [12, 12, 12]
@@ -66,7 +95,7 @@ def loader(images, workers=0, world=None, batch_size=4, shuffle=True, drop_last=
 def test_batches_do_not_depend_on_workers_or_interruptions(images):
     def run(start, count, workers):
         stream = Batches(loader(images, workers), start)
-        return [stream.next(CPU) for _ in range(count)]
+        return [next(stream) for _ in range(count)]
 
     whole = run(0, 12, workers=0)  # 5 batches a pass
     parallel = run(0, 12, workers=2)
@@ -95,25 +124,165 @@ def test_too_few_images_for_a_batch_are_refused(images):
         loader(images, world=World(CPU, 0, 3))
 
 
-@pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'CMYK', '1', 'LA', 'I;16'])
-def test_images_of_every_mode_are_read_as_rgb(tmp_path, mode):
-    pixels = np.full((6, 5, 3), 200, np.uint8)
-    if mode == 'I;16':
-        image = Image.fromarray(np.full((6, 5), 200 * 257, np.uint16))
+def pixels_of(path):
+    """Both ways to load an image, as arrays [height, width, 3] that agree up to the decoder of JPEG."""
+    rgb, pixels = load_rgb(path), load_pixels(path)
+    assert rgb.mode == 'RGB' and pixels.dtype == torch.uint8
+    rgb, pixels = np.array(rgb).astype(int), pixels.permute(1, 2, 0).numpy().astype(int)
+    assert rgb.shape == pixels.shape and np.abs(rgb - pixels).max() <= 2
+    return rgb
+
+
+MODES = [
+    ('L', 'png', (200, 200, 200)),
+    ('P', 'png', (200, 100, 50)),
+    ('RGBA', 'png', (200, 100, 50)),
+    ('LA', 'png', (200, 200, 200)),
+    ('1', 'png', (255, 255, 255)),
+    ('I;16', 'png', (200, 200, 200)),
+    ('I;16', 'tif', (200, 200, 200)),
+    ('I', 'tif', (200, 200, 200)),
+    ('CMYK', 'tif', (200, 100, 50)),
+    ('CMYK', 'jpg', (200, 100, 50)),
+    ('L', 'jpg', (200, 200, 200)),
+    ('RGB', 'jpg', (200, 100, 50)),
+    ('RGB', 'webp', (200, 100, 50)),
+    ('RGB', 'gif', (200, 100, 50)),
+]
+
+
+@pytest.mark.parametrize(('mode', 'kind', 'expected'), MODES)
+def test_images_of_every_mode_are_read_as_rgb(tmp_path, mode, kind, expected):
+    if mode.startswith('I'):
+        image = Image.fromarray(np.full((6, 5), 200 * 257, np.uint16 if mode == 'I;16' else np.int32))
+        assert image.mode == mode
+    elif mode in ('L', 'LA', '1'):
+        image = Image.new('L', (5, 6), expected[0]).convert(mode)
     else:
-        image = Image.fromarray(pixels).convert(mode)
-    path = tmp_path / ('x.tif' if mode == 'CMYK' else 'x.png')
-    image.save(path)
-    rgb = load_rgb(path)
-    assert rgb.mode == 'RGB' and rgb.size == (5, 6)
-    assert abs(np.array(rgb).astype(float).mean() - 200) < 60
+        image = Image.new('RGB', (5, 6), expected).convert(mode)
+    image.save(tmp_path / f'x.{kind}', quality=95)
+    got = pixels_of(tmp_path / f'x.{kind}')
+    assert got.shape == (6, 5, 3) and np.abs(got - expected).max() <= 8  # JPEG and GIF are lossy
 
 
-def test_what_is_no_image_is_refused_by_name(tmp_path):
-    (tmp_path / 'x.JPEG').write_bytes(b'not an image')
-    for name in ('x.JPEG', 'absent.JPEG'):
-        with pytest.raises(ValueError, match=f'{name}: cannot be read as an image'):
-            load_rgb(tmp_path / name)
+def test_sixteen_bits_keep_their_order_and_range(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None]
+    Image.fromarray(ramp).save(tmp_path / 'ramp.png')
+    assert pixels_of(tmp_path / 'ramp.png')[0, :, 0].tolist() == list(range(256))
+
+
+def test_transparent_palettes_are_read_without_a_word(tmp_path, recwarn):
+    image = Image.new('RGB', (4, 4), (0, 51, 102)).convert('P')
+    image.save(tmp_path / 'x.png', transparency=bytes([0, 128]))
+    assert pixels_of(tmp_path / 'x.png')[0, 0].tolist() == [0, 51, 102] and not recwarn.list
+
+
+def test_an_orientation_in_exif_is_not_applied_as_in_imagenet_practice(tmp_path):
+    image, exif = Image.new('RGB', (32, 16), 'black'), Image.Exif()
+    image.paste('white', (0, 0, 16, 16))
+    exif[0x0112] = 6  # 'rotate by 90 degrees'
+    image.save(tmp_path / 'x.jpg', exif=exif)
+    got = pixels_of(tmp_path / 'x.jpg')
+    assert got.shape == (16, 32, 3) and got[8, 4, 0] > 200 and got[8, 28, 0] < 50
+
+
+def test_the_name_of_an_image_does_not_matter(tmp_path):
+    Image.new('RGB', (5, 6), (1, 2, 3)).save(tmp_path / 'x.png')
+    (tmp_path / 'x.png').rename(tmp_path / 'x.JPEG')
+    assert pixels_of(tmp_path / 'x.JPEG')[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 20000), (20000, 3), (20000, 100)])
+def test_extreme_sizes_pass_through_all_transforms(tmp_path, size):
+    Image.new('RGB', size, (255, 0, 0)).save(tmp_path / 'x.png')
+    image, pixels = load_rgb(tmp_path / 'x.png'), load_pixels(tmp_path / 'x.png')
+    for result in (train_transform(32)(image), val_transform(32)(image)):
+        assert result.shape == (3, 32, 32) and result.isfinite().all()
+    for result, _ in (TrainPixels(32)(pixels), ValPixels(32)(pixels)):
+        assert result.shape == (3, 32, 32) and result.float().mean((1, 2)).tolist() == [255, 0, 0]
+
+
+def damaged(name, folder):
+    """A file that is no whole image."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / 'whole.jpg')
+    Image.fromarray(noise).save(folder / 'whole.png')
+    jpeg, png = (folder / 'whole.jpg').read_bytes(), (folder / 'whole.png').read_bytes()
+    huge = bytearray(jpeg)
+    at = jpeg.index(b'\xff\xc0') + 5
+    huge[at : at + 4] = b'\xff\xff\xff\xff'  # claims 65,535 x 65,535 pixels
+    contents = {
+        'text.JPEG': b'not an image',
+        'empty.JPEG': b'',
+        'truncated.JPEG': jpeg[: len(jpeg) // 2],
+        'header.JPEG': jpeg[:100],
+        'truncated.png': png[: len(png) // 2],
+        'claims_4e9_pixels.JPEG': bytes(huge),
+    }
+    (folder / name).write_bytes(contents[name])
+    return folder / name
+
+
+BAD_IMAGES = ['text.JPEG', 'empty.JPEG', 'truncated.JPEG', 'header.JPEG', 'truncated.png', 'claims_4e9_pixels.JPEG']
+
+
+@pytest.mark.parametrize('name', BAD_IMAGES)
+def test_what_is_no_image_is_refused_by_name(tmp_path, name):
+    path = damaged(name, tmp_path)
+    for load in (load_rgb, load_pixels):
+        with pytest.raises(ValueError, match=f'{name}: cannot be read as an image') as error:
+            load(path)
+        assert '\n' not in str(error.value)
+
+
+def test_an_absent_image_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match='absent.JPEG: cannot be read as an image .No such file'):
+        load_rgb(tmp_path / 'absent.JPEG')
+
+
+def spoiled_loader(folder, bad, count=300, workers=0, replace=True, bad_images='skip', batch_size=10):
+    """A loader over `count` small images of which those numbered `bad` cannot be read."""
+    for i in range(count):
+        path = folder / f'{i}.png'
+        if i in bad:
+            path.write_text('bad')
+        elif not path.exists():
+            Image.new('RGB', (8, 8), (i % 256, i // 256, 0)).save(path)
+    args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=1, bad_images=bad_images)
+    samples = [(f'{i}.png', i % 7) for i in range(count)]
+    return make_loader(folder, samples, val_transform(32), args, World(CPU), replace, replace, 'train')
+
+
+def test_bad_images_are_replaced_alike_by_any_number_of_workers(tmp_path):
+    bad = {17, 18, 250}
+    batches = {workers: list(spoiled_loader(tmp_path, bad, workers=workers)) for workers in (0, 2)}
+    for (a, la), (b, lb) in zip(batches[0], batches[2], strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb) and len(la) == 10
+    assert sum(len(labels) for _, labels in batches[0]) == 300
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_skipped_images_are_counted_and_named_once(tmp_path, workers):
+    loader, lines = spoiled_loader(tmp_path, {3, 77}, workers=workers, replace=False, batch_size=7), []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        assert sum(len(labels) for _, labels in loader) == 298  # left out where images are evaluated
+        tell_skipped(loader, log=lines.append)
+    assert len(lines) == 3 and '3.png: cannot be read as an image (not an image)' in lines[0] and '77.png' in lines[1]
+    assert lines[2] == '--bad_images skip: 2 of 300 images skipped so far'
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_more_than_one_in_a_hundred_bad_images_end_the_run(tmp_path, workers):
+    with pytest.raises(BadInput, match='4 of 300 images are bad, more than 1%; the last one: .*png: cannot be read'):
+        list(spoiled_loader(tmp_path, {0, 100, 200, 299}, workers=workers))
+    with pytest.raises(BadInput, match='png: cannot be read as an image'):
+        list(spoiled_loader(tmp_path, {0}, workers=workers, bad_images='error'))
+
+
+def test_batches_of_one_image_are_not_trained_on(images):
+    with pytest.raises(BadInput, match='--batch_size 1: batch norm needs two images'):
+        loader(images, batch_size=1)
 
 
 def test_validation_transform_scales_then_crops_the_centre():

@@ -1,10 +1,9 @@
 """Files that are written whole or not at all, and checkpoints that cannot run code."""
 
 import os
-import pickle
 import tempfile
+import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
-
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What reading a damaged checkpoint raises."""
 
 WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 """Where checkpoints of ours and of common training scripts hold the weights, the moving average first."""
@@ -52,6 +39,19 @@ def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_target(path: str | Path, flag: str) -> None:
+    """Find out before the work is done whether its result can be written.
+
+    Raises:
+        BadInput: the folder of `path` does not exist or cannot be written to, or `path` is a folder.
+    """
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise BadInput(f'{flag} {path}: its folder does not exist; make it first')
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f'{flag} {path}: cannot be written; expected a file in a folder of yours')
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -114,8 +114,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f'{damaged} is damaged')
-        return torch.load(path, map_location=device, weights_only=True)
-    except UNREADABLE as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch, on pickles that are none
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # a damaged file can raise anything at all
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from tools.distributed import World
 from tools.precision import Precision
+from tools.prefetch import to_device
 from tools.rng import derive_seed
 from tools.snapshot import TrainState
 from tools.watch import Watch
@@ -51,15 +52,6 @@ class Tally:
         loss, top1, top5, images = self.total(world) if world else self.sums.tolist()
         images = max(images, 1)
         return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'images': images}
-
-
-def to_device(
-    loader: DataLoader, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches on the device, copied without waiting where the loader pins its memory."""
-    for images, labels in loader:
-        images = images.to(device, non_blocking=True).to(memory_format=memory_format)
-        yield images, labels.to(device, non_blocking=True)
 
 
 def train_epoch(

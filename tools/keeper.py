@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import threading
 import time
@@ -176,6 +177,8 @@ class Keeper:
                 raise
         finally:
             self.stop.__exit__()
+            if kind and issubclass(kind, BadInput) and self.folder and not any(self.folder.glob('*.pth.tar')):
+                shutil.rmtree(self.folder)  # bad input, such as an image, that showed before there was a result
 
     def allows_update(self, state: State, losses: Sequence[Tensor]) -> bool:
         """Whether to make the update that these losses belong to: see `LossGuard`."""

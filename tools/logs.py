@@ -16,6 +16,8 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
     Raises:
         BadInput: `save` cannot be written to.
     """
+    if '/' in note or '\0' in note:
+        raise BadInput(f'--note {note!r}: becomes part of the name of a folder; leave out the /')
     stem = f'{kind}-{time.strftime("%Y%m%d-%H%M%S")}-{note}'
     for suffix in ['', *(f'-{i}' for i in range(2, 100))]:
         folder = Path(save) / (stem + suffix)

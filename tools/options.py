@@ -44,9 +44,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     try:
         code = main(args)
     except BadInput as e:
-        message = str(e).rpartition('tools.errors.BadInput: ')[
-            2
-        ]  # without the traceback of a process that loads images
+        message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without a traceback of a process that loads images
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
     except (OSError, RuntimeError, MemoryError) as e:
@@ -66,7 +64,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        if not (low < value if open_low else low <= value) or not value <= high or value == math.inf:
             bounds = f'above {low}' if open_low else f'of at least {low}'
             bounds += f' and at most {high}' if high < math.inf else ''
             raise argparse.ArgumentTypeError(f'{text!r} should be a{"n" * (kind is int)} {kind.__name__} {bounds}')
@@ -75,9 +73,19 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
     return check
 
 
-def count(low: int = 1) -> Callable[[str], float]:
-    """An argparse type: a whole number of at least `low`."""
-    return number(int, low)
+def count(low: int = 1, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a whole number from `low` to `high`."""
+    return number(int, low, high)
+
+
+image_size = count(32, 4096)
+"""An argparse type: pixels of an input's side."""
+
+class_count = count(2, 65536)
+"""An argparse type: number of classes."""
+
+process_count = count(0, 1024)
+"""An argparse type: number of processes or threads."""
 
 
 def fraction(text: str) -> float:
@@ -109,6 +117,24 @@ def add_device_arg(parser: Parser) -> None:
     )
 
 
+def add_bad_images_arg(parser: Parser) -> None:
+    """--bad_images."""
+    parser.add_argument(
+        '--bad_images',
+        choices=('error', 'skip'),
+        default='error',
+        help='images that cannot be read end the run, or are skipped and logged (at most 1 %% of a list)',
+    )
+
+
+def add_image_args(parser: Parser) -> None:
+    """How images for training are loaded."""
+    add_bad_images_arg(parser)
+    parser.add_argument(
+        '--device_aug', action='store_true', help='jitter colours on the device: workers load many times as fast'
+    )
+
+
 def add_arch_args(parser: Parser, required: bool = True) -> None:
     """--model_path and --config_path, of which one names the network."""
     group = parser.add_mutually_exclusive_group(required=required)
@@ -116,14 +142,14 @@ def add_arch_args(parser: Parser, required: bool = True) -> None:
     group.add_argument('--config_path', help='a model.config')
 
 
-def add_eval_data_args(parser: Parser, batch_size: int, workers: int, num_classes: int, required: bool = True) -> None:
+def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
     """The validation images, and how they are loaded."""
     parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
     parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
-    parser.add_argument('--workers', type=count(0), default=workers, help='processes that load images')
+    parser.add_argument('--workers', type=process_count, default=workers, help='processes that load images')
     parser.add_argument('--batch_size', type=count(), default=batch_size)
-    parser.add_argument('--num_classes', type=count(2), default=num_classes)
-    parser.add_argument('--img_size', type=count(32), default=224, help='input size in pixels')
+    parser.add_argument('--num_classes', type=class_count, help='default: as many as the list or the weights have')
+    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
 
 
 def add_training_args(parser: Parser) -> None:
@@ -131,7 +157,8 @@ def add_training_args(parser: Parser) -> None:
     add_arch_args(parser)
     parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
     parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
-    add_eval_data_args(parser, batch_size=512, workers=16, num_classes=1000)
+    add_eval_data_args(parser, batch_size=512, workers=16)
+    add_image_args(parser)
     add_device_arg(parser)
     parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')

@@ -1,0 +1,128 @@
+"""Images a second that one worker core prepares: the paper's pipeline against --device_aug, in turns, on JPEG files.
+
+    python benchmarks/input_pipeline.py                                 generated photo-like JPEGs of 500 x 375
+    python benchmarks/input_pipeline.py --img_root DIR --list LIST      your own images
+
+A worker's work is all that a process of the data loader does for an image: read, decode, augment, collate. With
+--device_aug the colours are jittered on the training device instead; that time is printed too, per image of a batch.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset.device_aug import TrainPixels
+from dataset.lists import list_folder, read_list
+from dataset.loaders import ImageList, collate
+from dataset.transforms import train_transform
+from tools.distributed import pick_device
+from tools.errors import BadInput
+from tools.options import Parser, add_device_arg, count, image_size, run_script
+from tools.profiling import device_name
+
+QUALITY = 92
+"""Of the generated files, which then have about 100 KB, as ImageNet's photographs have."""
+
+
+def get_args():
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument('--img_root', help='folder of images')
+    parser.add_argument('--list', help="lines of 'relative/path label'")
+    parser.add_argument('--images', type=count(2), default=64, help='images a round')
+    parser.add_argument('--rounds', type=count(3), default=9)
+    parser.add_argument('--img_size', type=image_size, default=224)
+    add_device_arg(parser)
+    return parser.parse_args()
+
+
+def photo_like(rng, width=500, height=375):
+    """An image with the 1/f spectrum of photographs, correlated colours, and edges of flat shapes."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    noise = rng.normal(size=(3, height, width))
+    noise = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(height, width))
+    noise /= noise.std((1, 2), keepdims=True)
+    image = 128 + 45 * (0.85 * noise[:1] + 0.35 * noise) + rng.normal(size=(1, height, width)) * 3
+    y, x = np.mgrid[:height, :width]
+    for _ in range(6):
+        centre, radius = rng.uniform(size=2) * (height, width), rng.uniform(20, 120)
+        inside = np.hypot(y - centre[0], x - centre[1]) < radius
+        image[:, inside] = 0.5 * image[:, inside] + 0.5 * rng.uniform(0, 255, (3, 1))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def generate(folder, images):
+    """Write photo-like JPEG files into a folder of one class."""
+    rng = np.random.default_rng(0)
+    (folder / 'class').mkdir()
+    for i in range(images):
+        photo_like(rng).save(folder / 'class' / f'{i:04d}.JPEG', quality=QUALITY)
+
+
+def seconds(work):
+    """Time of one call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def time_workers(root, samples, args):
+    """Median seconds an image, by pipeline; and a batch of the second one."""
+    transforms = {'recipe': train_transform(args.img_size), 'device_aug': TrainPixels(args.img_size)}
+    data = {name: ImageList(root, samples, transform, seed=0) for name, transform in transforms.items()}
+    times = {name: [] for name in data}
+    for turn in range(args.rounds + 1):
+        for name, images in data.items():
+            took = seconds(lambda images=images, turn=turn: collate([images[turn, i] for i in range(len(images))]))
+            times[name] += [took / len(samples)] if turn else []  # the first turn warms up
+    batch, _ = collate([data['device_aug'][0, i] for i in range(len(samples))])
+    return {name: statistics.median(values) for name, values in times.items()}, batch
+
+
+def time_device(batch, device, rounds):
+    """Median seconds an image to jitter and normalise a batch on the device, copied there before."""
+    batch.pixels, batch.colours = batch.pixels.to(device), batch.colours.to(device)
+
+    def work():
+        batch.to(device)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+
+    work()
+    return statistics.median(seconds(work) for _ in range(rounds)) / len(batch.pixels)
+
+
+def main(args):
+    """Generate images where none are given, time both pipelines in turns, print."""
+    if bool(args.img_root) != bool(args.list):
+        raise BadInput('give both --img_root and --list, or neither')
+    device = pick_device(args.device)
+    torch.set_num_threads(1)  # as in a worker
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(args.img_root or folder)
+        if not args.img_root:
+            generate(root, args.images)
+        samples = read_list(args.list, root, 10**9) if args.list else list_folder(root)[0]
+        samples = samples[: args.images]
+        sizes = statistics.mean((root / path).stat().st_size for path, _ in samples)
+        print(f'{len(samples)} images of {sizes / 1000:.0f} KB on average, size {args.img_size}, {args.rounds} rounds')
+        medians, batch = time_workers(root, samples, args)
+    for name, median in medians.items():
+        ratio = medians['recipe'] / median
+        print(f'{name}: {1 / median:.0f} images/s a worker core ({1000 * median:.2f} ms an image), {ratio:.2f} x')
+    on_device = time_device(batch, device, args.rounds)
+    where = f'{device_name(device)}, {torch.get_num_threads()} thread'
+    print(f'then on the device ({where}): {1e6 * on_device:.0f} us an image')
+
+
+if __name__ == '__main__':
+    run_script(main, get_args())
