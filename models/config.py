@@ -241,7 +241,7 @@ def _spec(kind: type, data: object, where: str) -> Spec:
     if not isinstance(data, dict) or data.get('name') != kind.NAME:
         raise BadInput(f'{where}: expected an object with "name": "{kind.NAME}"')
     names = [f.name for f in fields(kind)]
-    unknown = sorted(reprlib.repr(key) for key in data.keys() - {'name', *names})[:5]
+    unknown = sorted(str(key)[:40] for key in data.keys() - {'name', *names})[:5]
     missing = [name for name in names if name not in data]
     if unknown or missing:
         raise BadInput(f'{where}: unknown keys {unknown}, missing keys {missing}')
