@@ -320,7 +320,7 @@ def main(args):
             if trained is None:
                 break
             state.take_over()
-            world.same(state.full.values())
+            state.share(world)
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
                 val = validate(state.net, val_loader, args, epoch, world, keeper.stops, state.w_precision)
                 if val is None:

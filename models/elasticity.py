@@ -249,8 +249,8 @@ def gather(net: Network, full: Mapping[str, Tensor], masks: Masks, held: Masks |
     """
     net.set_widths(mask_widths(masks))
     for name, p, mask in _masked(net, masks):
-        if held and (mask is None or mask is _mask(held, name)):
-            continue
+        if held and ('.m_ops.' not in name or _mask(masks, name) is _mask(held, name)):
+            continue  # an operator of another mask may have been built anew, with all of its weights
         p.copy_(full[name] if mask is None else _kept(full[name], name, mask))
 
 

@@ -128,6 +128,12 @@ class SearchState:
         """Write the network's weights into those at full width; what the masks drop keeps its values."""
         scatter(self.net, self.full, self.masks)
 
+    def share(self, world: World) -> None:
+        """Give all processes the first one's weights at full width."""
+        if world.size > 1:
+            world.same(self.full.values())
+            self.held = None
+
     def end_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
         self.epoch, self.step = self.epoch + 1, 0

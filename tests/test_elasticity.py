@@ -149,6 +149,21 @@ def test_gather_then_scatter_is_the_identity(small_space):
         assert all(torch.equal(full[name], value) for name, value in before.items())
 
 
+def test_gather_leaves_alone_only_what_is_in_place(small_space):
+    full, masks = full_weights(NUM_CLASSES, torch.device('cpu'), small_space), start_masks(small_space)
+    net, rng = Network(mask_widths(masks), NUM_CLASSES, small_space), random.Random(2)
+    gather(net, full, masks)
+    for _ in range(3):
+        held, (_, widths) = masks, random_arch(small_space, rng)
+        widths['stage2']['block1'] = mask_widths(masks)['stage2']['block1']
+        masks = update_masks(masks, widths, full)
+        gather(net, full, masks, held)
+        other = Network(mask_widths(masks), NUM_CLASSES, small_space)
+        gather(other, full, masks)
+        expected = dict(other.named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in net.named_parameters())
+
+
 def test_scatter_writes_kept_channels_only(small_space):
     full, masks = full_weights(NUM_CLASSES, torch.device('cpu'), small_space), start_masks(small_space)
     _, widths = random_arch(small_space, random.Random(5))
