@@ -91,7 +91,7 @@ def main(args):
     for _ in range(args.networks):
         config = random_config(rng, ends=False, num_classes=1000)
         build = partial(build_network, config, device, args.seed)
-        measured.append(measure_latency(build, batch_size, args.img_size, device, repeats=30))
+        measured.append(measure_latency(build, batch_size, args.img_size, device))
         methods['in-context table'].append(table.of_config(config))
         start = time.monotonic()
         methods['blocks timed alone'].append(in_fresh_process(isolated_sum, build, batch_size, args.img_size, device))

@@ -1,14 +1,19 @@
 """From timed networks to a table: a latency curve for every block shape over its widths.
 
+A machine that others share slows networks down, some by a third. How much, is told by the network itself: its time
+over what the table says of it. Table and slowness are fitted by turns, the slowest networks are left out, and the table
+is of the undisturbed machine.
+
 A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
 for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
 that were seen seldom then borrow from all others. Curves are made non-decreasing at the end.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import linprog, nnls
 
 from latency_pkl.sampling import Sample
 from models.search_space import SPACE, Block, Op, SearchSpace, after_stride
@@ -16,11 +21,32 @@ from models.search_space import SPACE, Block, Op, SearchSpace, after_stride
 VECTOR = 16
 """Channels that vector units and tensor cores take at once; costs may rise in such steps."""
 
-SHRINK_LEVEL, SHRINK_SLOPE = 1.0, 4.0
+SHRINK_LEVEL, SHRINK_SLOPE = 0.3, 1.0
 """Weight, in samples, of 'no correction' against what was measured: of a curve's level and of its slope."""
 
-DRIFT_WINDOW = 9
-"""Networks over which the speed of the machine is taken as constant."""
+TURNS = 4
+"""Times that table and slowness of the networks are fitted by turns."""
+
+KEPT_SHARE = 2 / 3
+"""Share of the networks, those least slowed down, that a table is fitted to."""
+
+TABLE_SHARE = 1 / 4
+"""Share of single timings of networks that stay below the table. More than the sixth of `undisturbed`, since these
+timings are spread by the table's own errors too, and not by disturbances alone."""
+
+FACTORS_APART = 0.0005
+"""Cost, a network, of calibration factors that differ by one: few networks get a common factor."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted table in ms, and how much slower each network was than the table says."""
+
+    base: float
+    curves: dict[str, np.ndarray]
+    slowness: np.ndarray
+    factors: np.ndarray
+    """Calibration factors of base and blocks, which fit the sum of a network's parts to its time as a whole."""
 
 
 def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
@@ -50,23 +76,44 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
     )
 
 
-def drift(fixed: Sequence[float]) -> np.ndarray:
-    """Relative slowness of the machine during each network, from the time of the layers that all networks share."""
-    half = DRIFT_WINDOW // 2
-    smooth = [np.median(fixed[max(i - half, 0) : i + half + 1]) for i in range(len(fixed))]
-    return np.array(smooth) / np.median(fixed)
+def fit_table(samples: Sequence[Sample], img_size: int, space: SearchSpace = SPACE) -> Fit:
+    """A table from timed networks, which together should show every key of the space."""
+    fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
+    slowness = fixed / np.median(fixed)
+    for _ in range(TURNS):
+        kept = np.flatnonzero(slowness <= np.quantile(slowness, KEPT_SHARE))
+        curves = _curves([samples[i] for i in kept], slowness[kept], img_size, space)
+        base = float(np.median(fixed[kept] / slowness[kept]))
+        blocks = np.array([sum(curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples])
+        factors = calibrate(base, blocks, totals)
+        slowness = totals / (factors[0] * base + factors[1] * blocks)
+    return Fit(float(factors[0] * base), {key: factors[1] * curve for key, curve in curves.items()}, slowness, factors)
 
 
-def fit_curves(
-    samples: Sequence[Sample], img_size: int, space: SearchSpace = SPACE
-) -> tuple[float, dict[str, np.ndarray], float]:
-    """Base and curves (ms by width, from 1 on), and the spread of the machine's speed: 90 % of the networks, as
-    a share.
+def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Factors for the base and for the blocks by which a table gives the undisturbed times of whole networks: those
+    that a share `TABLE_SHARE` of networks of each size would stay below.
+
+    Two, since small networks, which the caches hold, gain more from an undisturbed machine than large ones. A quantile
+    regression (Koenker and Bassett 1978) in relative error, solved as a linear programme.
 
     Args:
-        samples: timed networks in the order of their timing; together they must show every key of the space.
+        base, blocks: what the table says of the fixed layers, and of the blocks of each network, in ms.
+        totals: times of the whole networks.
     """
-    slowness = drift([sample.fixed for sample in samples])
+    count = len(totals)
+    parts = np.stack([np.full(count, base), blocks], axis=1) / totals[:, None]
+    # variables: two factors, the difference of the factors up and down, what each network is above and below
+    apart = np.array([[1.0, -1.0, -1.0, 1.0]])
+    rows = np.block([[apart, np.zeros((1, 2 * count))], [parts, np.zeros((count, 2)), np.eye(count), -np.eye(count)]])
+    cost = [0, 0, *[FACTORS_APART * count] * 2, *[TABLE_SHARE] * count, *[1 - TABLE_SHARE] * count]
+    return linprog(cost, A_eq=rows, b_eq=np.r_[0, np.ones(count)]).x[:2]
+
+
+def _curves(
+    samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace
+) -> dict[str, np.ndarray]:
+    """Curves (ms by width, from 1 on) by key."""
     places = {block.key(op): (block, op) for block, op in space.layers(img_size)}
     seen: dict[str, list[tuple[int, float]]] = {key: [] for key in places}
     for sample, slow in zip(samples, slowness, strict=True):
@@ -84,8 +131,7 @@ def fit_curves(
         level, slope = _correction(_along(widths, low, high), ratios)
         along = np.clip(_along(np.arange(1, high + 1), low, high), -1.0, 1.0)
         curves[key] = np.maximum.accumulate(physical * np.maximum(level + slope * along, 0.1))
-    base = float(np.median([sample.fixed for sample in samples] / slowness))
-    return base, curves, float(np.quantile(slowness, 0.95) - np.quantile(slowness, 0.05))
+    return curves
 
 
 def _along(widths: np.ndarray, low: int, high: int) -> np.ndarray:

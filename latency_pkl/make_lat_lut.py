@@ -7,6 +7,7 @@ python latency_pkl/make_lat_lut.py --estimate titan_rtx --save_path latency_pkl/
 python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
 """
 
+import itertools
 import random
 import sys
 import time
@@ -21,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
-from latency_pkl.fit import fit_curves
+from latency_pkl.fit import fit_table
 from latency_pkl.sampling import build_network, random_config, time_blocks
 from models.config import fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
@@ -32,13 +33,13 @@ from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import count_mult_adds, count_params, device_name, measure_latency
+from tools.profiling import count_mult_adds, count_params, device_name, time_once, undisturbed
 
-WHOLE_EVERY = 4
-"""Every so many networks one is timed as a whole: by turns for the calibration and for the residual."""
+TURN, UNSEEN, LEAST_SAMPLES = 6, 6, 20
+"""One timing in so many is of a network kept from the fit; how many those are; how many others a fit needs."""
 
-CALIBRATION_PRIOR = 0.01
-"""Pull of the two calibration factors towards a common one, as a share of the data's weight."""
+PATIENCE = 4
+"""Times the budget that a slow machine gets to show every block shape."""
 
 
 def get_args():
@@ -50,7 +51,7 @@ def get_args():
     parser.add_argument('--threads', type=count(1, 1024), default=1, help='CPU threads of a pass')
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument('--num_classes', type=class_count, default=1000)
-    parser.add_argument('--budget', type=number(float, 5), default=100.0, help='seconds to measure')
+    parser.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
     parser.add_argument(
         '--save_path', help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl'
     )
@@ -58,56 +59,37 @@ def get_args():
     parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
     parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
+    parser.add_argument('--rounds', type=count(), default=12, help='times that --check builds and times each network')
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
 
 
-class Bench:
-    """Random networks of one setting, built and timed one after the other, on a CPU each in a process of its own."""
-
-    def __init__(self, args, device: torch.device, seed: int):
-        self.setting = args.batch_size, args.img_size, device
-        self.num_classes = args.num_classes
-        self.rng = random.Random(seed)
-
-    def draw(self, ends: bool):
-        """A random network's config, see `random_network`, and a seed for its weights."""
-        return random_config(self.rng, ends, self.num_classes), self.rng.getrandbits(32)
-
-    def blocks(self, passes: int = 6):
-        """Time the blocks of a new network."""
-        on_cpu = self.setting[-1].type == 'cpu'
-        timed = partial(in_fresh_process, time_blocks) if on_cpu else time_blocks
-        return timed(*self.draw(ends=True), *self.setting, passes)
-
-    def whole(self, repeats: int = 12):
-        """A new network's config, and its time in ms: the lesser of two runs, since disturbances only slow down."""
-        config, seed = self.draw(ends=False)
-        build = partial(build_network, config, self.setting[-1], seed)
-        return config, min(measure_latency(build, *self.setting, repeats) for _ in range(2))
-
-
 def measure(args, device):
-    """Time networks for `args.budget` seconds; returns the samples, and whole networks to calibrate and to check
-    with.
-    """
-    bench, start = Bench(args, device, args.seed), time.monotonic()
-    samples, wholes = [], []
+    """Time networks for `args.budget` seconds, longer where block shapes are missing, on a CPU each in a process of its
+    own: new ones to fit, and by turns some that the fit does not see. Returns the samples to fit, and (config, samples)
+    of each of the others."""
+    rng, start = random.Random(args.seed), time.monotonic()
+    timed = partial(in_fresh_process, time_blocks) if device.type == 'cpu' else time_blocks
+    samples, unseen = [], [(random_config(rng, False, args.num_classes), []) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
-        while (spent := time.monotonic() - start) < args.budget:
-            if len(samples) % WHOLE_EVERY == WHOLE_EVERY - 1 and len(wholes) < len(samples) // WHOLE_EVERY + 1:
-                wholes.append(bench.whole())
-            else:
-                samples.append(bench.blocks())
+        for i in itertools.count():
+            spent = time.monotonic() - start
+            if spent >= args.budget and (spent >= PATIENCE * args.budget or not missing(samples, args.img_size)):
+                return samples, [(config, times) for config, times in unseen if times]
+            turn, place = divmod(i, TURN)
+            new = random_config(rng, place % 2 == 0, args.num_classes), samples
+            config, times = new if place else unseen[turn % UNSEEN]
+            times.append(timed(config, rng.getrandbits(32), args.batch_size, args.img_size, device))
             bar.update(min(round(spent), bar.total) - bar.n)
-    keys = SPACE.table_widths(args.img_size)
-    unseen = keys.keys() - {key for sample in samples for key, _, _ in sample.blocks}
-    if unseen or len(wholes) < 4:
-        raise BadInput(
-            f'--budget {args.budget:g}: in that time {len(samples)} networks showed {len(keys) - len(unseen)} of '
-            f'{len(keys)} block shapes; give it more seconds'
-        )
-    return samples, wholes[0::2], wholes[1::2]
+
+
+def missing(samples, img_size):
+    """What a fit lacks, in words; empty where nothing."""
+    keys = SPACE.table_widths(img_size).keys()
+    seen = {key for sample in samples for key, _, _ in sample.blocks}
+    if len(samples) >= LEAST_SAMPLES and keys <= seen:
+        return ''
+    return f'{len(samples)} networks showed {len(seen)} of {len(keys)} block shapes'
 
 
 def compare(table, wholes):
@@ -116,52 +98,35 @@ def compare(table, wholes):
     return float(np.abs(errors).mean()), float(np.abs(errors).max()), float(errors.mean())
 
 
-def calibrate(table, wholes):
-    """Factors for the base and for the blocks of a table that fit whole networks best, in relative error. Two, since a
-    larger network leaves less of itself in the caches."""
-    ms = np.array([ms for _, ms in wholes])
-    blocks = np.array([table.of_config(config) for config, _ in wholes]) - table.base
-    rows = np.stack([np.full_like(ms, table.base), blocks], axis=1) / ms[:, None]
-    common = 1 / np.median(rows.sum(axis=1))
-    keep = np.ones(len(ms), dtype=bool)
-    for _ in range(2):
-        prior = np.eye(2) * CALIBRATION_PRIOR * np.square(rows[keep]).sum() / 2
-        right = rows[keep].sum(axis=0) + prior @ np.full(2, common)
-        factors = np.linalg.solve(rows[keep].T @ rows[keep] + prior, right)
-        errors = np.abs(rows @ factors - 1)
-        keep = errors <= max(3 * np.median(errors), 0.02)  # without networks that a disturbance slowed down
-    return np.maximum(factors, common / 2)
-
-
 def measured_table(args, device):
     """A latency table of this machine: (base, curves, how it was made)."""
-    samples, calibration, unseen = measure(args, device)
-    base, curves, spread = fit_curves(samples, args.img_size)
-    table = LatencyTable(base, curves, {}, args.img_size)
-    base_scale, scale = calibrate(table, calibration)
-    base, curves = base * base_scale, {key: curve * scale for key, curve in curves.items()}
-    mean, worst, bias = compare(LatencyTable(base, curves, {}, args.img_size), unseen)
+    samples, others = measure(args, device)
+    if lack := missing(samples, args.img_size):
+        raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
+    fit = fit_table(samples, args.img_size)
+    unseen = [(config, undisturbed([sample.total for sample in times])) for config, times in others]
+    mean, worst, bias = compare(LatencyTable(fit.base, fit.curves, {}, args.img_size), unseen)
+    disturbed = 100 * float(np.median(fit.slowness) - 1)
     print(
-        f'{len(samples)} networks timed block by block; calibration factors {base_scale:.4f} (base) and {scale:.4f} '
-        f'(blocks) from {len(calibration)} more'
+        f'{len(samples)} networks timed; sums of their parts were fitted to the whole by factors of '
+        f'{fit.factors[0]:.4f} (base) and {fit.factors[1]:.4f} (blocks)'
     )
-    print(f'Speed of the machine varied by {100 * spread:.1f} % during the run (5 % to 95 % of the networks)')
+    print(f'Disturbances: half of the networks were slower by {disturbed:.1f} % or more')
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
         'device': device_name(device),
         'batch_size': args.batch_size,
         'threads': args.threads,
-        'method': 'blocks timed inside running random networks, calibrated on whole networks',
+        'method': 'blocks timed inside running random networks, fitted to the times of the whole networks',
         'samples': len(samples),
-        'calibration_networks': len(calibration),
         'unseen_networks': len(unseen),
         'residual_mean_percent': round(mean, 3),
         'residual_worst_percent': round(worst, 3),
         'residual_bias_percent': round(bias, 3),
-        'speed_spread_percent': round(100 * spread, 3),
+        'disturbed_median_percent': round(disturbed, 3),
     }
-    return base, curves, meta
+    return fit.base, fit.curves, meta
 
 
 def counted_table(args):
@@ -200,16 +165,23 @@ def estimated_table(args):
 
 
 def check(args, device):
-    """Time fresh networks against a table; returns whether the mean error is within the tolerance."""
+    """Time fresh networks against a table, by turns and in a new order each round, so that disturbances of some seconds
+    meet all alike; returns whether the mean error is within the tolerance."""
     table = load_table(args.check, args.img_size)
-    bench = Bench(args, device, args.seed + 1_000_003)
-    wholes = []
-    for _ in range(args.networks):
-        config, ms = bench.whole()
-        wholes.append((config, ms))
+    rng = random.Random(args.seed + 1_000_003)
+    configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
+    times = [[] for _ in configs]
+    for _ in tqdm(range(args.rounds), unit='round', desc='timing networks', mininterval=1):
+        for i in rng.sample(range(args.networks), args.networks):
+            build = partial(build_network, configs[i], device, rng.getrandbits(32))
+            times[i].append(time_once(build, args.batch_size, args.img_size, device))
+    wholes = [(config, undisturbed(own)) for config, own in zip(configs, times, strict=True)]
+    for config, ms in wholes:
         predicted = table.of_config(config)
         print(f'predicted {predicted:8.3f} ms  measured {ms:8.3f} ms  error {100 * (predicted / ms - 1):+6.2f} %')
     mean, worst, bias = compare(table, wholes)
+    spread = np.mean([np.median(own) / undisturbed(own) - 1 for own in times])
+    print(f'Disturbances: half of the timings of a network were slower by {100 * spread:.1f} % or more')
     print(f'{args.networks} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     return mean <= args.tolerance
 

@@ -1,16 +1,16 @@
 """Random networks of the search space, timed block by block while they run, and as a whole."""
 
 import random
-import statistics
-import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from models.config import NetworkConfig, build_config
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.profiling import PASSES, WARM_UP, Clock, undisturbed
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -18,10 +18,11 @@ END_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Sample:
-    """One network's times in ms: of the fixed layers (stem, mix layer, pool, classifier), and of each block by its
-    key.
+    """One network's times in ms: of the whole, of the fixed layers (stem, mix layer, pool, classifier), and of each
+    block by its key.
     """
 
+    total: float
     fixed: float
     blocks: list[tuple[str, int, float]]
     """(latency key, mid channels, ms)"""
@@ -66,38 +67,18 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
     return net
 
 
-class Clock:
-    """Marks points of time: the processor's clock on a CPU, events on a GPU that are read after one synchronisation."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def mark(self):
-        """A point of time, for `elapsed`."""
-        if self.device.type != 'cuda':
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def elapsed(self, marks: list) -> list[float]:
-        """Milliseconds between one mark and the next."""
-        if self.device.type != 'cuda':
-            return [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-
-
 @torch.inference_mode()
 def time_blocks(
-    config: NetworkConfig, seed: int, batch_size: int, img_size: int, device: torch.device, passes: int
+    config: NetworkConfig, seed: int, batch_size: int, img_size: int, device: torch.device, passes: int = PASSES
 ) -> Sample:
-    """Time every block of a running network where it stands; medians over `passes` passes after two to warm up."""
+    """Time every block of a running network where it stands, and the whole: `undisturbed` over `passes` passes after a
+    warm-up. On a GPU all passes are queued and waited for once."""
     net = build_network(config, device, seed)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     clock = Clock(device)
     places = [block for name in net.stage_names for block in getattr(net, name)]
     runs = []
-    for _ in range(passes + 2):
+    for _ in range(WARM_UP + passes):
         marks = [clock.mark()]
         x = net.second_stem(net.first_stem(images))
         marks.append(clock.mark())
@@ -107,9 +88,9 @@ def time_blocks(
         net.classifier(net.feature_mix_layer(x).mean((2, 3)))
         marks.append(clock.mark())
         runs.append(marks)
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    times = [statistics.median(part) for part in zip(*(clock.elapsed(marks) for marks in runs[2:]), strict=True)]
+    clock.wait()
+    parts = np.array([clock.elapsed(marks) for marks in runs[WARM_UP:]])
+    stem, *blocks, end = (undisturbed(part) for part in parts.T)
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]
-    blocks = [(key, mid, ms) for (key, mid), ms in zip(keys, times[1:-1], strict=True)]
-    return Sample(fixed=times[0] + times[-1], blocks=blocks)
+    timed = [(key, mid, ms) for (key, mid), ms in zip(keys, blocks, strict=True)]
+    return Sample(undisturbed(parts.sum(axis=1)), stem + end, timed)

@@ -1,16 +1,26 @@
 """Size, multiply-adds and speed of a network."""
 
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.fresh import in_fresh_process
+
+ROUNDS = 12
+"""Times that a network is built and timed for one latency."""
+
+WARM_UP, PASSES = 3, 8
+"""Passes of a network just built: to warm up, and timed."""
+
+QUIET_SHARE = 1 / 6
+"""See `undisturbed`."""
 
 
 def count_params(net: nn.Module) -> float:
@@ -37,40 +47,73 @@ def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
     return counter.get_total_flops() / 2e6
 
 
+def undisturbed(times: Sequence[float]) -> float:
+    """Time of something in ms without what else happens on the machine, from several timings: the lower sixth.
+
+    Neighbours in shared caches and memory only ever slow a timing down, some by a third for seconds, so that on a busy
+    machine medians differ from minute to minute. On a quiet machine this is the median, within its noise.
+    """
+    return float(np.quantile(times, QUIET_SHARE))
+
+
 def measure_latency(
-    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, repeats: int = 50
+    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, rounds: int = ROUNDS
 ) -> float:
-    """Median time of one forward pass of the network that `build()` returns, in ms, after a warm-up.
+    """Undisturbed time of one forward pass of the network that `build()` returns, in ms, over `rounds` times that it is
+    built and timed."""
+    return undisturbed([time_once(build, batch_size, img_size, device) for _ in range(rounds)])
+
+
+def time_once(build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device) -> float:
+    """Build a network and time some passes of it: the undisturbed pass, in ms.
 
     On a GPU by events. On a CPU by the clock, in a process of its own: in one that has built other networks before, the
     same network can be a quarter slower.
     """
-    if device.type == 'cuda':
-        return time_passes(build, batch_size, img_size, device, repeats)
-    return in_fresh_process(time_passes, build, batch_size, img_size, device, repeats)
+    timed = partial(in_fresh_process, time_passes) if device.type == 'cpu' else time_passes
+    return undisturbed(timed(build, batch_size, img_size, device))
 
 
 @torch.inference_mode()
 def time_passes(
-    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, repeats: int
-) -> float:
-    """`measure_latency` in this process."""
+    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, passes: int = PASSES
+) -> list[float]:
+    """Milliseconds of each of `passes` passes of a network in this process, after a warm-up."""
     net = build().eval().to(device)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    for _ in range(max(repeats // 5, 3)):
+    clock = Clock(device)
+    for _ in range(WARM_UP):
         net(images)
-    if device.type == 'cuda':
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda.synchronize(device)
-        for start, end in events:
-            start.record()
-            net(images)
-            end.record()
-        torch.cuda.synchronize(device)
-        return statistics.median(start.elapsed_time(end) for start, end in events)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    runs = []
+    for _ in range(passes):
+        start = clock.mark()
         net(images)
-        times.append(time.perf_counter() - begin)
-    return 1000 * statistics.median(times)
+        runs.append([start, clock.mark()])
+    clock.wait()
+    return [clock.elapsed(run)[0] for run in runs]
+
+
+class Clock:
+    """Marks points of time: the processor's clock on a CPU, events on a GPU that are read after one `wait`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def mark(self) -> float | torch.cuda.Event:
+        """A point of time, for `elapsed`."""
+        if self.device.type != 'cuda':
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        """Until all marks have been passed."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+    def elapsed(self, marks: Sequence) -> list[float]:
+        """Milliseconds between one mark and the next."""
+        if self.device.type != 'cuda':
+            return [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
