@@ -34,6 +34,9 @@ TABLE_SHARE = 1 / 4
 """Share of single timings of networks that stay below the table. More than the sixth of `undisturbed`, since these
 timings are spread by the table's own errors too, and not by disturbances alone."""
 
+FACTORS_RANGE = 1.5
+"""Most that a calibration factor differs from what would fit the median network: noise of few networks goes further."""
+
 FACTORS_APART = 0.0005
 """Cost, a network, of calibration factors that differ by one: few networks get a common factor."""
 
@@ -107,7 +110,9 @@ def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray
     apart = np.array([[1.0, -1.0, -1.0, 1.0]])
     rows = np.block([[apart, np.zeros((1, 2 * count))], [parts, np.zeros((count, 2)), np.eye(count), -np.eye(count)]])
     cost = [0, 0, *[FACTORS_APART * count] * 2, *[TABLE_SHARE] * count, *[1 - TABLE_SHARE] * count]
-    return linprog(cost, A_eq=rows, b_eq=np.r_[0, np.ones(count)]).x[:2]
+    common = 1 / np.median(parts.sum(axis=1))
+    bounds = [(common / FACTORS_RANGE, common * FACTORS_RANGE)] * 2 + [(0, None)] * (2 + 2 * count)
+    return linprog(cost, A_eq=rows, b_eq=np.r_[0, np.ones(count)], bounds=bounds).x[:2]
 
 
 def _curves(

@@ -226,5 +226,7 @@ def test_calibration_gives_the_lower_quarter_of_whole_networks():
     assert np.mean(below) == pytest.approx(1 / 4, abs=0.05)
     small = blocks < 10
     assert np.mean(below[small]) == pytest.approx(1 / 4, abs=0.1)  # of each size
+    noisy = calibrate(3.0, np.array([5.0, 10, 20]), np.array([5.0, 10, 20]))  # as if the base took no time
+    assert noisy[0] > 0.5 * noisy[1] > 0
     few = calibrate(3.0, blocks[:4], 1.3 * (3.0 + blocks[:4]))
     assert few == pytest.approx([1.3, 1.3], rel=1e-6)
