@@ -1,4 +1,4 @@
-"""What a step costs beside time: dispatched calls, tensors kept for the backward pass, waits of the host."""
+"""What a step costs beside time: launches, memory traffic, what is kept for the backward pass, waits of the host."""
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -6,21 +6,40 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__int__', '__float__', '__index__')
 """Methods of a tensor that make the host wait for a GPU."""
 
+FREE = ('empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_unsafe_view', 'detach')
+"""Operators that launch nothing, beside views."""
+
 
 class Calls(TorchDispatchMode):
-    """Counts operators that compute, forward and backward; views not counted."""
+    """Counts operators that compute, forward and backward; views and allocations are not counted."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
+        self.count += not (func.is_view or func.overloadpacket.__name__ in FREE)
         return func(*args, **(kwargs or {}))
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of all tensors that operators read and write, views not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
 
 
 def saved_megabytes(forward: Callable[[], Tensor]) -> float:

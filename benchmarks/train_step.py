@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.counting import Traffic
+from benchmarks.plain_search import PlainSwish
 from models.config import load_config
 from models.model_eval import NetworkEval
 from tools.distributed import pick_device
@@ -32,28 +32,6 @@ from tools.precision import Precision
 from tools.profiling import count_mult_adds, device_name
 
 CONFIG = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
-
-
-class PlainSwish(nn.Module):
-    """x * sigmoid(x), as three operators of autograd."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(x)
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes of all tensors that operators read and write, views not counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return out
 
 
 def get_args():

@@ -136,6 +136,11 @@ def convolve(x: Tensor, weight: Tensor, stride: int = 1, groups: int = 1) -> Ten
     return conv(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
 
 
+def activate(x: Tensor, act_func: str | None) -> Tensor:
+    """The activation of that name, not in place."""
+    return ACTIVATIONS[act_func][0](x)
+
+
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
     """`values[rows]` of a vector, without the transfer of `rows` to a GPU that indexing makes."""
     each = values.unbind()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.functions import convolve, take
+from models.functions import activate, convolve, take
 from models.layers import MBInvertedResBlock, SqueezeExcite
 
 
@@ -45,7 +45,7 @@ def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
     if gated:
         plain = len(ops) - len(gated)
         kept, scaled = x.split([sum(mids[:plain]), sum(mids[plain:])], dim=1)
-        scaled = scaled * _gates(gated, scaled.mean((2, 3)), mids[plain:])[:, :, None, None]
+        scaled = scaled * _gates(gated, scaled.mean((2, 3)), mids[plain:], spec.act_func)[:, :, None, None]
         pieces = [*kept.split(mids[:plain], dim=1), *scaled.split(mids[plain:], dim=1)]
     else:
         pieces = x.split(mids, dim=1)
@@ -55,11 +55,11 @@ def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
     ]
 
 
-def _gates(layers: list[SqueezeExcite], pooled: Tensor, mids: list[int]) -> Tensor:
+def _gates(layers: list[SqueezeExcite], pooled: Tensor, mids: list[int], act_func: str | None) -> Tensor:
     """Squeeze-excitation's factors for the channels of all operators: pooled [N, mid channels] -> the same shape."""
     hidden = [_linear(layer.conv_reduce, x) for layer, x in zip(layers, pooled.split(mids, dim=1), strict=True)]
     sizes = [h.shape[1] for h in hidden]
-    hidden = layers[0].act(torch.cat(hidden, dim=1)).split(sizes, dim=1)
+    hidden = activate(torch.cat(hidden, dim=1), act_func).split(sizes, dim=1)
     return torch.cat([_linear(layer.conv_expand, h) for layer, h in zip(layers, hidden, strict=True)], dim=1).sigmoid()
 
 
