@@ -111,7 +111,7 @@ def main(args):
         root = Path(args.img_root or folder)
         if not args.img_root:
             generate(root, args.images)
-        samples = read_list(args.list, root, 10**9) if args.list else list_folder(root)[0]
+        samples = read_list(args.list, root, None, warn=lambda _: None) if args.list else list_folder(root)[0]
         samples = samples[: args.images]
         sizes = statistics.mean((root / path).stat().st_size for path, _ in samples)
         print(f'{len(samples)} images of {sizes / 1000:.0f} KB on average, size {args.img_size}, {args.rounds} rounds')

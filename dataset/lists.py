@@ -1,5 +1,6 @@
 """Image lists: one image a line, `relative/path.JPEG label`. Paths may hold spaces."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -65,9 +66,11 @@ def warn_of_overlap(
 def _warn_of_oddities(samples: Sequence[Sample], path: str | Path, classes: int, warn: Callable) -> None:
     if twice := [relative for relative, times in Counter(relative for relative, _ in samples).items() if times > 1]:
         warn(f'warning: {path} lists {len(twice)} images more than once, such as {twice[0]}')
-    if absent := sorted(set(range(classes)) - {label for _, label in samples}):
-        shown = ', '.join(map(str, absent[:5])) + (', ...' if len(absent) > 5 else '')
-        warn(f'warning: {path} has no images of {len(absent)} of {classes} classes: {shown}')
+    present = {label for _, label in samples}
+    if absent := classes - len(present):
+        first = itertools.islice((label for label in range(classes) if label not in present), 5)
+        shown = ', '.join(map(str, first)) + (', ...' if absent > 5 else '')
+        warn(f'warning: {path} has no images of {absent} of {classes} classes: {shown}')
 
 
 def _parse_line(line: str, where: str, num_classes: int | None) -> Sample:

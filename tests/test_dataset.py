@@ -305,3 +305,38 @@ def test_demo_images_unpack_into_class_folders(tmp_path):
     assert trouser.shape == (28, 28, 3)
     # a tile cut at the right place: trousers are bright in the middle columns and black at the sides
     assert trouser[:, 9:19].mean() > 60 and trouser[:, :5].mean() < 5
+
+
+def folder_of(root, counts):
+    """Class folders of empty image files, as many as `counts` says."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f'{i}.jpg').write_bytes(b'')
+
+
+@pytest.mark.parametrize('pair', [True, False])
+def test_all_lists_of_own_images_at_once(tmp_path, run_script, pair):
+    photos, lists = tmp_path / 'my photos', tmp_path / 'lists'
+    folder_of(photos / 'train' if pair else photos, {'cat': 10, 'dog': 20})
+    if pair:
+        folder_of(photos / 'valid', {'cat': 3, 'dog': 2})
+    out = run_script('dataset/make_lists.py', '--img_root', photos, '--to', lists).stdout
+    sizes = {path.stem: len(path.read_text().splitlines()) for path in lists.iterdir()}
+    train, val = (30, 5) if pair else (24, 6)
+    search = (24, 6) if pair else (19, 5)  # 0.8 of each class
+    expected = zip(('train', 'val', 'search_train', 'search_val', 'classes'), (train, val, *search, 2), strict=True)
+    assert sizes == dict(expected)
+    roots = [photos / 'train', photos / 'valid'] if pair else [photos, photos]
+    read = {name: read_list(lists / f'{name}.txt', roots[name == 'val'], None) for name in sizes if name != 'classes'}
+    assert sorted(read['search_train'] + read['search_val']) == sorted(read['train'])
+    assert not set(read['train']) & set(read['val']) or pair
+    assert f"train_search.py --img_root '{roots[0]}' --train_list {lists}/search_train.txt" in out
+    assert (lists / 'classes.txt').read_text() == 'cat\ndog\n'
+
+
+def test_a_pair_of_folders_with_other_classes_is_refused(tmp_path, run_script):
+    folder_of(tmp_path / 'train', {'cat': 3, 'dog': 3})
+    folder_of(tmp_path / 'val', {'cat': 3, 'fox': 3})
+    error = run_script('dataset/make_lists.py', '--img_root', tmp_path, '--to', tmp_path / 'lists', code=2).stderr
+    assert 'differ in 2 class folders: dog, fox' in error and not (tmp_path / 'lists').exists()
