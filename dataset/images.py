@@ -70,8 +70,9 @@ def opened(path: str | Path) -> Iterator[tuple[Image.Image, bytes]]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB."""
+    image.load()
     if image.mode in SIXTEEN_BIT:
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')

@@ -189,7 +189,7 @@ def load_config(path: str | Path) -> NetworkConfig:
         BadInput: no such file, or not a config.
     """
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f'{path}: cannot be read as a config file ({e})') from e
     return parse_config(text, str(path))

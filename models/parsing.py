@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.config import NetworkConfig, build_config, parse_config
+from models.config import NetworkConfig, build_config, load_config
 from models.search_space import SPACE, Arch, SearchSpace, Widths
 from tools.checkpoint import load_checkpoint, strip_module_prefix
 from tools.errors import BadInput
@@ -60,7 +60,7 @@ def load_architecture(path: str | Path, num_classes: int, space: SearchSpace = S
         BadInput: the file is neither.
     """
     if is_config_file(path):
-        return parse_config(Path(path).read_text(encoding='utf-8-sig'), str(path))
+        return load_config(path)
     state, masks, space = load_search_checkpoint(path, space)
     return build_config(parse_architecture(state, space), mask_widths(masks), num_classes, space)
 
