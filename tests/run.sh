@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
-use_environment tests/requirements.txt torch torchvision numpy PIL simplejpeg scipy tqdm matplotlib pytest ruff hypothesis
+use_environment tests/requirements.txt torch torchvision numpy PIL simplejpeg scipy tqdm matplotlib pytest xdist ruff hypothesis
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest tests -m "not slow" "$@"
+exec "$python" -m pytest tests -m "not slow" -n 2 "$@"

@@ -33,6 +33,12 @@ def explain(error: Exception, args) -> str:
     text = str(error)
     if isinstance(error, RunFailed):
         return text
+    if isinstance(error, (EOFError, ConnectionError)) or text.startswith('DataLoader worker'):
+        detail = text.splitlines()[0] if text else 'in the middle of a batch'
+        return (
+            f'a process that loads images ended ({detail}); the system may have killed it for want of memory: fewer'
+            ' --workers need less; --snapshot auto goes on from the last checkpoint'
+        )
     if isinstance(error, OSError):
         where = error.filename or 'a file'
         return (
@@ -45,9 +51,4 @@ def explain(error: Exception, args) -> str:
         flags = ', '.join(f'--{name}' for name in MEMORY_FLAGS if name in args)
         also = f'; {flags} reduce memory too' if flags else ''
         return f'out of memory with {sizes}; smaller ones need less{also} ({text.splitlines()[0] if text else error!r})'
-    if text.startswith('DataLoader worker'):
-        return (
-            f'a process that loads images ended ({text.splitlines()[0]}); the system may have killed it for want of'
-            ' memory: fewer --workers need less; --snapshot auto goes on from the last checkpoint'
-        )
     return ''

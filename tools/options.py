@@ -47,7 +47,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without a traceback of a process that loads images
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
-    except (OSError, RuntimeError, MemoryError) as e:
+    except (OSError, EOFError, RuntimeError, MemoryError) as e:
         message = explain(e, args)
         if not message:
             raise
