@@ -43,7 +43,7 @@ def flags(project, save, **changes):
         'print_freq': 1,
         'device': 'cpu',
     } | changes
-    words = []
+    words = ['--no-report']
     for name, value in chosen.items():
         words += [f'--{name}'] if value is True else [] if value is None else [f'--{name}', str(value)]
     return words

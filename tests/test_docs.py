@@ -123,7 +123,14 @@ def test_links_and_files_named_in_a_page_are_there(page):
 
 def test_flags_named_in_the_pages_exist(run_script):
     known = set()
-    for script in [*TINY, 'dataset/make_lists.py', '-m tools.plots', 'benchmarks/three_freedoms.py']:
+    for script in [
+        *TINY,
+        'dataset/make_lists.py',
+        '-m tools.plots',
+        'benchmarks/three_freedoms.py',
+        'benchmarks/search_step.py',
+        'benchmarks/input_pipeline.py',
+    ]:
         if script.endswith(('.py', 'plots')):
             known |= set(re.findall(r'--[\w-]+', run_script(*script.split(), '--help').stdout))
     known |= {'--help', '--nproc_per_node', '--max-restarts', '--loss_scale'}

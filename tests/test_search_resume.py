@@ -138,7 +138,7 @@ def test_a_search_goes_on_from_a_searched_model_after_damage_to_later_ones(proje
 def test_a_finished_search_is_over(project, whole):
     output = search(project, whole.parent, snapshot='auto')
     assert 'goes on from' in output and ' step 1/' not in output
-    assert output.splitlines()[-1].endswith(f'searched model: {whole}/searched_model_{EPOCHS - 1:02d}.pth.tar')
+    assert f'searched model: {whole}/searched_model_{EPOCHS - 1:02d}.pth.tar\n' in output
 
 
 @pytest.fixture(scope='module')
