@@ -1,5 +1,6 @@
-"""What a step costs beside time: launches, memory traffic, what is kept for the backward pass, waits of the host."""
+"""What a step costs: time, launches, memory traffic, what is kept for the backward pass, waits of the host."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
@@ -77,3 +78,18 @@ def host_reads(names: Sequence[str] = READS):
     finally:
         for name, original in originals.items():
             setattr(Tensor, name, original)
+
+
+def seconds(step: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Time of one call, with all that it gave the device to do."""
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _wait(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)

@@ -14,7 +14,6 @@ run, which costs a copy of the weights.
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.counting import Calls, Traffic, host_reads, saved_megabytes
+from benchmarks.counting import Calls, Traffic, host_reads, saved_megabytes, seconds
 from benchmarks.plain_search import (
     make_plain,
     plain_architecture_step,
@@ -70,22 +69,6 @@ def get_args():
     add_device_arg(parser)
     add_step_args(parser)
     return parser.parse_args()
-
-
-def wait(device):
-    """Wait until the device has done what it was given."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def seconds(step, device, repeats=1):
-    """Time of one call."""
-    wait(device)
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait(device)
-    return (time.perf_counter() - begin) / repeats
 
 
 def straight_table(img_size):

@@ -12,7 +12,6 @@ speed of a copy, whichever is longer.
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.counting import Traffic
+from benchmarks.counting import Traffic, seconds
 from benchmarks.plain_search import PlainSwish
 from models.config import load_config
 from models.model_eval import NetworkEval
@@ -70,22 +69,6 @@ def make_step(net, layout, precision, images, labels, plain=False):
             tally.add(loss, logits, labels)
 
     return step
-
-
-def wait(device):
-    """Wait until the device has done what it was given."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def seconds(step, device, repeats=1):
-    """Time of one call."""
-    wait(device)
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait(device)
-    return (time.perf_counter() - begin) / repeats
 
 
 def machine_speed(device, dtype):

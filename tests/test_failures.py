@@ -1,5 +1,6 @@
 """Runs that fail through no fault of their input end in one line, with exit code 1 and their files whole."""
 
+import errno
 import os
 import re
 import signal
@@ -192,3 +193,10 @@ def test_2000_steps_need_no_more_memory_or_files_than_200(project):
     print(f'memory {start_memory:.1f} -> {memory:.1f} MB, open files {start_files} -> {files}')
     finish(process)
     assert memory - start_memory < 20 and files <= start_files + 1
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT])
+def test_a_folder_that_takes_no_more_files_is_named_in_one_line(number):
+    error = OSError(number, os.strerror(number), 'run/checkpoint.pth.tar')
+    line = explain(error, Namespace())
+    assert line.startswith('run/checkpoint.pth.tar could not be written') and '\n' not in line

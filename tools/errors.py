@@ -17,8 +17,8 @@ class RunFailed(RuntimeError):
     """A run that cannot go on though its input was good, such as for want of disk space: one line, exit code 1."""
 
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-"""Full, over the quota, over a limit, read-only, broken."""
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Full, over the quota, over a limit, read-only (a file system, a folder, for this user), broken."""
 
 MEMORY_FLAGS = ('checkpoint_ops', 'amp', 'opt_level', 'grad_accum')
 """Flags that reduce memory, in the scripts that have them."""
