@@ -26,6 +26,7 @@ from models.parsing import load_architecture
 from tools.checkpoint import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.distributed import World, pick_device
 from tools.engine import evaluate
+from tools.environment import prepare
 from tools.errors import BadInput
 from tools.export import open_onnx, save_onnx, save_program, save_safetensors, time_call
 from tools.options import Parser, add_arch_args, add_bad_images_arg, add_device_arg, add_eval_data_args, run_script
@@ -155,6 +156,7 @@ def main(args):
         if getattr(args, flag):
             check_target(getattr(args, flag), f'--{flag}')
     world = World(pick_device(args.device))
+    prepare(world.device)
     net = load_net(args).to(world.device, memory_format=LAYOUT)
     if args.image:
         classify(net, args, world.device)

@@ -18,7 +18,7 @@ from models.describe import describe_network
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
-from tools.environment import choose_kernels
+from tools.environment import prepare
 from tools.keeper import open_run_folder
 from tools.metrics import run_header
 from tools.options import Parser, add_training_args, run_script
@@ -41,7 +41,7 @@ def main(args):
     loaders = make_train_val_loaders(args, world)
     config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    choose_kernels(args.deterministic)
+    prepare(world.device, args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     state, snapshot = start_state(net, Precision(world.device), world, args)

@@ -44,7 +44,7 @@ from models.search_state import (
 from models.search_steps import architecture_step, train_only, weight_step
 from tools.distributed import join_world, leave_world
 from tools.engine import Tally
-from tools.environment import choose_kernels, fingerprint
+from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
 from tools.interrupt import ended_with, outlive_signals
 from tools.keeper import Keeper, open_run_folder
@@ -304,7 +304,7 @@ def main(args):
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
     train_loader, val_loader = make_loaders(args, world, notes.append)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    choose_kernels(args.deterministic)
+    prepare(world.device, args.deterministic)
     state, snapshot = start_search(find_snapshot(args, SEARCH), table.space, world, args)
     keeper = open_run(args, world, snapshot.noting(*notes), state, table, len(train_loader))
     watch = keeper.watch

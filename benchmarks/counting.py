@@ -1,8 +1,11 @@
 """What a step costs: time, launches, memory traffic, what is kept for the backward pass, waits of the host."""
 
+import multiprocessing
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
@@ -78,6 +81,55 @@ def host_reads(names: Sequence[str] = READS):
     finally:
         for name, original in originals.items():
             setattr(Tensor, name, original)
+
+
+class Rival:
+    """One of the forms that a benchmark compares, in a process of its own, as its users run it: what it asks of the
+    allocator is its own. It works when it is called, so several forms take turns.
+
+    Args:
+        make: a function of a module, run there: `make(*args)` -> functions by name.
+    """
+
+    def __init__(self, make: Callable[..., Mapping[str, Callable]], *args):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, make, args, torch.get_num_threads()), daemon=True)
+        self.process.start()
+        other.close()
+
+    def call(self, name: str):
+        """What the function of that name returns there."""
+        self.pipe.send(name)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe: Connection, make: Callable, args: tuple, threads: int) -> None:
+    torch.set_num_threads(threads)
+    functions = make(*args)
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(functions[name]())
+
+
+def take_turns(rivals: Mapping[str, Rival], names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Medians of what the named functions of every rival return, over rounds in which all take turns; one round more
+    goes before them and warms up."""
+    results = {rival: [[] for _ in names] for rival in rivals}
+    for turn in range(rounds + 1):
+        for rival, columns in results.items():
+            for name, column in zip(names, columns, strict=True):
+                value = rivals[rival].call(name)
+                column += [value] if turn else []
+    return {rival: [statistics.median(column) for column in columns] for rival, columns in results.items()}
 
 
 def seconds(step: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

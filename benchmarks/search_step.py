@@ -4,14 +4,13 @@
     python benchmarks/search_step.py --img_size 64 --batch_size 32    a small search
     python benchmarks/search_step.py --batch_size 32 --amp bfloat16   on a GPU: what the paper's 90 epochs take on it
 
-The plain form is that of `benchmarks/plain_search.py`. All forms take turns in one process, and the medians are
-printed. Kept memory is what autograd holds between forward and backward pass; launches are dispatched operators that
-compute; reads are those that make the host wait for a GPU. Between two epochs the plain form builds a network and
-writes the checkpoint before it goes on; the project's refills the operators whose width changed and writes beside the
-run, which costs a copy of the weights.
+The plain form is that of `benchmarks/plain_search.py`. All forms take turns, each in a process of its own, and the
+medians are printed. Kept memory is what autograd holds between forward and backward pass; launches are dispatched
+operators that compute; reads are those that make the host wait for a GPU. Between two epochs the plain form builds a
+network and writes the checkpoint before it goes on; the project's refills the operators whose width changed and writes
+beside the run, which costs a copy of the weights.
 """
 
-import statistics
 import sys
 import tempfile
 from argparse import Namespace
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.counting import Calls, Traffic, host_reads, saved_megabytes, seconds
+from benchmarks.counting import Calls, Rival, Traffic, host_reads, saved_megabytes, seconds, take_turns
 from benchmarks.plain_search import (
     make_plain,
     plain_architecture_step,
@@ -31,12 +30,13 @@ from benchmarks.plain_search import (
 )
 from models.elasticity import full_weights, gather, scatter, start_masks, update_masks
 from models.latency import LatencyTable
-from models.model_search import Form, Network
+from models.model_search import LOOP, Form, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
 from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
 from tools.checkpoint import save_checkpoint
 from tools.distributed import pick_device
+from tools.environment import prepare
 from tools.keeper import Writer
 from tools.options import Parser, add_device_arg, add_step_args, count, run_script
 from tools.precision import DTYPES, Precision
@@ -124,16 +124,55 @@ def make_steps(net, plain, images, labels, table, dtype):
     return train_weights, train_architecture, mixture
 
 
-def between_epochs(folder, device):
-    """The work between two epochs as functions: plain, and ours with its last file written before the next call."""
-    state = {}
-    for name in ('plain', 'ours'):
-        masks = start_masks()
-        net, full = Network(mask_widths(masks), NUM_CLASSES).to(device), full_weights(NUM_CLASSES, device)
-        gather(net, full, masks)
-        state[name] = [net, full, masks]
+def make_form(args, device, form, plain):
+    """Steps, and the images and labels that they train on, of one form."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
+    labels = torch.arange(args.batch_size, device=device) % NUM_CLASSES
+    net = make_net(form, plain, device)
+    return make_steps(net, plain, images, labels, straight_table(args.img_size), DTYPES.get(args.amp))
 
-    def changed(masks, full):
+
+def functions(args, device, form, plain):
+    """What a form answers in its process: seconds of both steps, kept memory, and what an architecture step does."""
+    if not plain:
+        prepare(device)
+    weights, architecture, mixture = make_form(args, device, form, plain)
+    repeats = 10 if device.type == 'cuda' else 1
+    return {
+        'weights': lambda: seconds(weights, device, repeats),
+        'architecture': lambda: seconds(architecture, device, repeats),
+        'kept': lambda: saved_megabytes(mixture),
+        'launches': lambda: launches(architecture),
+        'traffic': lambda: [traffic(step) for step in (weights, architecture)],
+    }
+
+
+def launches(step):
+    """Operators that a step launches, and reads that make the host wait."""
+    with Calls() as calls, host_reads() as reads:
+        step()
+    return calls.count, reads[0]
+
+
+def traffic(step):
+    """Bytes that a step reads and writes."""
+    with Traffic() as counted:
+        step()
+    return counted.bytes
+
+
+def between_epochs(device, plain):
+    """What a form answers in its process: seconds of the work between two epochs."""
+    if not plain:
+        prepare(device)
+    folder = tempfile.TemporaryDirectory()
+    path, writer, masks = Path(folder.name) / 'checkpoint.pth.tar', Writer(), start_masks()
+    net, full = Network(mask_widths(masks), NUM_CLASSES).to(device), full_weights(NUM_CLASSES, device)
+    gather(net, full, masks)
+    state = [net, masks]
+
+    def changed(masks):
         """Masks in which one operator of every block has another width, as after scaling."""
         widths = mask_widths(masks)
         for block in SPACE.blocks():
@@ -141,64 +180,51 @@ def between_epochs(folder, device):
             widths[block.stage][block.name][3] = low if widths[block.stage][block.name][3] == high else high
         return update_masks(masks, widths, full)
 
-    def plain():
-        net, full, masks = state['plain']
+    def plain_work():
+        net, masks = state
         scatter(net, full, masks)
-        masks = changed(masks, full)
-        save_checkpoint({'state_dict': full, 'masks': masks}, folder / 'plain.pth.tar')
-        net = Network(mask_widths(masks), NUM_CLASSES).to(device)
-        gather(net, full, masks)
-        state['plain'] = [net, full, masks]
+        new = changed(masks)
+        save_checkpoint({'state_dict': full, 'masks': new}, path)
+        net = Network(mask_widths(new), NUM_CLASSES).to(device)
+        gather(net, full, new)
+        state[:] = net, new
 
-    def ours():
-        net, full, masks = state['ours']
+    def work():
+        net, masks = state
         scatter(net, full, masks)
-        new = changed(masks, full)
-        writer.write({'state_dict': full, 'masks': new}, lambda data: save_checkpoint(data, folder / 'ours.pth.tar'))
+        new = changed(masks)
+        writer.write({'state_dict': full, 'masks': new}, lambda data: save_checkpoint(data, path))
         gather(net, full, new, held=masks)
-        state['ours'][2] = new
+        state[:] = net, new
 
-    writer = Writer()
-    return plain, ours, writer.finish
+    def timed():
+        took = seconds(plain_work if plain else work, device)
+        writer.finish()  # before the next one
+        return took
+
+    return {'work': timed, 'close': folder.cleanup}
 
 
 def main(args):
     """Time the forms in turns; print a line a step and form."""
     device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
-    labels = torch.arange(args.batch_size, device=device) % NUM_CLASSES
-    table, dtype = straight_table(args.img_size), DTYPES.get(args.amp)
     fused = device.type == 'cuda'
-    ours = Form(fused=fused, compiled=args.compile, recompute=args.checkpoint_ops)
-    forms = {'plain': (Form(), True), 'ours': (ours, False)}
-    forms |= {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (Form(fused, True, args.compile), False)}
-    nets = {name: make_net(form, plain, device) for name, (form, plain) in forms.items()}
-    steps = {name: make_steps(nets[name], plain, images, labels, table, dtype) for name, (_, plain) in forms.items()}
+    kinds = {'plain': (LOOP, True), 'ours': (Form(fused, args.checkpoint_ops, args.compile), False)}
+    kinds |= {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (Form(fused, True, args.compile), False)}
+    rivals = {name: Rival(functions, args, device, *kind) for name, kind in kinds.items()}
     print(f'{device_name(device)}, {torch.get_num_threads()} threads, batch {args.batch_size}, size {args.img_size}')
-    times = time_steps(steps, device, args.rounds)
-    report_steps(times, steps)
-    report_launches(make_net(Form(fused=True), False, device), steps['plain'][1], images, labels, table)
-    report_epochs(device, args.rounds)
+    times = take_turns(rivals, ['weights', 'architecture'], args.rounds)
+    report_steps(times, {name: rival.call('kept') for name, rival in rivals.items()})
+    report_launches(args, device, rivals['plain'].call('launches')[0])
     if device.type == 'cuda':
-        report_search(times['ours'], steps['ours'], device)
+        report_search(times['ours'], rivals['ours'].call('traffic'), device)
+    for rival in rivals.values():
+        rival.close()
+    report_epochs(device, args.rounds)
 
 
-def time_steps(steps, device, rounds):
-    """Median seconds of (weight step, architecture step) by form, from rounds in which all take turns."""
-    times = {name: ([], []) for name in steps}
-    for turn in range(rounds + 1):
-        for name, functions in steps.items():
-            for which in (0, 1):
-                took = seconds(functions[which], device, repeats=10 if device.type == 'cuda' else 1)
-                times[name][which].extend([took] if turn else [])  # the first turn warms up
-    return {name: tuple(statistics.median(values) for values in both) for name, both in times.items()}
-
-
-def report_steps(times, steps):
+def report_steps(times, kept):
     """Times and kept memory, and their ratios to the plain form."""
-    kept = {name: saved_megabytes(functions[2]) for name, functions in steps.items()}
     for name, (weights, architecture) in times.items():
         speed = [times['plain'][which] / times[name][which] for which in (0, 1)]
         print(
@@ -208,43 +234,33 @@ def report_steps(times, steps):
         )
 
 
-def report_launches(fused, plain_architecture, images, labels, table):
-    """Launches and reads of the form for GPUs, whatever device this is."""
-    _, architecture, _ = make_steps(fused, False, images, labels, table, None)
-    with Calls() as plain_calls:
-        plain_architecture()
-    with Calls() as calls, host_reads() as reads:
-        architecture()
+def report_launches(args, device, plain):
+    """Launches and reads of the form for GPUs in float32, whatever device this is."""
+    count, reads = launches(make_form(Namespace(**vars(args) | {'amp': None}), device, Form(fused=True), False)[1])
     print(
-        f'form for GPUs: {calls.count} launches an architecture step, {calls.count / plain_calls.count:.2f} of plain'
-        f' ({plain_calls.count}); reads {reads[0]}, and one in each draw of paths'
+        f'form for GPUs: {count} launches an architecture step, {count / plain:.2f} of plain'
+        f' ({plain}); reads {reads}, and one in each draw of paths'
     )
 
 
 def report_epochs(device, rounds):
     """Time of the work between two epochs."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain, ours, finish = between_epochs(Path(folder), device)
-        times = [], []
-        for turn in range(rounds + 1):
-            for values, function in zip(times, (plain, ours), strict=True):
-                took = seconds(function, device)
-                values.extend([took] if turn else [])
-                finish()
-    plain, ours = (statistics.median(values) for values in times)
+    rivals = {name: Rival(between_epochs, device, name == 'plain') for name in ('plain', 'ours')}
+    (plain,), (ours,) = take_turns(rivals, ['work'], rounds).values()
+    for rival in rivals.values():
+        rival.call('close')
+        rival.close()
     print(f'between two epochs: plain {1000 * plain:.0f} ms, ours {1000 * ours:.0f} ms, {plain / ours:.1f} x as fast')
 
 
-def report_search(times, steps, device):
+def report_search(times, moved, device):
     """What the paper's search would take at this speed, and the share of the bandwidth that steps reach."""
     hours = (WEIGHT_STEPS * times[0] + ARCHITECTURE_STEPS * times[1]) / 3600
     x = torch.empty(2**28, device=device)
     y = torch.zeros_like(x)
     bandwidth = 2 * x.numel() * x.element_size() / min(seconds(lambda: y.copy_(x), device) for _ in range(5))
-    for name, step, took in zip(('weight', 'architecture'), steps, times, strict=False):
-        with Traffic() as traffic:
-            step()
-        share = 100 * traffic.bytes / took / bandwidth
+    for name, size, took in zip(('weight', 'architecture'), moved, times, strict=True):
+        share = 100 * size / took / bandwidth
         print(f'{name} step: {share:.0f} % of the bandwidth of {bandwidth / 1e9:.0f} GB/s')
     print(f"the paper's 90 epochs at this speed, without loading images: {hours:.2f} hours")
 

@@ -4,13 +4,12 @@
     python benchmarks/train_step.py --batch_size 256       for a GPU
 
 The plain form: contiguous layout, swish composed in Python, one `.item()` a step. The project's: channels last (as the
-training scripts choose it), torch's swish, metrics that stay on the device; in float32 and in autocast. All forms take
-turns in one run. The bound is the time that the machine needs for the step's multiply-adds (three times those of the
-forward pass) at the speed of a large matrix product, or for reading and writing each operator's tensors once at the
-speed of a copy, whichever is longer.
+training scripts choose it), torch's swish, metrics that stay on the device, on a CPU memory that is kept from step to
+step; in float32 and in autocast. All forms take turns in one run, each in a process of its own. The bound is the time
+that the machine needs for the step's multiply-adds (three times those of the forward pass) at the speed of a large
+matrix product, or for reading and writing each operator's tensors once at the speed of a copy, whichever is longer.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.counting import Traffic, seconds
+from benchmarks.counting import Rival, Traffic, seconds, take_turns
 from benchmarks.plain_search import PlainSwish
 from models.config import load_config
 from models.model_eval import NetworkEval
 from tools.distributed import pick_device
 from tools.engine import Tally
+from tools.environment import prepare
 from tools.options import Parser, add_device_arg, count, run_script
 from tools.precision import Precision
 from tools.profiling import count_mult_adds, device_name
@@ -92,40 +92,45 @@ def bound(step, device, dtype, step_mult_adds):
     return times[name], name
 
 
+def functions(args, device, plain, dtype):
+    """What a form answers in its process: the time of a step, and its bound."""
+    if not plain:
+        prepare(device)
+    net = NetworkEval(load_config(args.config_path)).to(device)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    labels = torch.arange(args.batch_size, device=device) % net.config.classifier.out_features
+    mult_adds = 3e6 * args.batch_size * count_mult_adds(net, args.img_size)
+    half = dtype != torch.float32
+    layout = torch.channels_last if not plain and (half or device.type == 'cpu') else torch.contiguous_format
+    step = make_step(
+        make_plain(net) if plain else net, layout, Precision(device, dtype if half else None), images, labels, plain
+    )
+    repeats = 10 if device.type == 'cuda' else 1
+    return {
+        'step': lambda: seconds(step, device, repeats),
+        'bound': lambda: bound(step, device, dtype, mult_adds),
+    }
+
+
 def main(args):
     """Time all forms in turns; print medians, the ratio and the share of the bound."""
     device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    config = load_config(args.config_path)
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    labels = torch.arange(args.batch_size, device=device) % config.classifier.out_features
     half = torch.float16 if device.type == 'cuda' else torch.bfloat16
-    full_layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
-
-    def form(layout, precision, plain=False):
-        net = NetworkEval(config).to(device)
-        return make_step(make_plain(net) if plain else net, layout, precision, images, labels, plain)
-
-    full, mixed = Precision(device), Precision(device, half)
-    forms = {
-        'plain': (form(torch.contiguous_format, full, plain=True), torch.float32),
-        'ours': (form(full_layout, full), torch.float32),
-        f'ours, {str(half).removeprefix("torch.")}': (form(torch.channels_last, mixed), half),
+    kinds = {
+        'plain': (True, torch.float32),
+        'ours': (False, torch.float32),
+        f'ours, {str(half).removeprefix("torch.")}': (False, half),
     }
+    rivals = {name: Rival(functions, args, device, *kind) for name, kind in kinds.items()}
     print(f'{device_name(device)}, {torch.get_num_threads()} threads, batch {args.batch_size}, size {args.img_size}')
-    times = {name: [] for name in forms}
-    for turn in range(args.rounds + 1):
-        for name, (step, _) in forms.items():
-            took = seconds(step, device, repeats=10 if device.type == 'cuda' else 1)
-            times[name] += [took] if turn else []  # the first turn warms up
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    mult_adds = 3e6 * args.batch_size * count_mult_adds(NetworkEval(config), args.img_size)
-    for name, (step, dtype) in forms.items():
-        least, what = bound(step, device, dtype, mult_adds)
+    medians = {name: median for name, (median,) in take_turns(rivals, ['step'], args.rounds).items()}
+    for name, median in medians.items():
+        least, what = rivals[name].call('bound')
         print(
-            f'{name}: {args.batch_size / medians[name]:.1f} images/s, {medians["plain"] / medians[name]:.2f} x plain,'
-            f' {100 * least / medians[name]:.0f} % of the {what} bound ({args.batch_size / least:.1f} images/s)'
+            f'{name}: {args.batch_size / median:.1f} images/s, {medians["plain"] / median:.2f} x plain,'
+            f' {100 * least / median:.0f} % of the {what} bound ({args.batch_size / least:.1f} images/s)'
         )
+        rivals[name].close()
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.counting import Calls, host_reads, saved_megabytes
 from benchmarks.plain_search import (
@@ -14,7 +15,8 @@ from benchmarks.plain_search import (
     plain_weight_step,
 )
 from conftest import NUM_CLASSES, make_table
-from models.functions import compiled_norm_act, mix_norms, norm_act
+from models import functions
+from models.functions import compiled_norm_act, convolve, mix_norms, norm_act
 from models.layers import ACTIVATIONS
 from models.model_search import Form, Network
 from models.search_space import SPACE, Op
@@ -58,6 +60,24 @@ def test_norm_act_equals_batch_norm_and_activation(act):
     got = norm_act(x, act)
     (got_grad,) = torch.autograd.grad(got, x, grad)
     assert torch.allclose(got, expected) and torch.allclose(got_grad, expected_grad)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [5, 6, 9])
+@pytest.mark.parametrize('cached', [1, 1 << 20])
+def test_gradients_of_wide_depthwise_convolutions_equal_torchs(monkeypatch, stride, size, cached):
+    """The input is not square, and its images are taken one at a time or all together."""
+    monkeypatch.setattr(functions, 'CACHED_BYTES', cached)
+    x = torch.randn(3, 7, size + 2, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(7, 1, 5, 5, requires_grad=True)
+    expected = F.conv2d(x, weight, None, stride, 2, 1, 7)
+    got = convolve(x, weight, stride, 7)
+    assert torch.equal(got, expected) and 'WideDepthwise' in type(got.grad_fn).__name__
+    grad = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_mix_norms_passes_gradcheck():

@@ -1,4 +1,4 @@
-"""What a run was made with: libraries, device, commit, kernels."""
+"""What a run was made with: libraries, device, commit; and how a process is prepared for it."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from tools.memory import keep_freed_memory
 from tools.profiling import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,13 +44,14 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Let torch take the fastest kernels on a GPU, or only those that give the same bits each time.
-
-    On a CPU all kernels used here do.
+def prepare(device: torch.device, deterministic: bool = False) -> None:
+    """Prepare this process for many steps: the fastest kernels, or on a GPU only those that give the same bits each
+    time (on a CPU all that are used here do), and memory that is kept from step to step.
     """
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+    if device.type == 'cpu':
+        keep_freed_memory()

@@ -1,6 +1,5 @@
 """Calls in a new process, whose heap has no history: what a CPU's timings need to be the same from run to run."""
 
-import ctypes
 import multiprocessing
 import sys
 import traceback
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+from tools.memory import keep_freed_memory
 
 
 def in_fresh_process(call: Callable, *args: Any) -> Any:
@@ -35,18 +34,6 @@ def in_fresh_process(call: Callable, *args: Any) -> Any:
         raise RuntimeError(f'the process of {call} ended with {process.exitcode} and no result') from None
     process.join()
     return result
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep what is freed for the next pass, instead of handing it back to the system.
-
-    Otherwise the layout of the heap decides whether a network pays for page faults in every pass, which on a CPU
-    changed the time of one and the same network by up to a third. No effect elsewhere.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt:
-        mallopt(MALLOC_MMAP_THRESHOLD, 32 << 20)
-        mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _answer(sender: Connection, threads: int, call: Callable, args: tuple) -> None:
