@@ -18,11 +18,12 @@ def make_optimizers(net, w_lr, args):
         w_lr: learning rate of the weights.
         args: w_mom, w_wd, a_lr, a_beta1, a_beta2, a_wd.
     """
-    betas = (args.a_beta1, args.a_beta2)
-    return (
-        torch.optim.SGD(net.weight_parameters(), w_lr, args.w_mom, weight_decay=args.w_wd, foreach=True),
-        torch.optim.Adam(net.arch_parameters(), args.a_lr, betas, weight_decay=args.a_wd, fused=True),
-    )
+    weights, betas = net.weight_parameters(), (args.a_beta1, args.a_beta2)
+    w_optimizer = torch.optim.SGD(weights, w_lr, args.w_mom, weight_decay=args.w_wd, fused=True)
+    for p in weights if args.w_mom else ():
+        # torch 2.14 makes these at the first gradients, and cannot fuse parameters that have one with those that do not
+        w_optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return w_optimizer, torch.optim.Adam(net.arch_parameters(), args.a_lr, betas, weight_decay=args.a_wd, fused=True)
 
 
 def weight_step(net, optimizer, images, labels, paths, grad_clip, precision, before_update=always):
