@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from latency_pkl.sampling import build_network, standard_of
 from models.config import build_config, dump_config
 from models.elasticity import fit_widths
 from models.latency import load_table
@@ -69,14 +70,16 @@ def fit_to_clock(state, widths, table, target, args, device):
     averaged over the rounds: the noise of one timing is not fitted to.
     """
     batch_size = int(table.meta.get('batch_size', 32 if device.type == 'cuda' else 1))
+    standard = standard_of(table, batch_size, device)
     least, _, most = table.reach()
     aim, ratios = target, {}
     for number in range(1, MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, args)
-        measured = measure_latency(partial(NetworkEval, config), batch_size, args.img_size, device)
-        print(f'Round {number}: predicted {predicted:.4f}, measured {measured:.4f}, target {target:.4f} ms')
+        build = partial(build_network, config, device, number)
+        measured = measure_latency(build, batch_size, args.img_size, device, standard=standard)
+        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms')
         own = ratios.setdefault(str(arch), [])
-        own.append(measured / predicted)
+        own.append(measured.ms / predicted)
         ratio = sum(own) / len(own)
         error = abs(predicted * ratio / target - 1)
         if error <= MEASURED_CLOSE and len(own) > 1:
@@ -107,17 +110,18 @@ def report(path, config, table, args, device):
     """Write one config and print what is known of it."""
     write_text(path, dump_config(config))
     print(f'Config: {path}')
-    build = partial(NetworkEval, config)
-    net = build()
+    net = NetworkEval(config)
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
     if table:
         print(f'Lat_LUT: {table.of_config(config):.4f} {table.unit}')
     if args.print_lat:
-        if device.type == 'cuda':
-            for batch_size in (32, 1):
-                print(f'Lat_GPU bs={batch_size}: {measure_latency(build, batch_size, args.img_size, device):.4f} ms')
-        print(f'Lat_CPU bs=1: {measure_latency(build, 1, args.img_size, torch.device("cpu")):.4f} ms')
+        places = [('GPU', device, 32), ('GPU', device, 1)] if device.type == 'cuda' else []
+        for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
+            standard = standard_of(table, batch_size, place)
+            build = partial(build_network, config, place, 0)
+            measured = measure_latency(build, batch_size, args.img_size, place, standard=standard)
+            print(f'Lat_{name} bs={batch_size}: {measured}')
 
 
 def main(args):

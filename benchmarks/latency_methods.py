@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from latency_pkl.sampling import build_network, random_config
+from latency_pkl.sampling import build_network, random_config, standard_of
 from models.latency import load_table
 from tools.distributed import pick_device
 from tools.fresh import in_fresh_process
@@ -86,16 +86,18 @@ def main(args):
     table = load_table(args.table, args.img_size)
     torch.set_num_threads(int(table.meta.get('threads', 1)))
     batch_size = int(table.meta.get('batch_size', 1))
-    rng = random.Random(args.seed)
+    rng, standard = random.Random(args.seed), standard_of(table, batch_size, device)
     methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
     for _ in range(args.networks):
         config = random_config(rng, ends=False, num_classes=1000)
         build = partial(build_network, config, device, args.seed)
-        measured.append(measure_latency(build, batch_size, args.img_size, device))
+        whole = measure_latency(build, batch_size, args.img_size, device, standard=standard)
+        measured.append(whole.ms)
         methods['in-context table'].append(table.of_config(config))
         start = time.monotonic()
-        methods['blocks timed alone'].append(in_fresh_process(isolated_sum, build, batch_size, args.img_size, device))
+        alone = in_fresh_process(isolated_sum, build, batch_size, args.img_size, device)
         alone_seconds += time.monotonic() - start
+        methods['blocks timed alone'].append(alone / (whole.slowness or 1))  # both at the same speed of the machine
     for name, predicted in methods.items():
         ratio = np.array(predicted) / np.array(measured)
         errors = 100 * (ratio - 1)

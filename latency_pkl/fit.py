@@ -1,8 +1,8 @@
 """From timed networks to a table: a latency curve for every block shape over its widths.
 
-A machine that others share slows networks down, some by a third. How much, is told by the network itself: its time
-over what the table says of it. Table and slowness are fitted by turns, the slowest networks are left out, and the table
-is of the undisturbed machine.
+A machine that others share slows networks down, some by a third. How much in a single timing, is told by the network
+itself: its time over what the table says of it. Table and slowness are fitted by turns, and the slowest networks are
+left out. How fast the undisturbed machine is, is told by a reference network that is timed by turns with all others.
 
 A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
 for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
@@ -30,10 +30,6 @@ TURNS = 4
 KEPT_SHARE = 2 / 3
 """Share of the networks, those least slowed down, that a table is fitted to."""
 
-TABLE_SHARE = 1 / 4
-"""Share of single timings of networks that stay below the table. More than the sixth of `undisturbed`, since these
-timings are spread by the table's own errors too, and not by disturbances alone."""
-
 FACTORS_RANGE = 1.5
 """Most that a calibration factor differs from what would fit the median network: noise of few networks goes further."""
 
@@ -43,11 +39,10 @@ FACTORS_APART = 0.0005
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted table in ms, and how much slower each network was than the table says."""
+    """A fitted table in ms."""
 
     base: float
     curves: dict[str, np.ndarray]
-    slowness: np.ndarray
     factors: np.ndarray
     """Calibration factors of base and blocks, which fit the sum of a network's parts to its time as a whole."""
 
@@ -79,37 +74,40 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
     )
 
 
-def fit_table(samples: Sequence[Sample], img_size: int, space: SearchSpace = SPACE) -> Fit:
-    """A table from timed networks, which together should show every key of the space."""
+def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace = SPACE) -> Fit:
+    """A table from timed networks, which together should show every key of the space.
+
+    Args:
+        slowness: how many times as slow as undisturbed the machine was when each of them was timed.
+    """
     fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
-    slowness = fixed / np.median(fixed)
+    undisturbed, slow = totals / slowness, fixed / np.median(fixed)
     for _ in range(TURNS):
-        kept = np.flatnonzero(slowness <= np.quantile(slowness, KEPT_SHARE))
-        curves = _curves([samples[i] for i in kept], slowness[kept], img_size, space)
-        base = float(np.median(fixed[kept] / slowness[kept]))
+        kept = np.flatnonzero(slow <= np.quantile(slow, KEPT_SHARE))
+        curves = _curves([samples[i] for i in kept], slow[kept], img_size, space)
+        base = float(np.median(fixed[kept] / slow[kept]))
         blocks = np.array([sum(curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples])
-        factors = calibrate(base, blocks, totals)
-        slowness = totals / (factors[0] * base + factors[1] * blocks)
-    return Fit(float(factors[0] * base), {key: factors[1] * curve for key, curve in curves.items()}, slowness, factors)
+        factors = calibrate(base, blocks, undisturbed)
+        slow = totals / (factors[0] * base + factors[1] * blocks)
+    return Fit(float(factors[0] * base), {key: factors[1] * curve for key, curve in curves.items()}, factors)
 
 
 def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Factors for the base and for the blocks by which a table gives the undisturbed times of whole networks: those
-    that a share `TABLE_SHARE` of networks of each size would stay below.
+    """Factors for the base and for the blocks by which a table gives the times of whole networks.
 
-    Two, since small networks, which the caches hold, gain more from an undisturbed machine than large ones. A quantile
+    Two, since small networks, which the caches hold, gain more from an undisturbed machine than large ones. A median
     regression (Koenker and Bassett 1978) in relative error, solved as a linear programme.
 
     Args:
         base, blocks: what the table says of the fixed layers, and of the blocks of each network, in ms.
-        totals: times of the whole networks.
+        totals: times of the whole networks on an undisturbed machine.
     """
     count = len(totals)
     parts = np.stack([np.full(count, base), blocks], axis=1) / totals[:, None]
     # variables: two factors, the difference of the factors up and down, what each network is above and below
     apart = np.array([[1.0, -1.0, -1.0, 1.0]])
     rows = np.block([[apart, np.zeros((1, 2 * count))], [parts, np.zeros((count, 2)), np.eye(count), -np.eye(count)]])
-    cost = [0, 0, *[FACTORS_APART * count] * 2, *[TABLE_SHARE] * count, *[1 - TABLE_SHARE] * count]
+    cost = [0, 0, *[FACTORS_APART * count] * 2, *[0.5] * (2 * count)]
     common = 1 / np.median(parts.sum(axis=1))
     bounds = [(common / FACTORS_RANGE, common * FACTORS_RANGE)] * 2 + [(0, None)] * (2 + 2 * count)
     return linprog(cost, A_eq=rows, b_eq=np.r_[0, np.ones(count)], bounds=bounds).x[:2]

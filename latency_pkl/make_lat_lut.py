@@ -11,6 +11,7 @@ import itertools
 import random
 import sys
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import build_network, random_config, time_blocks
+from latency_pkl.sampling import Sample, build_network, random_config, reference_network, standard_of, time_blocks
 from models.config import fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
@@ -33,10 +34,14 @@ from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import count_mult_adds, count_params, device_name, time_once, undisturbed
+from tools.profiling import by_standard, count_mult_adds, count_params, device_name, time_beside, time_once, undisturbed
 
-TURN, UNSEEN, LEAST_SAMPLES = 6, 6, 20
-"""One timing in so many is of a network kept from the fit; how many those are; how many others a fit needs."""
+TURN, UNSEEN, LEAST_SAMPLES = 8, 6, 20
+"""Of so many timings one is of the reference network and one of a network kept from the fit; how many those are; how
+many networks a fit needs."""
+
+NEAREST = 4
+"""Timings of the reference network that tell how slow the machine was at a time."""
 
 PATIENCE = 4
 """Times the budget that a slow machine gets to show every block shape."""
@@ -64,22 +69,57 @@ def get_args():
     return parser.parse_args()
 
 
+@dataclass
+class Timings:
+    """What was timed, each with the seconds since the start."""
+
+    fitted: list[tuple[float, Sample]] = field(default_factory=list)
+    unseen: list[tuple[float, int, float]] = field(default_factory=list)
+    """Time, number of the network, ms."""
+    reference: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The timed networks that the fit sees."""
+        return [sample for _, sample in self.fitted]
+
+    @property
+    def reference_ms(self) -> float:
+        """Undisturbed time of the reference network."""
+        return undisturbed([ms for _, ms in self.reference])
+
+    def slowness(self, when: float) -> float:
+        """How many times as slow as undisturbed the machine was at that time, by the reference network."""
+        nearest = sorted(self.reference, key=lambda timing: abs(timing[0] - when))[:NEAREST]
+        return float(np.median([ms for _, ms in nearest])) / self.reference_ms
+
+
 def measure(args, device):
     """Time networks for `args.budget` seconds, longer where block shapes are missing, on a CPU each in a process of its
-    own: new ones to fit, and by turns some that the fit does not see. Returns the samples to fit, and (config, samples)
-    of each of the others."""
+    own: new ones to fit, by turns the reference network and some that the fit does not see. Returns the timings, and
+    the configs of the unseen networks."""
     rng, start = random.Random(args.seed), time.monotonic()
     timed = partial(in_fresh_process, time_blocks) if device.type == 'cpu' else time_blocks
-    samples, unseen = [], [(random_config(rng, False, args.num_classes), []) for _ in range(UNSEEN)]
+    timings, unseen = Timings(), [random_config(rng, False, args.num_classes) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
         for i in itertools.count():
             spent = time.monotonic() - start
-            if spent >= args.budget and (spent >= PATIENCE * args.budget or not missing(samples, args.img_size)):
-                return samples, [(config, times) for config, times in unseen if times]
+            if spent >= args.budget and (
+                spent >= PATIENCE * args.budget or not missing(timings.samples, args.img_size)
+            ):
+                return timings, unseen
             turn, place = divmod(i, TURN)
-            new = random_config(rng, place % 2 == 0, args.num_classes), samples
-            config, times = new if place else unseen[turn % UNSEEN]
-            times.append(timed(config, rng.getrandbits(32), args.batch_size, args.img_size, device))
+            if place == 0:
+                build = partial(reference_network, device)
+                timings.reference.append((spent, time_once(build, args.batch_size, args.img_size, device)))
+            elif place == TURN // 2:
+                build = partial(build_network, unseen[turn % UNSEEN], device, rng.getrandbits(32))
+                ms = time_once(build, args.batch_size, args.img_size, device)
+                timings.unseen.append((spent, turn % UNSEEN, ms))
+            else:
+                config = random_config(rng, place % 2 == 0, args.num_classes)
+                sample = timed(config, rng.getrandbits(32), args.batch_size, args.img_size, device)
+                timings.fitted.append((spent, sample))
             bar.update(min(round(spent), bar.total) - bar.n)
 
 
@@ -100,18 +140,25 @@ def compare(table, wholes):
 
 def measured_table(args, device):
     """A latency table of this machine: (base, curves, how it was made)."""
-    samples, others = measure(args, device)
-    if lack := missing(samples, args.img_size):
+    timings, configs = measure(args, device)
+    if lack := missing(timings.samples, args.img_size):
         raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
-    fit = fit_table(samples, args.img_size)
-    unseen = [(config, undisturbed([sample.total for sample in times])) for config, times in others]
+    samples, slowness = timings.samples, np.array([timings.slowness(when) for when, _ in timings.fitted])
+    fit = fit_table(samples, slowness, args.img_size)
+    unseen = []
+    for number_, config in enumerate(configs):
+        times = [ms / timings.slowness(when) for when, which, ms in timings.unseen if which == number_]
+        unseen += [(config, float(np.median(times)))] if times else []
     mean, worst, bias = compare(LatencyTable(fit.base, fit.curves, {}, args.img_size), unseen)
-    disturbed = 100 * float(np.median(fit.slowness) - 1)
+    disturbed = 100 * (float(np.median([ms for _, ms in timings.reference])) / timings.reference_ms - 1)
     print(
         f'{len(samples)} networks timed; sums of their parts were fitted to the whole by factors of '
         f'{fit.factors[0]:.4f} (base) and {fit.factors[1]:.4f} (blocks)'
     )
-    print(f'Disturbances: half of the networks were slower by {disturbed:.1f} % or more')
+    print(
+        f'Reference network: {timings.reference_ms:.4f} ms undisturbed, half of its {len(timings.reference)} timings '
+        f'slower by {disturbed:.1f} % or more'
+    )
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
@@ -119,6 +166,7 @@ def measured_table(args, device):
         'batch_size': args.batch_size,
         'threads': args.threads,
         'method': 'blocks timed inside running random networks, fitted to the times of the whole networks',
+        'reference_ms': timings.reference_ms,
         'samples': len(samples),
         'unseen_networks': len(unseen),
         'residual_mean_percent': round(mean, 3),
@@ -168,20 +216,27 @@ def check(args, device):
     """Time fresh networks against a table, by turns and in a new order each round, so that disturbances of some seconds
     meet all alike; returns whether the mean error is within the tolerance."""
     table = load_table(args.check, args.img_size)
+    standard = standard_of(table, args.batch_size, device)
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
     times = [[] for _ in configs]
     for _ in tqdm(range(args.rounds), unit='round', desc='timing networks', mininterval=1):
         for i in rng.sample(range(args.networks), args.networks):
             build = partial(build_network, configs[i], device, rng.getrandbits(32))
-            times[i].append(time_once(build, args.batch_size, args.img_size, device))
-    wholes = [(config, undisturbed(own)) for config, own in zip(configs, times, strict=True)]
+            times[i].append(time_beside(build, args.batch_size, args.img_size, device, standard))
+    measured = [by_standard(own, standard) for own in times]
+    wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:
         predicted = table.of_config(config)
         print(f'predicted {predicted:8.3f} ms  measured {ms:8.3f} ms  error {100 * (predicted / ms - 1):+6.2f} %')
+    if standard:
+        print(
+            f'Measured by the reference network: the machine took {np.mean([one.slowness for one in measured]):.3f} '
+            f'times as long as when the table was made ({standard.ms:.3f} ms)'
+        )
+    else:
+        print('Measured by the clock alone: the table has no time of the reference network for this device')
     mean, worst, bias = compare(table, wholes)
-    spread = np.mean([np.median(own) / undisturbed(own) - 1 for own in times])
-    print(f'Disturbances: half of the timings of a network were slower by {100 * spread:.1f} % or more')
     print(f'{args.networks} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     return mean <= args.tolerance
 

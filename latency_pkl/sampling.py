@@ -2,15 +2,20 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from models.config import NetworkConfig, build_config
+from models.config import NetworkConfig, build_config, load_config
+from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
-from tools.profiling import PASSES, WARM_UP, Clock, undisturbed
+from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name, undisturbed
+
+REFERENCE = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -65,6 +70,20 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
     return net
+
+
+def reference_network(device: torch.device) -> NetworkEval:
+    """TF-NAS-A: the network that tells how fast the machine is while others are timed."""
+    return build_network(load_config(REFERENCE), device, seed=0)
+
+
+def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
+    """The reference network with the time that it had when a table was made; None where that was not on this device, or
+    not with this batch size."""
+    made_on = table.meta.get('device'), table.meta.get('batch_size')
+    if 'reference_ms' not in table.meta or made_on != (device_name(device), batch_size):
+        return None
+    return Standard(partial(reference_network, device), float(table.meta['reference_ms']))
 
 
 @torch.inference_mode()

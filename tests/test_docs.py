@@ -30,6 +30,8 @@ TINY = {
     'parsing_model.py': '--img_size 32 --device cpu',
     'test.py': f'{SMALL} --batch_size 4',
     'latency_pkl/make_lat_lut.py': '--img_size 32 --budget 30',
+    'benchmarks/three_freedoms.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --train_epochs 1 '
+    '--train_batch_size 4 --seeds 0 --arms full random --random_networks 2 --measured_rounds 1',
 }
 TINY_DEMO = TINY | {
     'train_search.py': '--img_size 32 --epochs 2 --warmup_epochs 1',

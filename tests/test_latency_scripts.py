@@ -49,6 +49,7 @@ def test_measured_table_covers_the_space_and_tells_how_it_was_made(measured):
     for name in ('device', 'batch_size', 'threads', 'img_size', 'torch', 'date', 'samples', 'residual_mean_percent'):
         assert name in table.meta
     assert table.meta['batch_size'] == 1 and table.meta['img_size'] == 32 and table.meta['samples'] >= LEAST_SAMPLES
+    assert f'Reference network: {table.meta["reference_ms"]:.4f} ms' in out
     least, shallow, most = table.reach()
     assert 0 < table.base < least < shallow < most
     assert re.search(r'unseen networks: mean error \d+\.\d\d %, worst \d+\.\d\d %, bias [+-]\d+\.\d\d %', out)
@@ -60,6 +61,7 @@ def test_check_exits_by_its_tolerance(measured, run_script):
     words += ['--rounds', '2']
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 4
+    assert 'Measured by the reference network: the machine took' in out
     run_script(*words, '--tolerance', '0', code=1)
 
 
@@ -99,7 +101,7 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
 def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_script):
     words = ['parsing_model.py', '--model_path', searched, '--lookup_path', measured[0], *SIZE, '--num_classes', '10']
     out = run_script(*words, '--save_path', tmp_path / 'n.config', '--target_lat', '40%', '--fit_measured').stdout
-    rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+), target (\d+\.\d+) ms', out)
+    rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+) ms.*, target (\d+\.\d+) ms', out)
     assert [int(number) for number, *_ in rounds] == list(range(1, len(rounds) + 1)) and 1 <= len(rounds) <= 5
     assert re.search(r'Measured latency is within \d+\.\d\d % of the target', out)
     if len(rounds) > 1:  # the second aim moves against the first error

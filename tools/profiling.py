@@ -1,8 +1,10 @@
 """Size, multiply-adds and speed of a network."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from tools.fresh import in_fresh_process
 ROUNDS = 12
 """Times that a network is built and timed for one latency."""
 
-WARM_UP, PASSES = 3, 8
+WARM_UP, PASSES = 3, 5
 """Passes of a network just built: to warm up, and timed."""
+
+WORTH_SAYING = 0.01
+"""Change of the machine's speed that is said."""
 
 QUIET_SHARE = 1 / 6
 """See `undisturbed`."""
@@ -56,12 +61,60 @@ def undisturbed(times: Sequence[float]) -> float:
     return float(np.quantile(times, QUIET_SHARE))
 
 
+@dataclass(frozen=True)
+class Standard:
+    """A network whose time is known: what the machine is slower by now than it was then, is told by timing it again."""
+
+    build: Callable[[], nn.Module]
+    ms: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A latency in ms. By a standard: at the speed that the machine had when the standard was timed first, and how many
+    times as slow it is now."""
+
+    ms: float
+    slowness: float | None = None
+
+    def __str__(self) -> str:
+        if self.slowness is None or abs(self.slowness - 1) < WORTH_SAYING:
+            return f'{self.ms:.4f} ms'
+        by_clock = self.ms * self.slowness
+        return f'{self.ms:.4f} ms (by the clock {by_clock:.4f}, the machine being {self.slowness:.2f} times as slow)'
+
+
 def measure_latency(
-    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, rounds: int = ROUNDS
-) -> float:
-    """Undisturbed time of one forward pass of the network that `build()` returns, in ms, over `rounds` times that it is
-    built and timed."""
-    return undisturbed([time_once(build, batch_size, img_size, device) for _ in range(rounds)])
+    build: Callable[[], nn.Module],
+    batch_size: int,
+    img_size: int,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    standard: Standard | None = None,
+) -> Measured:
+    """Time of one forward pass of the network that `build()` returns, over `rounds` times that it is built and timed.
+
+    By a standard, which is timed beside it each time, where there is one. What slows a machine down for seconds or
+    minutes slows both down, so their ratio is steady where times are not. Otherwise the undisturbed time.
+    """
+    times = [time_beside(build, batch_size, img_size, device, standard) for _ in range(rounds)]
+    return by_standard(times, standard)
+
+
+def time_beside(
+    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, standard: Standard | None
+) -> tuple[float, float]:
+    """`time_once` of a network and, right after it, of a standard (nan without one)."""
+    own = time_once(build, batch_size, img_size, device)
+    return own, time_once(standard.build, batch_size, img_size, device) if standard else math.nan
+
+
+def by_standard(times: Sequence[tuple[float, float]], standard: Standard | None) -> Measured:
+    """A latency from several `time_beside`."""
+    own, beside = np.array(times).T
+    if standard is None:
+        return Measured(undisturbed(own))
+    return Measured(float(np.median(own / beside)) * standard.ms, float(np.median(beside)) / standard.ms)
 
 
 def time_once(build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device) -> float:

@@ -173,7 +173,7 @@ def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -
     batch_size = 32 if world.device.type == 'cuda' else 1
     where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
     try:
-        ms = measure_latency(build, batch_size, args.img_size, world.device)
+        ms = measure_latency(build, batch_size, args.img_size, world.device).ms
     except RuntimeError as e:  # the training itself is done and saved
         watch.log('latency not measured: %s', e)
     else:
