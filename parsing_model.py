@@ -76,7 +76,7 @@ def fit_to_clock(state, widths, table, target, args, device):
     for number in range(1, MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, args)
         build = partial(build_network, config, device, number)
-        measured = measure_latency(build, batch_size, args.img_size, device, standard=standard)
+        measured = measure_latency(build, batch_size, args.img_size, device, standard)
         print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms')
         own = ratios.setdefault(str(arch), [])
         own.append(measured.ms / predicted)
@@ -120,7 +120,7 @@ def report(path, config, table, args, device):
         for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
             standard = standard_of(table, batch_size, place)
             build = partial(build_network, config, place, 0)
-            measured = measure_latency(build, batch_size, args.img_size, place, standard=standard)
+            measured = measure_latency(build, batch_size, args.img_size, place, standard)
             print(f'Lat_{name} bs={batch_size}: {measured}')
 
 

@@ -91,7 +91,7 @@ def main(args):
     for _ in range(args.networks):
         config = random_config(rng, ends=False, num_classes=1000)
         build = partial(build_network, config, device, args.seed)
-        whole = measure_latency(build, batch_size, args.img_size, device, standard=standard)
+        whole = measure_latency(build, batch_size, args.img_size, device, standard)
         measured.append(whole.ms)
         methods['in-context table'].append(table.of_config(config))
         start = time.monotonic()

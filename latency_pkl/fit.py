@@ -2,7 +2,8 @@
 
 A machine that others share slows networks down, some by a third. How much in a single timing, is told by the network
 itself: its time over what the table says of it. Table and slowness are fitted by turns, and the slowest networks are
-left out. How fast the undisturbed machine is, is told by a reference network that is timed by turns with all others.
+left out. How fast the machine is from minute to minute, is told by a reference network that is timed between the
+others; the table is of its usual speed.
 
 A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
 for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
@@ -78,16 +79,16 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
     """A table from timed networks, which together should show every key of the space.
 
     Args:
-        slowness: how many times as slow as undisturbed the machine was when each of them was timed.
+        slowness: how many times as slow as usual the machine was when each of them was timed.
     """
     fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
-    undisturbed, slow = totals / slowness, fixed / np.median(fixed)
+    usual, slow = totals / slowness, fixed / np.median(fixed)
     for _ in range(TURNS):
         kept = np.flatnonzero(slow <= np.quantile(slow, KEPT_SHARE))
         curves = _curves([samples[i] for i in kept], slow[kept], img_size, space)
         base = float(np.median(fixed[kept] / slow[kept]))
         blocks = np.array([sum(curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples])
-        factors = calibrate(base, blocks, undisturbed)
+        factors = calibrate(base, blocks, usual)
         slow = totals / (factors[0] * base + factors[1] * blocks)
     return Fit(float(factors[0] * base), {key: factors[1] * curve for key, curve in curves.items()}, factors)
 
@@ -95,12 +96,12 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
 def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Factors for the base and for the blocks by which a table gives the times of whole networks.
 
-    Two, since small networks, which the caches hold, gain more from an undisturbed machine than large ones. A median
+    Two, since the caches hold more of small networks than of large ones. A median
     regression (Koenker and Bassett 1978) in relative error, solved as a linear programme.
 
     Args:
         base, blocks: what the table says of the fixed layers, and of the blocks of each network, in ms.
-        totals: times of the whole networks on an undisturbed machine.
+        totals: times of the whole networks, at the machine's usual speed.
     """
     count = len(totals)
     parts = np.stack([np.full(count, base), blocks], axis=1) / totals[:, None]

@@ -34,7 +34,7 @@ from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import by_standard, count_mult_adds, count_params, device_name, time_beside, time_once, undisturbed
+from tools.profiling import count_mult_adds, count_params, device_name, median_of, time_beside, time_once
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 6, 20
 """Of so many timings one is of the reference network and one of a network kept from the fit; how many those are; how
@@ -64,7 +64,7 @@ def get_args():
     parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
     parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
-    parser.add_argument('--rounds', type=count(), default=12, help='times that --check builds and times each network')
+    parser.add_argument('--rounds', type=count(), default=24, help='times that --check builds and times each network')
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
 
@@ -85,11 +85,11 @@ class Timings:
 
     @property
     def reference_ms(self) -> float:
-        """Undisturbed time of the reference network."""
-        return undisturbed([ms for _, ms in self.reference])
+        """Time of the reference network."""
+        return float(np.median([ms for _, ms in self.reference]))
 
     def slowness(self, when: float) -> float:
-        """How many times as slow as undisturbed the machine was at that time, by the reference network."""
+        """How many times as slow as usual the machine was at that time, by the reference network."""
         nearest = sorted(self.reference, key=lambda timing: abs(timing[0] - when))[:NEAREST]
         return float(np.median([ms for _, ms in nearest])) / self.reference_ms
 
@@ -150,14 +150,14 @@ def measured_table(args, device):
         times = [ms / timings.slowness(when) for when, which, ms in timings.unseen if which == number_]
         unseen += [(config, float(np.median(times)))] if times else []
     mean, worst, bias = compare(LatencyTable(fit.base, fit.curves, {}, args.img_size), unseen)
-    disturbed = 100 * (float(np.median([ms for _, ms in timings.reference])) / timings.reference_ms - 1)
+    low, high = np.quantile([ms for _, ms in timings.reference], (0.25, 0.75)) / timings.reference_ms
     print(
         f'{len(samples)} networks timed; sums of their parts were fitted to the whole by factors of '
         f'{fit.factors[0]:.4f} (base) and {fit.factors[1]:.4f} (blocks)'
     )
     print(
-        f'Reference network: {timings.reference_ms:.4f} ms undisturbed, half of its {len(timings.reference)} timings '
-        f'slower by {disturbed:.1f} % or more'
+        f'Reference network: {timings.reference_ms:.4f} ms, half of its {len(timings.reference)} timings from '
+        f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
     )
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
@@ -172,7 +172,7 @@ def measured_table(args, device):
         'residual_mean_percent': round(mean, 3),
         'residual_worst_percent': round(worst, 3),
         'residual_bias_percent': round(bias, 3),
-        'disturbed_median_percent': round(disturbed, 3),
+        'spread_percent': round(100 * float(high - low), 3),
     }
     return fit.base, fit.curves, meta
 
@@ -224,7 +224,7 @@ def check(args, device):
         for i in rng.sample(range(args.networks), args.networks):
             build = partial(build_network, configs[i], device, rng.getrandbits(32))
             times[i].append(time_beside(build, args.batch_size, args.img_size, device, standard))
-    measured = [by_standard(own, standard) for own in times]
+    measured = [median_of(own, standard) for own in times]
     wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:
         predicted = table.of_config(config)
@@ -237,6 +237,8 @@ def check(args, device):
     else:
         print('Measured by the clock alone: the table has no time of the reference network for this device')
     mean, worst, bias = compare(table, wholes)
+    noise = 100 * np.mean([one.error for one in measured])
+    print(f'Standard error of a measured latency: {noise:.2f} %, which is part of the errors')
     print(f'{args.networks} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     return mean <= args.tolerance
 

@@ -1,7 +1,7 @@
 """Random networks of the search space, timed block by block while they run, and as a whole."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from models.config import NetworkConfig, build_config, load_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
-from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name, undisturbed
+from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name
 
 REFERENCE = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
 
@@ -73,8 +73,11 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
 
 
 def reference_network(device: torch.device) -> NetworkEval:
-    """TF-NAS-A: the network that tells how fast the machine is while others are timed."""
-    return build_network(load_config(REFERENCE), device, seed=0)
+    """The network that tells how fast the machine is while others are timed: TF-NAS-A with at most two blocks a stage,
+    which takes about as long as networks of the search space do."""
+    config = load_config(REFERENCE)
+    stages = {name: specs[:2] for name, specs in config.stages.items()}
+    return build_network(replace(config, stages=stages), device, seed=0)
 
 
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
@@ -90,7 +93,7 @@ def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> S
 def time_blocks(
     config: NetworkConfig, seed: int, batch_size: int, img_size: int, device: torch.device, passes: int = PASSES
 ) -> Sample:
-    """Time every block of a running network where it stands, and the whole: `undisturbed` over `passes` passes after a
+    """Time every block of a running network where it stands, and the whole: medians over `passes` passes after a
     warm-up. On a GPU all passes are queued and waited for once."""
     net = build_network(config, device, seed)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
@@ -109,7 +112,7 @@ def time_blocks(
         runs.append(marks)
     clock.wait()
     parts = np.array([clock.elapsed(marks) for marks in runs[WARM_UP:]])
-    stem, *blocks, end = (undisturbed(part) for part in parts.T)
+    stem, *blocks, end = np.median(parts, axis=0).tolist()
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]
     timed = [(key, mid, ms) for (key, mid), ms in zip(keys, blocks, strict=True)]
-    return Sample(undisturbed(parts.sum(axis=1)), stem + end, timed)
+    return Sample(float(np.median(parts.sum(axis=1))), stem + end, timed)

@@ -15,17 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools.fresh import in_fresh_process
 
-ROUNDS = 12
-"""Times that a network is built and timed for one latency."""
+ROUNDS, MOST_ROUNDS = 12, 36
+"""Times that a network is built and timed for one latency: at least, and where the machine is noisy at most."""
+
+PRECISION = 0.005
+"""Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
 
 WARM_UP, PASSES = 3, 5
 """Passes of a network just built: to warm up, and timed."""
 
 WORTH_SAYING = 0.01
 """Change of the machine's speed that is said."""
-
-QUIET_SHARE = 1 / 6
-"""See `undisturbed`."""
 
 
 def count_params(net: nn.Module) -> float:
@@ -52,15 +52,6 @@ def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def undisturbed(times: Sequence[float]) -> float:
-    """Time of something in ms without what else happens on the machine, from several timings: the lower sixth.
-
-    Neighbours in shared caches and memory only ever slow a timing down, some by a third for seconds, so that on a busy
-    machine medians differ from minute to minute. On a quiet machine this is the median, within its noise.
-    """
-    return float(np.quantile(times, QUIET_SHARE))
-
-
 @dataclass(frozen=True)
 class Standard:
     """A network whose time is known: what the machine is slower by now than it was then, is told by timing it again."""
@@ -71,10 +62,11 @@ class Standard:
 
 @dataclass(frozen=True)
 class Measured:
-    """A latency in ms. By a standard: at the speed that the machine had when the standard was timed first, and how many
-    times as slow it is now."""
+    """A latency in ms, and its standard error as a share of it. By a standard: at the speed that the machine had when
+    the standard was timed first, and how many times as slow it is now."""
 
     ms: float
+    error: float
     slowness: float | None = None
 
     def __str__(self) -> str:
@@ -89,16 +81,20 @@ def measure_latency(
     batch_size: int,
     img_size: int,
     device: torch.device,
-    rounds: int = ROUNDS,
     standard: Standard | None = None,
 ) -> Measured:
-    """Time of one forward pass of the network that `build()` returns, over `rounds` times that it is built and timed.
+    """Time of one forward pass of the network that `build()` returns, over `ROUNDS` times that it is built and timed.
 
-    By a standard, which is timed beside it each time, where there is one. What slows a machine down for seconds or
-    minutes slows both down, so their ratio is steady where times are not. Otherwise the undisturbed time.
+    By a standard, which is timed beside it each time, where there is one, and then more often where timings differ
+    much. What slows a machine down for seconds or minutes slows both down, so that their ratio is steady where times
+    are not. A median, of ratios or of times.
     """
-    times = [time_beside(build, batch_size, img_size, device, standard) for _ in range(rounds)]
-    return by_standard(times, standard)
+    times = []
+    while len(times) < ROUNDS or (
+        standard and len(times) < MOST_ROUNDS and median_of(times, standard).error > PRECISION
+    ):
+        times.append(time_beside(build, batch_size, img_size, device, standard))
+    return median_of(times, standard)
 
 
 def time_beside(
@@ -109,22 +105,24 @@ def time_beside(
     return own, time_once(standard.build, batch_size, img_size, device) if standard else math.nan
 
 
-def by_standard(times: Sequence[tuple[float, float]], standard: Standard | None) -> Measured:
-    """A latency from several `time_beside`."""
+def median_of(times: Sequence[tuple[float, float]], standard: Standard | None) -> Measured:
+    """A latency from several `time_beside`. The standard error is that of the median of normal values, whose standard
+    deviation is taken from the quartiles."""
     own, beside = np.array(times).T
-    if standard is None:
-        return Measured(undisturbed(own))
-    return Measured(float(np.median(own / beside)) * standard.ms, float(np.median(beside)) / standard.ms)
+    values = own / beside * standard.ms if standard else own
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(values)) / middle
+    return Measured(middle, error, float(np.median(beside)) / standard.ms if standard else None)
 
 
 def time_once(build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device) -> float:
-    """Build a network and time some passes of it: the undisturbed pass, in ms.
+    """Build a network and time some passes of it: the median, in ms.
 
     On a GPU by events. On a CPU by the clock, in a process of its own: in one that has built other networks before, the
     same network can be a quarter slower.
     """
     timed = partial(in_fresh_process, time_passes) if device.type == 'cpu' else time_passes
-    return undisturbed(timed(build, batch_size, img_size, device))
+    return float(np.median(timed(build, batch_size, img_size, device)))
 
 
 @torch.inference_mode()
