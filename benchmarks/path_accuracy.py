@@ -33,7 +33,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument('--model_path', required=True, help='a searched model')
     parser.add_argument('--architectures', nargs='+', required=True, help='JSON files')
-    add_eval_data_args(parser, batch_size=128, workers=0, num_classes=100)
+    add_eval_data_args(parser, batch_size=128, workers=0)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
     return parser.parse_args()
@@ -71,8 +71,9 @@ def main(args):
     """Print a line an architecture."""
     world = World(pick_device(args.device))
     full, masks, space = load_search_checkpoint(args.model_path)
-    net = Network(mask_widths(masks), args.num_classes, space).to(world.device)
-    samples = read_list(args.val_list, args.val_root, args.num_classes)
+    num_classes = len(full['classifier.linear.bias'])
+    net = Network(mask_widths(masks), num_classes, space).to(world.device)
+    samples = read_list(args.val_list, args.val_root, num_classes)
     # batch norms take the statistics of the batch, so the images come shuffled and no batch is left small
     data = args.val_root, samples, val_transform(args.img_size), args, world, True, True, args.val_list
     loader = make_loader(*data)

@@ -33,9 +33,10 @@ TINY = {
     'benchmarks/three_freedoms.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --train_epochs 1 '
     '--train_batch_size 4 --seeds 0 --arms full random --random_networks 2 --measured_rounds 1',
 }
+FEW = '--img_size 32 --train_list demo/images/search_val.txt'
 TINY_DEMO = TINY | {
-    'train_search.py': '--img_size 32 --epochs 2 --warmup_epochs 1',
-    'train_eval.py': '--img_size 32 --epochs 1',
+    'train_search.py': f'{FEW} --epochs 2 --warmup_epochs 1',
+    'train_eval.py': f'{FEW} --epochs 1',
     'test.py': '--img_size 32',
 }
 TINY_CHECK = '--img_size 32 --device cpu --networks 2 --tolerance 1e9'
