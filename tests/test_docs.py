@@ -71,10 +71,10 @@ def tiny(project_copy, images, tmp_path):
     )
     programs = tmp_path / 'bin'
     programs.mkdir()
-    for name in ('python', 'torchrun'):
+    for name in ('python', 'torchrun', 'demo'):
         text = WRAPPER.format(
             python=sys.executable,
-            tiny=TINY,
+            tiny=TINY_DEMO if name == 'demo' else TINY,
             check=TINY_CHECK,
             torchrun=name == 'torchrun',
             port=29500 + os.getpid() % 999,
