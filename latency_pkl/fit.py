@@ -96,8 +96,8 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
 def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Factors for the base and for the blocks by which a table gives the times of whole networks.
 
-    Two, since the caches hold more of small networks than of large ones. A median
-    regression (Koenker and Bassett 1978) in relative error, solved as a linear programme.
+    Two, since the caches hold more of small networks than of large ones. A median regression (Koenker and Bassett 1978)
+    in relative error, solved as a linear programme.
 
     Args:
         base, blocks: what the table says of the fixed layers, and of the blocks of each network, in ms.

@@ -82,9 +82,9 @@ def reference_network(device: torch.device) -> NetworkEval:
 
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
     """The reference network with the time that it had when a table was made; None where that was not on this device, or
-    not with this batch size."""
-    made_on = table.meta.get('device'), table.meta.get('batch_size')
-    if 'reference_ms' not in table.meta or made_on != (device_name(device), batch_size):
+    not with this batch size and number of threads."""
+    made_with = tuple(table.meta.get(name) for name in ('device', 'batch_size', 'threads'))
+    if 'reference_ms' not in table.meta or made_with != (device_name(device), batch_size, torch.get_num_threads()):
         return None
     return Standard(partial(reference_network, device), float(table.meta['reference_ms']))
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -200,3 +201,20 @@ def test_a_folder_that_takes_no_more_files_is_named_in_one_line(number):
     error = OSError(number, os.strerror(number), 'run/checkpoint.pth.tar')
     line = explain(error, Namespace())
     assert line.startswith('run/checkpoint.pth.tar could not be written') and '\n' not in line
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs glibc')
+def test_freed_memory_of_large_tensors_is_kept(run_script):
+    """Three tensors of 64 MB one after the other: 16,384 pages each where the system has to give them anew."""
+    code = """
+import resource, torch
+from tools.environment import prepare
+prepare(torch.device('cpu'))
+for _ in range(3):  # until the heap has its size
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(1 << 24)
+print('faults', resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    assert int(re.search(r'faults (\d+)', run_script('-c', code).stdout).group(1)) < 1000

@@ -197,14 +197,16 @@ def test_standard_error_of_a_median():
 
 def test_a_table_gives_a_standard_on_its_own_device_alone():
     cpu = torch.device('cpu')
-    meta = {'device': device_name(cpu), 'batch_size': 2, 'reference_ms': 9.0}
+    meta = {'device': device_name(cpu), 'batch_size': 2, 'threads': torch.get_num_threads(), 'reference_ms': 9.0}
     table = LatencyTable(1.0, {}, meta, 64)
     standard = standard_of(table, 2, cpu)
     assert standard.ms == 9.0 and [len(standard.build().config.stages[f'stage{i}']) for i in (1, 2, 6)] == [2, 2, 1]
     assert standard_of(table, 1, cpu) is None
-    for changed in ({'device': 'another'}, {'batch_size': 1}):
+    for changed in ({'device': 'another'}, {'batch_size': 1}, {'threads': 77}):
         assert standard_of(replace(table, meta=meta | changed), 2, cpu) is None
-    assert standard_of(replace(table, meta={'device': device_name(cpu), 'batch_size': 2}), 2, cpu) is None
+    assert standard_of(replace(table, meta=meta | {'threads': None}), 2, cpu) is None
+    del meta['reference_ms']
+    assert standard_of(replace(table, meta=meta), 2, cpu) is None
 
 
 def test_blocks_are_timed_where_they_stand():
