@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tools.memory import keep_freed_memory
+from tools.memory import keep_freed_memory, use_huge_pages
 
 
 def in_fresh_process(call: Callable, *args: Any) -> Any:
@@ -39,6 +39,7 @@ def in_fresh_process(call: Callable, *args: Any) -> Any:
 def _answer(sender: Connection, threads: int, call: Callable, args: tuple) -> None:
     torch.set_num_threads(threads)
     keep_freed_memory()
+    use_huge_pages()
     try:
         sender.send(call(*args))
     except Exception:  # reported here; the parent sees a process without a result
