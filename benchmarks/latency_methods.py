@@ -4,7 +4,6 @@ python benchmarks/latency_methods.py --table latency_pkl/my_cpu.pkl --plot metho
 """
 
 import random
-import statistics
 import sys
 import time
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.isolated import isolated_sum
 from latency_pkl.sampling import build_network, random_config, standard_of
 from models.latency import load_table
 from tools.distributed import pick_device
@@ -37,33 +37,6 @@ def get_args():
     parser.add_argument('--img_size', type=count(32), default=224)
     parser.add_argument('--seed', type=count(0), default=77)
     return parser.parse_args()
-
-
-@torch.inference_mode()
-def time_alone(layer, shape, device, repeats=30):
-    """Median ms of one layer in a loop of its own, each pass synchronised, as published tables were made."""
-    x, times = torch.randn(shape, device=device), []
-    for i in range(repeats + 5):
-        start = time.perf_counter()
-        layer(x)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        if i >= 5:
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def isolated_sum(build, batch_size, img_size, device):
-    """Sum of the times of a network's parts, each timed alone."""
-    net = build()
-    total, x = 0.0, torch.randn(batch_size, 3, img_size, img_size, device=device)
-    parts = [net.first_stem, net.second_stem, *(b for name in net.stage_names for b in getattr(net, name))]
-    parts += [net.feature_mix_layer, lambda x: net.classifier(x.mean((2, 3)))]
-    for part in parts:
-        total += time_alone(part, tuple(x.shape), device)
-        with torch.inference_mode():
-            x = part(x)
-    return total
 
 
 def plot(path, measured, methods):

@@ -1,0 +1,59 @@
+"""Calls in new processes: what comes back, what they start from, and what happens when they fail."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.fresh import in_fresh_process
+
+HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+def test_a_result_comes_back_from_another_process_each_time():
+    pids = {in_fresh_process(os.getpid) for _ in range(3)}
+    assert len(pids) == 3 and os.getpid() not in pids
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_the_number_of_threads_is_handed_on(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert in_fresh_process(torch.get_num_threads) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(('call', 'word', 'status'), [(int, 'x', 1), (os._exit, 3, 3), (sys.exit, 0, 1)])
+def test_a_call_without_a_result_is_an_error_and_the_next_one_works(call, word, status):
+    with pytest.raises(RuntimeError, match=f'ended with {status} and no result'):
+        in_fresh_process(call, word)
+    assert in_fresh_process(max, 3, 4) == 4
+
+
+def test_a_new_start_after_the_process_that_forks_was_killed():
+    os.kill(in_fresh_process(os.getppid), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match='died'):
+        in_fresh_process(max, 3, 4)
+    assert in_fresh_process(max, 3, 4) == 4
+
+
+def test_memory_is_the_same_whatever_this_process_allocated():
+    place = "__import__('torch').empty(2**20).data_ptr()"
+    in_fresh_process(eval, place)
+    before = in_fresh_process(eval, place)
+    kept = [torch.ones(3**i) for i in range(12)]
+    assert in_fresh_process(eval, place) == before
+    del kept
+
+
+def test_large_tensors_are_in_huge_pages():
+    if not HUGE.exists() or '[never]' in HUGE.read_text():
+        pytest.skip('the system gives no huge pages')
+    made = "[__import__('torch').ones(2**23), open('/proc/self/smaps_rollup').read()][1]"
+    found = next(line for line in in_fresh_process(eval, made).splitlines() if line.startswith('AnonHugePages'))
+    assert int(found.split()[1]) >= 30 * 1024  # kB, of 32 MB
