@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ class _Bound:
 
     For prices p, q >= 0 no architecture that meets the target beats max(logp - p * (low - target) + q * (high -
     target)), which is a sum over stages. `reached` is the best feasible architecture that turned up on the way to the
-    prices where this is least; None where none did.
+    prices where this is least, or was found from there; None where none was.
     """
 
     def __init__(self, fronts: list[_Front], base: float, target: float):
@@ -108,6 +109,7 @@ class _Bound:
         simplex = np.array([[0.0, 0.0], [logp / max(low, 1e-12), 0.0], [0.0, logp / max(high, 1e-12)]])
         found = minimize(self._relaxed, np.zeros(2), method='Nelder-Mead', options={'initial_simplex': simplex})
         self.prices = np.abs(found.x)
+        self._climb()
         self.rest = np.cumsum([0.0, *(self._scores(front, self.prices).max() for front in reversed(fronts))])[::-1][1:]
 
     def may_win(self, front: _Front, number: int) -> np.ndarray:
@@ -121,14 +123,40 @@ class _Bound:
     def _scores(front: _Front, prices: np.ndarray) -> np.ndarray:
         return front.logp - prices[0] * front.low + prices[1] * front.high
 
+    def _climb(self) -> None:
+        """From the architecture of the prices, choose for two stages at a time what is best beside the others: what
+        misses the target by less, then what is more probable. Finds feasible ones among many of the same probability,
+        which prices cannot tell apart."""
+        rows = [self._scores(front, self.prices).argmax() for front in self.fronts]
+        parts = [np.stack([front.logp, front.low, front.high]) for front in self.fronts]
+        best = (np.inf, np.inf)
+        while True:
+            before = best
+            for a, b in combinations(range(len(parts)), 2):
+                rest = sum(parts[i][:, rows[i]] for i in range(len(parts)) if i not in (a, b))
+                logp, low, high = parts[a][:, :, None] + parts[b][:, None, :] + np.reshape(rest, (3, 1, 1))
+                missed = np.maximum(low + self.base - self.target, 0) + np.maximum(self.target - high - self.base, 0)
+                at = np.where(missed == missed.min(), logp, -np.inf).argmax()
+                if (missed.flat[at], -logp.flat[at]) < best:
+                    best = missed.flat[at], -logp.flat[at]
+                    rows[a], rows[b] = np.unravel_index(at, logp.shape)
+            if best == before:
+                break
+        self._offer([front.take(row[None]) for front, row in zip(self.fronts, np.array(rows), strict=True)])
+
     def _relaxed(self, prices: np.ndarray) -> float:
         prices = np.abs(prices)
+        whole = self._offer([front.take(self._scores(front, prices).argmax(keepdims=True)) for front in self.fronts])
+        return float(self._scores(whole, prices)[0] + (prices[0] - prices[1]) * self.target)
+
+    def _offer(self, parts: list[_Front]) -> _Front:
+        """The architecture of one row a stage; kept where it is the best feasible one so far."""
         whole = _Front(np.zeros(1), np.full(1, self.base), np.full(1, self.base), np.zeros((1, 0), dtype=np.int8))
-        for front in self.fronts:
-            whole = _merged(whole, front.take(self._scores(front, prices).argmax(keepdims=True)))
+        for part in parts:
+            whole = _merged(whole, part)
         if whole.low <= self.target <= whole.high and (self.reached is None or whole.logp > self.reached.logp):
             self.reached = whole
-        return float(self._scores(whole, prices)[0] + (prices[0] - prices[1]) * self.target)
+        return whole
 
 
 def _stage_front(state: Mapping[str, Tensor], table: LatencyTable, name: str, bounded: set[str]) -> _Front:

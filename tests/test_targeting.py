@@ -13,9 +13,10 @@ from conftest import ROOT, SMALL_SPACE, make_table, random_arch
 from latency_pkl.estimate import CARDS, block_work, estimate
 from latency_pkl.fit import calibrate, features, fit_table
 from latency_pkl.sampling import Sample, build_network, random_config, standard_of, time_blocks
+from models import targeting
 from models.config import load_config, op_spec
 from models.elasticity import fit_widths, latency_range, scale_widths
-from models.latency import LatencyTable
+from models.latency import LatencyTable, load_table
 from models.model_eval import NetworkEval
 from models.parsing import parse_architecture
 from models.search_space import SPACE
@@ -105,6 +106,40 @@ def test_unbound_targets_give_the_most_probable_of_all():
     state = random_state(SPACE, 1)
     parsed = parse_architecture(state)
     assert most_probable(state, table, sum(latency_range(parsed, table)) / 2) == parsed
+
+
+def tied_state(space, seed, values):
+    """Architecture parameters of `values` different values only."""
+    return {name: value.sign() if values == 2 else 0 * value for name, value in random_state(space, seed).items()}
+
+
+@pytest.mark.parametrize('values', [1, 2])
+@pytest.mark.parametrize('share', [0.2, 0.35, 0.41, 0.44])
+def test_many_architectures_of_the_same_probability_are_told_apart_soon(values, share, monkeypatch):
+    """Prices find none that meets these targets; without one, hundreds of thousands are kept and compared."""
+    table = load_table(ROOT / 'latency_pkl/latency_gpu.pkl', 224)
+    least, _, most = table.reach()
+    target, state, sizes = least + share * (most - least), tied_state(SPACE, 1, values), []
+
+    def counted(front, bounded, call=targeting._undominated):
+        sizes.append(len(front.logp))
+        return call(front, bounded)
+
+    monkeypatch.setattr(targeting, '_undominated', counted)
+    low, high = latency_range(most_probable(state, table, target), table)
+    assert low <= target <= high
+    assert max(sizes) < 50_000
+
+
+@pytest.mark.parametrize('values', [1, 2])
+def test_ties_equal_brute_force(values):
+    table, state = make_table(SMALL_SPACE, 32, 1, base=0.1), tied_state(SMALL_SPACE, 1, values)
+    known = [(logp(a, state, SMALL_SPACE), *latency_range(a, table)) for a in all_architectures(SMALL_SPACE)]
+    least, _, most = table.reach()
+    for target in np.linspace(least, most, 25)[1:-1]:
+        found = most_probable(state, table, float(target))
+        fitting = [p for p, low, high in known if low <= target <= high]
+        assert logp(found, state, SMALL_SPACE) == pytest.approx(max(fitting), abs=1e-9)
 
 
 @pytest.mark.parametrize('divisor', [1, 8])
