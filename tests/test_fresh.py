@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_a_new_start_after_the_process_that_forks_was_killed():
     os.kill(in_fresh_process(os.getppid), signal.SIGKILL)
     with pytest.raises(RuntimeError, match='died'):
         in_fresh_process(max, 3, 4)
+    assert in_fresh_process(max, 3, 4) == 4
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next():
+    in_fresh_process(max, 1, 2)  # the process that forks is there
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_fresh_process(time.sleep, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
     assert in_fresh_process(max, 3, 4) == 4
 
 

@@ -36,6 +36,9 @@ def in_fresh_process(call: Callable, *args: Any) -> Any:
     except (EOFError, OSError):
         _forker.cache_clear()
         raise RuntimeError(f'{call}: the process that starts new ones died') from None
+    except KeyboardInterrupt:
+        _forker.cache_clear()  # its answer must not be taken for that of the next call
+        raise
     if status:
         raise RuntimeError(f'the process of {call} ended with {status} and no result')
     return result

@@ -28,8 +28,8 @@ def use_huge_pages() -> None:
     network's speed depends on where in memory its pages happen to lie, from process to process. To be called after
     `keep_freed_memory`. No effect without glibc, or where the system has no such pages to give.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != 'linux' or not hasattr(libc, 'mallopt'):
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'):
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
