@@ -16,22 +16,18 @@ import json
 import os
 import random
 import re
-import resource
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-
-import matplotlib
-import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.freedoms_results import Run, report
 from dataset.lists import read_list
 from latency_pkl.sampling import random_network
 from models.config import build_config, dump_config
@@ -43,14 +39,9 @@ from tools.errors import BadInput
 from tools.metrics import read_run
 from tools.options import Parser, add_device_arg, count, number, run_script
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
-
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ('full', 'operator', 'depth', 'width', 'random', 'targets')
 TIMED_BATCHES = 6
-ABOVE_CHANCE = 2.0
-"""A supernet counts as evidence where it has so many times the accuracy of chance when architecture steps begin."""
 
 
 def get_args():
@@ -81,26 +72,12 @@ def get_args():
     parser.add_argument('--search_flags', default='', help="more flags of train_search.py, as in '--w_lr 0.01'")
     parser.add_argument('--train_flags', default='', help='more flags of train_eval.py')
     parser.add_argument('--measured_rounds', type=count(), default=3, help='times that each latency is measured')
+    parser.add_argument('--jobs', type=count(), default=1, help='runs at a time, which share the CPU threads')
     parser.add_argument('--plan', action='store_true', help='print plan and estimate, and stop')
     add_device_arg(parser)
     args = parser.parse_args()
     args.test_root = args.test_root or args.img_root
     return args
-
-
-@dataclass(frozen=True)
-class Run:
-    """One network's way from search to test. `freedoms` None: drawn at random by the seed, without a search."""
-
-    arm: str
-    seed: int
-    target: str
-    freedoms: tuple[str, ...] | None = FREEDOMS
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return f'{self.arm}-{self.seed}'
 
 
 def planned(args) -> list[Run]:
@@ -124,17 +101,21 @@ class Stopped(Exception):
 
 
 class Scripts:
-    """Runs the project's scripts one after the other, each until it is done once; passes signals on to them."""
+    """Runs the project's scripts, each until it is done once, some at a time; passes signals on to them."""
 
-    def __init__(self):
-        self.child, self.signal = None, 0
+    def __init__(self, jobs: int):
+        self.children, self.signal, self.lock = set(), 0, threading.RLock()
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self.environment = ({'OMP_NUM_THREADS': str(threads)} if jobs > 1 else {}) | os.environ
         for number_ in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number_, self._stop)
+            signal.signal(number_, self.stop)
 
-    def _stop(self, number_, _frame):
+    def stop(self, number_: int, _frame: object = None) -> None:
+        """Stop as that signal asks: start nothing more, and have what runs write its state."""
         self.signal = number_
-        if number_ == signal.SIGTERM and self.child and self.child.poll() is None:
-            self.child.send_signal(number_)  # a terminal's SIGINT goes to both
+        with self.lock:
+            for child in self.children if number_ == signal.SIGTERM else ():  # a terminal's SIGINT goes to all
+                child.send_signal(number_)
 
     def once(self, folder: Path, step: str, words: list, done: str) -> dict:
         """The record of a step: what it printed, and the seconds of wall clock and CPU it took over all its attempts.
@@ -146,17 +127,11 @@ class Scripts:
         record = json.loads(path.read_text()) if path.exists() else {'finished': False, 'wall_s': 0.0, 'cpu_s': 0.0}
         if record['finished']:
             return record
-        if self.signal:
-            raise Stopped
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *map(str, words)]
-        print(f'{time.strftime("%H:%M:%S")} {folder.name} {step}', flush=True)
-        start, cpu = time.monotonic(), _children_cpu()
-        with open(folder / f'{step}.err', 'w') as errors:
-            self.child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
-            out, _ = self.child.communicate()
+        start = time.monotonic()
+        code, out, cpu = self._run(words, folder / f'{step}.err', f'{folder.name} {step}')
         record['wall_s'] += time.monotonic() - start
-        record['cpu_s'] += _children_cpu() - cpu
+        record['cpu_s'] += cpu
         record |= {
             'command': shlex.join(map(str, words)),
             'output': out[-4000:],
@@ -165,21 +140,31 @@ class Scripts:
         write_text(path, json.dumps(record) + '\n')
         if self.signal:
             raise Stopped
-        if self.child.returncode or not record['finished']:
+        if code or not record['finished']:
             last = (folder / f'{step}.err').read_text().strip().splitlines()[-1:]
-            raise BadInput(f'{folder.name}: {step} ended with {self.child.returncode}: {" ".join(last)}')
+            raise BadInput(f'{folder.name}: {step} ended with {code}: {" ".join(last)}')
         return record
 
-
-def _children_cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def read_numbers(text: str, **patterns: str) -> dict[str, float]:
-    """The last number that each pattern's group has in a text."""
-    found = {name: re.findall(pattern, text) for name, pattern in patterns.items()}
-    return {name: float(values[-1]) for name, values in found.items() if values}
+    def _run(self, words: list, errors: Path, name: str) -> tuple[int, str, float]:
+        """Run a script to its end: (exit code, what it printed, seconds of CPU)."""
+        command = [sys.executable, *map(str, words)]
+        with open(errors, 'w') as stderr:
+            with self.lock:
+                if self.signal:
+                    raise Stopped
+                print(f'{time.strftime("%H:%M:%S")} {name}', flush=True)
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+                )
+                self.children.add(child)
+            with child.stdout:
+                out = child.stdout.read()
+            # not child.wait(), which does not tell what this child alone has used
+            _, status, used = os.wait4(child.pid, 0)
+            with self.lock:
+                self.children.remove(child)
+                child.returncode = os.waitstatus_to_exitcode(status)
+        return child.returncode, out, used.ru_utime + used.ru_stime
 
 
 def shared_flags(args) -> list:
@@ -251,6 +236,28 @@ def follow(run: Run, table, scripts: Scripts, args) -> None:
     scripts.once(folder, 'test', words, 'Val_acc_top5')
 
 
+def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
+    """All runs, `args.jobs` at a time; the results are written after each."""
+    writing = threading.Lock()
+
+    def one(run: Run) -> None:
+        """A run and the report after it."""
+        follow(run, table, scripts, args)
+        with writing:
+            report(runs, table, args)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        pending = [pool.submit(one, run) for run in runs]
+        try:
+            for done in as_completed(pending):
+                done.result()
+        except BaseException:
+            if not scripts.signal:
+                scripts.stop(signal.SIGTERM)
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
     """Accuracy of the random architectures with the weights of each full search."""
     save = Path(args.save)
@@ -304,159 +311,12 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
     one_search = steps * (args.warmup_epochs * warm + (args.epochs - args.warmup_epochs) * search)
     one_training = train * (sum(counts.values()) // args.train_batch_size) * args.train_epochs
     searches = sum(run.freedoms is not None for run in runs)
-    hours = (searches * one_search + len(runs) * one_training) / 3600
+    hours = (searches * one_search + len(runs) * one_training) / 3600 / args.jobs
     return (
         f'{searches} searches of {one_search / 60:.1f} min ({warm:.3f} s a step of the warm-up, {search:.3f} s after), '
-        f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step): {hours:.1f} hours from the start'
+        f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step), {args.jobs} at a time: '
+        f'{hours:.1f} hours from the start'
     )
-
-
-def result_of(run: Run, args, table) -> dict | None:
-    """What is known of a tested run; None where it is not tested yet."""
-    folder = Path(args.save) / run.name
-    records = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json') if path.stem != 'architecture'}
-    if not records.get('test', {}).get('finished'):
-        return None
-    target = table.target(run.target)
-    result = {'arm': run.arm, 'seed': run.seed, 'target': target, 'unit': table.unit}
-    result |= read_numbers(records['test']['output'], top1=r'top1: ([\d.]+)', top5=r'top5: ([\d.]+)')
-    parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')
-    result |= read_numbers(records['parse']['output'], **parsed)
-    device, batch = ('GPU', 32) if 'Lat_GPU' in records['parse']['output'] else ('CPU', 1)
-    times = [
-        read_numbers(record['output'], ms=rf'Lat_{device} bs={batch}: ([\d.]+)')['ms']
-        for name, record in records.items()
-        if name.startswith('measure-') and record['finished']
-    ]
-    if times:
-        result['measured'] = statistics.median(times)
-    result['off_target'] = 100 * (result['predicted'] / target - 1)
-    if times and table.unit == 'ms':
-        result['measured_off_target'] = 100 * (result['measured'] / target - 1)
-    if run.freedoms is not None:
-        result |= {'search_s': records['search']['wall_s'], 'search_cpu_s': records['search']['cpu_s']}
-        result |= search_result(folder, args)
-    result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
-    if 'paths' in records and records['paths']['finished']:
-        result['path_top1'] = [float(v) for v in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output'])]
-    return result
-
-
-def search_result(folder: Path, args) -> dict:
-    """What the metrics of a search say: the supernet where architecture steps begin and at the end, and its choices."""
-    (metrics,) = folder.glob('search/*/metrics.jsonl')
-    epochs = read_run(metrics).of('epoch')
-    entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
-    winners = [int(np.argmax(row)) for row in epochs[-1]['ops']]
-    most = statistics.mode(winners)
-    begin = next(line['val']['top1'] for line in epochs if line['epoch'] == args.warmup_epochs - 1)
-    return {
-        'supernet_top1': begin,
-        'supernet_top1_end': epochs[-1]['val']['top1'],
-        'counts': begin >= ABOVE_CHANCE * 100 / args.num_classes,
-        'entropy': entropies,
-        'winner': most,
-        'winner_share': winners.count(most) / len(winners),
-    }
-
-
-def interval(values: list[float], digits: int = 2) -> str:
-    """Mean and 95 % t-interval."""
-    if not values:
-        return ''
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f'{mean:.{digits}f} (n = 1)'
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f'{mean:.{digits}f} ± {half:.{digits}f}'
-
-
-def difference(ours: list[float], full: list[float]) -> str:
-    """Mean difference to the full method with Welch's 95 % interval."""
-    if min(len(ours), len(full)) < 2 or ours is full:
-        return ''
-    ends = stats.ttest_ind(ours, full, equal_var=False).confidence_interval()
-    return f'{statistics.mean(ours) - statistics.mean(full):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})'
-
-
-COLUMNS = {
-    'predicted': 'predicted', 'off_target': 'off target [%]', 'measured': 'measured [ms]',
-    'measured_off_target': 'off target, measured [%]', 'macs': 'MACs [M]',
-    'params': 'params [M]', 'search_s': 'search [s]', 'search_cpu_s': 'search [CPU s]',
-    'supernet_top1': 'supernet top-1 at the first architecture step', 'winner_share': 'blocks won by one operator',
-}  # fmt: skip
-
-
-def table_text(results: list[dict], runs: list[Run]) -> str:
-    """The results as Markdown: a row an arm, means with 95 % intervals over seeds."""
-    unit = results[0]['unit']
-    head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'top-5 [%]']
-    head += [f'{name} [{unit}]' if key == 'predicted' else name for key, name in COLUMNS.items()]
-    rows = [head, ['---'] * len(head)]
-    full = [r['top1'] for r in results if r['arm'] == 'full' and r['counts']]
-    for arm in dict.fromkeys(run.arm for run in runs):
-        mine = [r for r in results if r['arm'] == arm and r.get('counts', True)]
-        planned_ = sum(run.arm == arm for run in runs)
-        at_chance = sum(r['arm'] == arm and not r.get('counts', True) for r in results)
-        n = f'{len(mine)} of {planned_}' if len(mine) < planned_ else str(planned_)
-        top1 = [r['top1'] for r in mine]
-        row = [arm, n + (f' ({at_chance} at chance)' if at_chance else ''), interval(top1)]
-        row += [difference(top1, full) if arm != 'full' else '', interval([r['top5'] for r in mine])]
-        row += [interval([r[key] for r in mine if key in r]) for key in COLUMNS]
-        rows.append(row)
-    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
-
-
-def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
-    """Rank correlation of supernet and trained-alone accuracy of the random networks, by seed of the full method."""
-    alone = [r['top1'] for r in sorted((r for r in results if r['arm'] == 'random'), key=lambda r: r['seed'])]
-    lines, pairs = [], []
-    for result in results:
-        if len(result.get('path_top1', [])) == len(alone) > 2:
-            found = stats.spearmanr(result['path_top1'], alone)
-            lines.append(
-                f'seed {result["seed"]}: rho = {found.statistic:+.2f} (p = {found.pvalue:.2f}, n = {len(alone)})'
-            )
-            pairs += zip(result['path_top1'], alone, strict=True)
-    return '; '.join(lines), pairs
-
-
-def draw(results: list[dict], pairs: list, save: Path) -> None:
-    """Pictures: accuracy over latency, entropy over epochs, supernet against trained-alone accuracy."""
-    arms = list(dict.fromkeys(r['arm'] for r in results))
-    colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
-    for arm in arms:
-        mine = [r for r in results if r['arm'] == arm]
-        at = [r.get('measured', r['predicted']) for r in mine]
-        axes[0].scatter(at, [r['top1'] for r in mine], color=colours[arm], label=arm)
-        curves = [r['entropy'] for r in mine if 'entropy' in r]
-        if curves:
-            axes[1].plot(np.mean(curves, axis=0), color=colours[arm], label=arm)
-    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured where it was', ylabel='test top-1 [%]')
-    axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
-    axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
-    if pairs:
-        axes[2].scatter(*zip(*pairs, strict=True), color='0.3')
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(save / 'three_freedoms.png')
-    plt.close(figure)
-
-
-def report(runs: list[Run], table, args) -> None:
-    """Write results.jsonl, table.md and the pictures from whatever is finished."""
-    save = Path(args.save)
-    results = [result for run in runs if (result := result_of(run, args, table))]
-    write_text(save / 'results.jsonl', ''.join(json.dumps(result) + '\n' for result in results))
-    if results:
-        ranks, pairs = correlation(results)
-        text = table_text(results, runs)
-        text += f'\nRank correlation of supernet paths and the same networks trained alone: {ranks}\n' if ranks else ''
-        write_text(save / 'table.md', text)
-        draw(results, pairs, save)
 
 
 def main(args):
@@ -471,7 +331,7 @@ def main(args):
         raise BadInput(f'--test_list {args.test_list}: has images of the search or the training')
     save.mkdir(parents=True, exist_ok=True)
     write_text(save / 'both.txt', ''.join(f'{path} {label}\n' for part in lists for path, label in part))
-    runs, scripts = planned(args), Scripts()
+    runs, scripts = planned(args), Scripts(args.jobs)
     for run in runs:
         table.target(run.target)
         print(f'{run.name}: target {run.target}, freedoms {" ".join(run.freedoms) if run.freedoms else "none, random"}')
@@ -479,9 +339,7 @@ def main(args):
         print(estimate(runs, table, scripts, args), flush=True)
         if args.plan:
             return 0
-        for run in runs:
-            follow(run, table, scripts, args)
-            report(runs, table, args)
+        follow_all(runs, table, scripts, args)
         rank_paths(runs, scripts, args)
         measure(runs, scripts, args)
     except Stopped:

@@ -6,23 +6,33 @@ need no gradient. So a batch norm with its activation keeps one tensor instead o
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
+
+class Activation(NamedTuple):
+    """An activation as a layer, as a function, and its gradient from that of the output and the input."""
+
+    layer: type[nn.Module]
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
 ACTIVATIONS = {
-    None: (lambda y: y, lambda grad, y: grad),
-    'relu': (F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0)),
-    'relu6': (F.relu6, lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6)),
-    'swish': (F.silu, aten.silu_backward),
-    'h-swish': (F.hardswish, aten.hardswish_backward),
+    None: Activation(nn.Identity, lambda y: y, lambda grad, y: grad),
+    'relu': Activation(nn.ReLU, F.relu, lambda grad, y: aten.threshold_backward(grad, y, 0)),
+    'relu6': Activation(nn.ReLU6, F.relu6, lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6)),
+    'swish': Activation(nn.SiLU, F.silu, aten.silu_backward),
+    'h-swish': Activation(nn.Hardswish, F.hardswish, aten.hardswish_backward),
 }
-"""`act_func` -> (function, gradient from that of the output and the input)."""
+"""By the name that a config gives as `act_func`."""
 
 CACHED_BYTES = 4 << 20
 """Of an input that a CPU's cache is taken to hold beside its gradient."""
@@ -36,13 +46,13 @@ class _NormAct(Function):
         y, _, inv_std = torch.native_batch_norm(x, scale, None, None, None, True, 0.0, eps)
         ctx.save_for_backward(y, inv_std)
         ctx.act_func = act_func
-        return ACTIVATIONS[act_func][0](y)
+        return ACTIVATIONS[act_func].function(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         y, inv_std = ctx.saved_tensors
-        grad = ACTIVATIONS[ctx.act_func][1](grad, y)
+        grad = ACTIVATIONS[ctx.act_func].gradient(grad, y)
         # the gradient as a function of the output: that of a batch norm whose input is y, of mean 0 and variance 1
         standard = _standard_statistics(len(inv_std), inv_std.dtype, inv_std.device)
         grad, _, _ = aten.native_batch_norm_backward(
@@ -165,7 +175,7 @@ def compiled_norm_act() -> Callable:
     """`norm_act` as torch.compile makes it, once for all shapes of a layout and activation."""
 
     def composed(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
-        return ACTIVATIONS[act_func][0](F.batch_norm(x, None, None, training=True, eps=eps))
+        return ACTIVATIONS[act_func].function(F.batch_norm(x, None, None, training=True, eps=eps))
 
     return torch.compile(composed, dynamic=True)
 
@@ -198,7 +208,7 @@ def _is_wide_depthwise(x: Tensor, weight: Tensor) -> bool:
 
 def activate(x: Tensor, act_func: str | None) -> Tensor:
     """The activation of that name, not in place."""
-    return ACTIVATIONS[act_func][0](x)
+    return ACTIVATIONS[act_func].function(x)
 
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from models.config import ConvSpec, LinearSpec, MBSpec
-from models.functions import convolve
-
-ACTIVATIONS = {None: nn.Identity, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'swish': nn.SiLU, 'h-swish': nn.Hardswish}
-INPLACE = ('relu', 'relu6', 'swish', 'h-swish')
+from models.functions import ACTIVATIONS, convolve
 
 MID_DIMS = {
     'inverted_bottleneck.conv.weight': 0,
@@ -25,7 +22,8 @@ MID_DIMS = {
 
 def activation(name: str | None) -> nn.Module:
     """The activation of a config's `act_func`, in place: its input is always the output of a batch norm."""
-    return ACTIVATIONS[name](inplace=True) if name in INPLACE else ACTIVATIONS[name]()
+    layer = ACTIVATIONS[name].layer
+    return layer() if name is None else layer(inplace=True)
 
 
 class ConvLayer(nn.Module):

@@ -16,8 +16,7 @@ from benchmarks.plain_search import (
 )
 from conftest import NUM_CLASSES, make_table
 from models import functions
-from models.functions import compiled_norm_act, convolve, mix_norms, norm_act
-from models.layers import ACTIVATIONS
+from models.functions import ACTIVATIONS, compiled_norm_act, convolve, mix_norms, norm_act
 from models.model_search import Form, Network
 from models.search_space import SPACE, Op
 from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
@@ -55,7 +54,7 @@ def close(a, b):
 def test_norm_act_equals_batch_norm_and_activation(act):
     x, grad = torch.randn(5, 7, 4, 4, dtype=torch.float64) * 3 + 2, torch.randn(5, 7, 4, 4, dtype=torch.float64)
     x.requires_grad_()
-    expected = ACTIVATIONS[act]()(torch.nn.BatchNorm2d(7, affine=False, track_running_stats=False).double()(x))
+    expected = ACTIVATIONS[act].layer()(torch.nn.BatchNorm2d(7, affine=False, track_running_stats=False).double()(x))
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     got = norm_act(x, act)
     (got_grad,) = torch.autograd.grad(got, x, grad)

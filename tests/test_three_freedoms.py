@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.three_freedoms import difference, interval, read_numbers
+from benchmarks.freedoms_results import difference, interval, read_numbers
 
 
 def test_intervals_by_hand():
@@ -40,7 +40,7 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
     ]  # fmt: skip
     wrong = run_script(*words, '--test_list', images / 'val.txt', code=2, cwd=project_copy).stderr
     assert 'has images of the search' in wrong
-    words += ['--test_list', tmp_path / 'test.txt']
+    words += ['--test_list', tmp_path / 'test.txt', '--jobs', '2']
     plan = run_script(*words, '--plan', cwd=project_copy).stdout
     assert '5 searches of' in plan and '8 trainings of' in plan and 'hours' in plan
     command = [sys.executable, '-u', *map(str, words)]
@@ -49,9 +49,12 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
         if 'no-depth-0 search' in line:
             running.terminate()
     assert running.wait() == 0 and not (save / 'no-depth-0' / 'model.config').exists()
-    finished = (save / 'full-0' / 'search.json').read_bytes()
+    steps = {path: path.read_bytes() for path in save.glob('*/*.json')}
+    finished = {path: text for path, text in steps.items() if b'"finished": true' in text}
+    assert len(finished) > 4
     done = subprocess.run(command, cwd=project_copy, capture_output=True, text=True, check=True).stdout
-    assert (save / 'full-0' / 'search.json').read_bytes() == finished and 'full-0 search' not in done
+    for path, text in finished.items():
+        assert path.read_bytes() == text and f'{path.parent.name} {path.stem}' not in done
     results = [json.loads(line) for line in (save / 'results.jsonl').read_text().splitlines()]
     assert [r['arm'] for r in results] == [
         'full', 'no-operator', 'no-depth', 'no-width', 'random', 'random', 'random', 'full-at-30pc',

@@ -120,13 +120,14 @@ def fit(
     layout, mix = memory_format(args, world.device), make_mix(args)
     train_loader, val_loader = loaders
     steps = len(train_loader)
-    watch.progress = Progress(args.epochs * steps, state.epoch * steps + state.step, not world.is_first)
+    work = sum(last_batch(epoch, steps, args) for epoch in range(args.epochs))
+    watch.progress = Progress(work, state.epoch * steps + state.step, not world.is_first)
     with Keeper(folder, watch, world, args, environment) as keeper, ended_with(*loaders):
         while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
             set_lr(state.optimizer, lr_at(state.epoch, args))
             train_loader.sampler.set_epoch(state.epoch, state.step)
             batches = to_device(train_loader, world.device, layout)
-            batches = watch.progress.track(batches, f'epoch {state.epoch}', steps, state.step)
+            batches = watch.progress.track(batches, f'epoch {state.epoch}', end, state.step)
             keeping = keeper.after_update, keeper.allows_update
             train = train_epoch(model, state, batches, end, mix, world, args, watch, *keeping)
             if train is None:

@@ -1,0 +1,190 @@
+"""What the runs of three_freedoms.py found: results.jsonl, a table in Markdown, pictures."""
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+from models.search_space import FREEDOMS
+from tools.checkpoint import write_text
+from tools.metrics import read_run
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+
+ABOVE_CHANCE = 2.0
+"""A supernet counts as evidence where it has so many times the accuracy of chance when architecture steps begin."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network's way from search to test. `freedoms` None: drawn at random by the seed, without a search."""
+
+    arm: str
+    seed: int
+    target: str
+    freedoms: tuple[str, ...] | None = FREEDOMS
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f'{self.arm}-{self.seed}'
+
+
+def read_numbers(text: str, **patterns: str) -> dict[str, float]:
+    """The last number that each pattern's group has in a text."""
+    found = {name: re.findall(pattern, text) for name, pattern in patterns.items()}
+    return {name: float(values[-1]) for name, values in found.items() if values}
+
+
+def result_of(run: Run, args, table) -> dict | None:
+    """What is known of a tested run; None where it is not tested yet."""
+    folder = Path(args.save) / run.name
+    records = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json') if path.stem != 'architecture'}
+    if not records.get('test', {}).get('finished'):
+        return None
+    target = table.target(run.target)
+    result = {'arm': run.arm, 'seed': run.seed, 'target': target, 'unit': table.unit}
+    result |= read_numbers(records['test']['output'], top1=r'top1: ([\d.]+)', top5=r'top5: ([\d.]+)')
+    parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')
+    result |= read_numbers(records['parse']['output'], **parsed)
+    device, batch = ('GPU', 32) if 'Lat_GPU' in records['parse']['output'] else ('CPU', 1)
+    times = [
+        read_numbers(record['output'], ms=rf'Lat_{device} bs={batch}: ([\d.]+)')['ms']
+        for name, record in records.items()
+        if name.startswith('measure-') and record['finished']
+    ]
+    if times:
+        result['measured'] = statistics.median(times)
+    result['off_target'] = 100 * (result['predicted'] / target - 1)
+    if times and table.unit == 'ms':
+        result['measured_off_target'] = 100 * (result['measured'] / target - 1)
+    if run.freedoms is not None:
+        result |= {'search_s': records['search']['wall_s'], 'search_cpu_s': records['search']['cpu_s']}
+        result |= search_result(folder, args)
+    result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
+    if 'paths' in records and records['paths']['finished']:
+        result['path_top1'] = [float(v) for v in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output'])]
+    return result
+
+
+def search_result(folder: Path, args) -> dict:
+    """What the metrics of a search say: the supernet where architecture steps begin and at the end, and its choices."""
+    (metrics,) = folder.glob('search/*/metrics.jsonl')
+    epochs = read_run(metrics).of('epoch')
+    entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
+    winners = [int(np.argmax(row)) for row in epochs[-1]['ops']]
+    most = statistics.mode(winners)
+    begin = next(line['val']['top1'] for line in epochs if line['epoch'] == args.warmup_epochs - 1)
+    return {
+        'supernet_top1': begin,
+        'supernet_top1_end': epochs[-1]['val']['top1'],
+        'counts': begin >= ABOVE_CHANCE * 100 / args.num_classes,
+        'entropy': entropies,
+        'winner': most,
+        'winner_share': winners.count(most) / len(winners),
+    }
+
+
+def interval(values: list[float], digits: int = 2) -> str:
+    """Mean and 95 % t-interval."""
+    if not values:
+        return ''
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f'{mean:.{digits}f} (n = 1)'
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f'{mean:.{digits}f} ± {half:.{digits}f}'
+
+
+def difference(ours: list[float], full: list[float]) -> str:
+    """Mean difference to the full method with Welch's 95 % interval."""
+    if min(len(ours), len(full)) < 2 or ours is full:
+        return ''
+    ends = stats.ttest_ind(ours, full, equal_var=False).confidence_interval()
+    return f'{statistics.mean(ours) - statistics.mean(full):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})'
+
+
+COLUMNS = {
+    'predicted': 'predicted', 'off_target': 'off target [%]', 'measured': 'measured [ms]',
+    'measured_off_target': 'off target, measured [%]', 'macs': 'MACs [M]',
+    'params': 'params [M]', 'search_s': 'search [s]', 'search_cpu_s': 'search [CPU s]',
+    'supernet_top1': 'supernet top-1 at the first architecture step', 'winner_share': 'blocks won by one operator',
+}  # fmt: skip
+
+
+def table_text(results: list[dict], runs: list[Run]) -> str:
+    """The results as Markdown: a row an arm, means with 95 % intervals over seeds."""
+    unit = results[0]['unit']
+    head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'top-5 [%]']
+    head += [f'{name} [{unit}]' if key == 'predicted' else name for key, name in COLUMNS.items()]
+    rows = [head, ['---'] * len(head)]
+    full = [r['top1'] for r in results if r['arm'] == 'full' and r['counts']]
+    for arm in dict.fromkeys(run.arm for run in runs):
+        mine = [r for r in results if r['arm'] == arm and r.get('counts', True)]
+        planned_ = sum(run.arm == arm for run in runs)
+        at_chance = sum(r['arm'] == arm and not r.get('counts', True) for r in results)
+        n = f'{len(mine)} of {planned_}' if len(mine) < planned_ else str(planned_)
+        top1 = [r['top1'] for r in mine]
+        row = [arm, n + (f' ({at_chance} at chance)' if at_chance else ''), interval(top1)]
+        row += [difference(top1, full) if arm != 'full' else '', interval([r['top5'] for r in mine])]
+        row += [interval([r[key] for r in mine if key in r]) for key in COLUMNS]
+        rows.append(row)
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
+    """Rank correlation of supernet and trained-alone accuracy of the random networks, by seed of the full method."""
+    alone = [r['top1'] for r in sorted((r for r in results if r['arm'] == 'random'), key=lambda r: r['seed'])]
+    lines, pairs = [], []
+    for result in results:
+        if len(result.get('path_top1', [])) == len(alone) > 2:
+            found = stats.spearmanr(result['path_top1'], alone)
+            lines.append(
+                f'seed {result["seed"]}: rho = {found.statistic:+.2f} (p = {found.pvalue:.2f}, n = {len(alone)})'
+            )
+            pairs += zip(result['path_top1'], alone, strict=True)
+    return '; '.join(lines), pairs
+
+
+def draw(results: list[dict], pairs: list, save: Path) -> None:
+    """Pictures: accuracy over latency, entropy over epochs, supernet against trained-alone accuracy."""
+    arms = list(dict.fromkeys(r['arm'] for r in results))
+    colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
+    for arm in arms:
+        mine = [r for r in results if r['arm'] == arm]
+        at = [r.get('measured', r['predicted']) for r in mine]
+        axes[0].scatter(at, [r['top1'] for r in mine], color=colours[arm], label=arm)
+        curves = [r['entropy'] for r in mine if 'entropy' in r]
+        if curves:
+            axes[1].plot(np.mean(curves, axis=0), color=colours[arm], label=arm)
+    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured where it was', ylabel='test top-1 [%]')
+    axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
+    axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
+    if pairs:
+        axes[2].scatter(*zip(*pairs, strict=True), color='0.3')
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(save / 'three_freedoms.png')
+    plt.close(figure)
+
+
+def report(runs: list[Run], table, args) -> None:
+    """Write results.jsonl, table.md and the pictures from whatever is finished."""
+    save = Path(args.save)
+    results = [result for run in runs if (result := result_of(run, args, table))]
+    write_text(save / 'results.jsonl', ''.join(json.dumps(result) + '\n' for result in results))
+    if results:
+        ranks, pairs = correlation(results)
+        text = table_text(results, runs)
+        text += f'\nRank correlation of supernet paths and the same networks trained alone: {ranks}\n' if ranks else ''
+        write_text(save / 'table.md', text)
+        draw(results, pairs, save)
