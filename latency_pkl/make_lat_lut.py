@@ -13,11 +13,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -267,7 +267,7 @@ def main(args):
         'num_classes': args.num_classes,
         'dtype': 'float32',
         'torch': str(torch.__version__),
-        'torchvision': torchvision.__version__,
+        'torchvision': version('torchvision'),
         'date': time.strftime('%Y-%m-%d'),
         'seed': args.seed,
     }

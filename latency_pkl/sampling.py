@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from models.config import NetworkConfig, build_config, load_config
 from models.latency import LatencyTable
@@ -57,18 +57,25 @@ def random_config(rng: random.Random, ends: bool, num_classes: int, space: Searc
     return build_config(*random_network(rng, ends, space), num_classes, space)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves parameters as they were allocated. The meta device would too, but torch takes a second to import what it
+    needs for that, in every new process."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__name__', '') in ('kaiming_uniform_', 'kaiming_normal_', 'uniform_', 'normal_'):
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def build_network(config: NetworkConfig, device: torch.device, seed: int) -> NetworkEval:
     """A network to be timed: its weights are noise of a usual size, faster to make than a real initialisation."""
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.device('meta'):
-        net = NetworkEval(config)
-    net = net.to_empty(device=device).eval()
+    with torch.device(device), _Uninitialised():
+        net = NetworkEval(config).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.uniform_(-0.1, 0.1, generator=generator)
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
     return net
 
 

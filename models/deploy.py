@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.ops import StochasticDepth
 
 from models.config import NetworkConfig
 from models.model_eval import NetworkEval
@@ -58,7 +57,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """See `fx.Tracer`."""
-        return isinstance(module, StochasticDepth) or super().is_leaf_module(module, qualified_name)
+        return _drops(qualified_name) or super().is_leaf_module(module, qualified_name)
+
+
+def _drops(name: str) -> bool:
+    """Whether the module of that name is a block's stochastic depth."""
+    return name.endswith('.drop_connect')
 
 
 def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
@@ -75,7 +79,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
     graph = _Tracer().trace(net.eval())
     layers = dict(net.named_modules())
     for node in list(graph.nodes):
-        if node.op == 'call_module' and isinstance(layers[node.target], (StochasticDepth, nn.Identity)):
+        if node.op == 'call_module' and (_drops(node.target) or isinstance(layers[node.target], nn.Identity)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.lint()

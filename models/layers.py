@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from models.config import ConvSpec, LinearSpec, MBSpec
 from models.functions import ACTIVATIONS, convolve
@@ -121,7 +120,7 @@ class MBInvertedResBlock(nn.Module):
         self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func) if spec.se_channels else None
         self.point_linear = conv(mid, spec.out_channels)
         self.residual = spec.stride == 1 and spec.in_channels == spec.out_channels
-        self.drop_connect = StochasticDepth(drop_connect, 'row')
+        self.drop_connect = _stochastic_depth(drop_connect)
 
     def branch(self, x: Tensor) -> Tensor:
         """The block without its residual connection."""
@@ -140,6 +139,15 @@ class MBInvertedResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_connect(self.branch(x)) if self.residual else self.branch(x)
+
+
+def _stochastic_depth(p: float) -> nn.Module:
+    """Torchvision's layer; it takes seconds to import, so only where it does something."""
+    if not p:
+        return nn.Identity()
+    from torchvision.ops import StochasticDepth
+
+    return StochasticDepth(p, 'row')
 
 
 class Skip(nn.Module):

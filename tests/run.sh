@@ -6,4 +6,4 @@ source tools/environment.sh
 use_environment tests/requirements.txt torch torchvision numpy PIL simplejpeg scipy tqdm matplotlib pytest xdist ruff hypothesis
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest tests -m "not slow" -n 2 "$@"
+exec "$python" -m pytest tests -m "not slow" -n 2 --dist loadfile "$@"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dataset.demo.unpack import unpack
 from dataset.device_aug import TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import list_folder, read_list, split_by_class, warn_of_overlap, write_list
+from dataset.lists import SUFFIXES, list_folder, read_list, split_by_class, warn_of_overlap, write_list
 from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
@@ -292,6 +293,10 @@ def test_validation_transform_scales_then_crops_the_centre():
     assert result.shape == (3, 56, 56)
     assert result[0, 0, 0].item() == pytest.approx(-0.485 / 0.229, abs=1e-5)
     assert result[2, 30, 55].item() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
+
+
+def test_a_folder_of_images_has_what_torchvision_would_read():
+    assert SUFFIXES == IMG_EXTENSIONS
 
 
 def test_demo_images_unpack_into_class_folders(tmp_path):

@@ -5,6 +5,7 @@ programs that add a script's tiny flags to its own: the last of two equal flags 
 where they are unset (`${IMAGES:-...}`) come from here.
 """
 
+import importlib
 import os
 import re
 import shutil
@@ -124,22 +125,33 @@ def test_links_and_files_named_in_a_page_are_there(page):
         assert target in [re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings], target
 
 
-def test_flags_named_in_the_pages_exist(run_script):
+MORE_SCRIPTS = ['dataset/make_lists.py', 'tools/plots.py', 'benchmarks/search_step.py', 'benchmarks/input_pipeline.py']
+
+
+def help_of(script, monkeypatch, capsys):
+    """What a script prints with `--help`, in this process."""
+    monkeypatch.setattr(sys, 'argv', [script, '--help'])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script.removesuffix('.py').replace('/', '.')).get_args()
+    return capsys.readouterr().out
+
+
+def test_flags_named_in_the_pages_exist(monkeypatch, capsys):
     known = set()
-    for script in [
-        *TINY,
-        'dataset/make_lists.py',
-        '-m tools.plots',
-        'benchmarks/three_freedoms.py',
-        'benchmarks/search_step.py',
-        'benchmarks/input_pipeline.py',
-    ]:
-        if script.endswith(('.py', 'plots')):
-            known |= set(re.findall(r'--[\w-]+', run_script(*script.split(), '--help').stdout))
+    for script in [*TINY, *MORE_SCRIPTS]:
+        known |= set(re.findall(r'--[\w-]+', help_of(script, monkeypatch, capsys)))
     known |= {'--help', '--nproc_per_node', '--max-restarts', '--loss_scale'}
     for page in PAGES:
         named = set(re.findall(r'(?<![\w-])--[a-z]\w+(?:-\w+)*', page.read_text()))
         assert named <= known, f'{page.name}: {sorted(named - known)}'
+
+
+@pytest.mark.parametrize(
+    'script', ['train_search.py', 'parsing_model.py', 'train_eval.py', 'train_eval_amp.py', 'test.py']
+)
+def test_help_shows_the_commands_of_each_script(script, monkeypatch, capsys):
+    shown = help_of(script, monkeypatch, capsys)
+    assert f'python {script}' in shown.replace('torchrun --nproc_per_node=2', 'python')
 
 
 def test_the_readme_is_at_most_five_screens():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bad_files import run_here
 from torch import nn
 
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
@@ -227,12 +228,13 @@ def test_random_networks_of_a_space_with_skip_are_whole():
 
 
 @pytest.fixture(scope='module')
-def search(images, tmp_path_factory, run_script):
+def search(images, tmp_path_factory):
     """A search with the freedoms given: its log and last checkpoint."""
     size = ['--img_size', '32', '--num_classes', '3']
     folder = tmp_path_factory.mktemp('freedoms')
     table = folder / 'flops.pkl'
-    run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *size, '--save_path', table)
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(patch, 'latency_pkl/make_lat_lut.py', ['--metric', 'flops', *size, '--save_path', table]) == 0
 
     def run(*freedoms):
         save = folder / '-'.join(['of', *freedoms])
@@ -240,22 +242,25 @@ def search(images, tmp_path_factory, run_script):
         words = [*lists, '--lookup_path', table, '--save', save, *size, '--workers', '0', '--batch_size', '8']
         words += ['--epochs', '1', '--warmup_epochs', '0', '--target_lat', '40%', '--freedoms', *freedoms]
         if not save.exists():
-            run_script('train_search.py', *words)
+            with pytest.MonkeyPatch.context() as patch:
+                assert run_here(patch, 'train_search.py', words) == 0
         (run_folder,) = save.iterdir()
         return (run_folder / 'log.txt').read_text(), run_folder / 'searched_model_00.pth.tar', table
 
     return run
 
 
-def test_search_without_depth_parses_to_a_network_of_the_target(search, tmp_path, run_script):
+def test_search_without_depth_parses_to_a_network_of_the_target(search, tmp_path, monkeypatch, capsys):
     log, model, table = search('operator', 'width')
     assert len(re.findall(r'stage\d exits 1.0000$', log, re.M)) == 6
     assert [len(line.split()) for line in re.findall(r'ops ([\d. ]+)$', log, re.M)].count(9) == 12
     words = ['--model_path', model, '--lookup_path', table, '--num_classes', '3', '--img_size', '32']
-    out = run_script('parsing_model.py', *words, '--save_path', tmp_path / 'a', '--target_lat', '40%').stdout
+    more = ['--save_path', tmp_path / 'a', '--target_lat', '40%']
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, *more]) == 0
+    out = capsys.readouterr().out
     target, latency = (float(re.search(rf'{name}: ([\d.]+)', out).group(1)) for name in ('Target', 'Lat_LUT'))
     assert latency == pytest.approx(target, rel=0.01)
-    run_script('parsing_model.py', *words, '--save_path', tmp_path / 'b')
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, '--save_path', tmp_path / 'b']) == 0
 
 
 def test_search_without_width_keeps_the_start(search):

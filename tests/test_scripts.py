@@ -264,37 +264,6 @@ def test_make_lists_of_any_folder(images, tmp_path, run_script):
     assert '--list' in run_script(script, '--img_root', images, code=2).stderr
 
 
-@pytest.mark.parametrize(
-    ('more', 'message'),
-    [
-        (['--target_lat', '9999'], '--target_lat 9999: should be from'),
-        (['--target_lat', '-1'], '--target_lat -1: should be from'),
-        (['--lookup_path', 'absent.pkl'], 'absent.pkl: no latency table there'),
-        (['--img_size', '64'], 'keys of input size 64 are missing'),
-        (['--num_classes', '2'], 'label 2 should be at most 1'),
-        (['--batch_size', '1000'], 'fewer than one batch'),
-        (['--warmup_epochs', '3'], '--warmup_epochs 3 should be at most --epochs 2'),
-        (['--epochs', '0'], "--epochs: '0' should be an int of at least 1"),
-        (['--T', '0'], "--T: '0' should be a float above 0"),
-        (['--w_lr', 'nan'], "--w_lr: 'nan'"),
-        (['--device', 'cuda'], 'no CUDA GPU is available'),
-        (['--tagret_lat', '3'], 'unknown argument --tagret_lat, did you mean --target_lat?'),
-        (['--save', '/proc/none'], '--save /proc/none: cannot make a run folder'),
-    ],
-)
-def test_bad_input_ends_in_one_line_and_leaves_no_folder(more, message, images, table, tmp_path, run_script):
-    done = run_script(*search(images, table, tmp_path, *more), code=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_shows_the_commands_of_each_script(run_script):
-    for script in ('train_search.py', 'parsing_model.py', 'train_eval.py', 'train_eval_amp.py', 'test.py'):
-        assert f'python {script}' in run_script(script, '--help').stdout.replace(
-            'torchrun --nproc_per_node=2', 'python'
-        )
-
-
 def test_importing_does_nothing(run_script, tmp_path):
     modules = [
         'train_search',

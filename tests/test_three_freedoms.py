@@ -22,6 +22,27 @@ def test_last_number_counts():
     assert read_numbers('top1: 3.5 x\ntop1: 4.25', top1=r'top1: ([\d.]+)', lost=r'top9: ([\d.]+)') == {'top1': 4.25}
 
 
+def test_experiments_are_put_together(tmp_path, run_script):
+    common = {'unit': 'ms', 'predicted': 3.0, 'counts': True}
+    days = (
+        [('full', 0, 2.0), ('full', 1, 3.0), ('random', 0, 1.0)],
+        [('full', 2, 4.0), ('random', 0, 2.0), ('random', 1, 3.0)],
+    )
+    files = []
+    for number, day in enumerate(days):
+        files.append(tmp_path / f'{number}.jsonl')
+        results = [{'arm': arm, 'seed': seed, 'top1': top1} | common for arm, seed, top1 in day]
+        files[-1].write_text(''.join(json.dumps(result) + '\n' for result in results))
+    words = ['benchmarks/freedoms_results.py', *files, '--save', tmp_path / 'both']
+    table = run_script(*words).stdout
+    assert '| full | 3 | 3.00 ± 2.48 |' in table and '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) |' in table
+    assert (tmp_path / 'both' / 'three_freedoms.png').stat().st_size > 10_000
+    files[0].write_text(json.dumps({'arm': 'full', 'seed': 0, 'top1': 2.0} | common | {'unit': 'M multiply-adds'}))
+    assert "found ['M multiply-adds', 'ms']" in run_script(*words, code=2).stderr
+    files[0].write_text('{"arm": "full"}')
+    assert 'not a results.jsonl' in run_script(*words, code=2).stderr
+
+
 @pytest.mark.slow
 def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script):
     patch = (project_copy / 'benchmarks' / 'small_space.patch').read_text()

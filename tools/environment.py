@@ -4,10 +4,10 @@ import hashlib
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 from tools.memory import keep_freed_memory
 from tools.profiling import device_name
@@ -30,7 +30,7 @@ def describe_environment(device: torch.device) -> dict:
     return {
         'python': platform.python_version(),
         'torch': str(torch.__version__),
-        'torchvision': str(torchvision.__version__),
+        'torchvision': version('torchvision'),
         'cuda': torch.version.cuda,
         'system': platform.platform(),
         'device': device_name(device),
