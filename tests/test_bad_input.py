@@ -228,7 +228,6 @@ def test_from_the_shell_too(files, tmp_path, run_script):
             {'train_list': files / 'damaged.txt', 'workers': 2},
             'text.png: cannot be read as an image',
         ),
-        ('train_eval.py', {'epochs': 0}, "--epochs: '0'"),
         ('test.py', {'weights': files / 'text.pth.tar'}, 'text.pth.tar: cannot be read as a checkpoint'),
     ):
         flags = good_flags(script, files, files / 'table.pkl', tmp_path) | changes
