@@ -210,7 +210,7 @@ def test_freed_memory_of_large_tensors_is_kept(run_script):
 import resource, torch
 from tools.environment import prepare
 prepare(torch.device('cpu'))
-for _ in range(3):  # until the heap has its size
+for _ in range(10):  # until the heap has its size
     torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
