@@ -1,14 +1,8 @@
-"""What the runs of three_freedoms.py found: results.jsonl, a table in Markdown, pictures.
-
-python benchmarks/freedoms_results.py one/results.jsonl another/results.jsonl --save both
-
-puts the results of several experiments, say of other seeds on another day, into one table and one picture.
-"""
+"""What the runs of three_freedoms.py found: results.jsonl, a table in Markdown, pictures."""
 
 import json
 import re
 import statistics
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +11,9 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.search_space import FREEDOMS
 from tools.checkpoint import write_text
-from tools.errors import BadInput
 from tools.metrics import read_run
-from tools.options import Parser, run_script
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
@@ -139,7 +129,7 @@ def table_text(results: list[dict], planned: Counter[str]) -> str:
     head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'top-5 [%]']
     head += [f'{name} [{unit}]' if key == 'predicted' else name for key, name in COLUMNS.items()]
     rows = [head, ['---'] * len(head)]
-    full = [r['top1'] for r in results if r['arm'] == 'full' and r['counts']]
+    full = [r['top1'] for r in results if r['arm'] == 'full' and r.get('counts', True)]
     for arm, of in planned.items():
         mine = [r for r in results if r['arm'] == arm and r.get('counts', True)]
         at_chance = sum(r['arm'] == arm and not r.get('counts', True) for r in results)
@@ -197,54 +187,18 @@ def report(runs: list[Run], table, args) -> None:
     results = [result for run in runs if (result := result_of(run, args, table))]
     write_text(save / 'results.jsonl', ''.join(json.dumps(result) + '\n' for result in results))
     if results:
-        summarise([results], Counter(run.arm for run in runs), save)
+        summarise(results, Counter(run.arm for run in runs), [correlation(results)], save)
 
 
-def summarise(experiments: list[list[dict]], planned: Counter[str], save: Path) -> None:
+def summarise(results: list[dict], planned: Counter[str], found: list[tuple[str, list]], save: Path) -> None:
     """Write table.md and the pictures.
 
     Args:
-        experiments: the results of each; only within one are paths and random networks the same.
+        planned: number of runs by arm.
+        found: the `correlation` of each experiment.
     """
-    results = [result for experiment in experiments for result in experiment]
-    found = [correlation(experiment) for experiment in experiments]
     ranks, pairs = '; '.join(text for text, _ in found if text), [pair for _, own in found for pair in own]
     text = table_text(results, planned)
     text += f'\nRank correlation of supernet paths and the same networks trained alone: {ranks}\n' if ranks else ''
     write_text(save / 'table.md', text)
     draw(results, pairs, save)
-
-
-def get_args():
-    """Parse the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument('results', nargs='+', help='files results.jsonl of three_freedoms.py, of one kind of table')
-    parser.add_argument('--save', required=True, help='folder that gets table.md and three_freedoms.png')
-    return parser.parse_args()
-
-
-def read_results(path: str) -> list[dict]:
-    """The lines of a results.jsonl."""
-    try:
-        results = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        for result in results:
-            result['arm'], result['seed'], result['unit'], float(result['top1']), float(result['predicted'])
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise BadInput(f'{path}: not a results.jsonl of three_freedoms.py ({e!r})') from e
-    return results
-
-
-def main(args):
-    """Put results together."""
-    experiments = [read_results(path) for path in args.results]
-    units = sorted({result['unit'] for own in experiments for result in own})
-    if len(units) != 1:
-        raise BadInput(f'{" ".join(args.results)}: expected results in one unit, found {units}')
-    Path(args.save).mkdir(parents=True, exist_ok=True)
-    planned = Counter(result['arm'] for own in experiments for result in own)
-    summarise(experiments, planned, Path(args.save))
-    print((Path(args.save) / 'table.md').read_text())
-
-
-if __name__ == '__main__':
-    run_script(main, get_args())

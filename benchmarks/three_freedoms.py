@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -105,8 +105,8 @@ class Scripts:
 
     def __init__(self, jobs: int):
         self.children, self.signal, self.lock = set(), 0, threading.RLock()
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        self.environment = ({'OMP_NUM_THREADS': str(threads)} if jobs > 1 else {}) | os.environ
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self.environment = ({'OMP_NUM_THREADS': threads} if jobs > 1 else {}) | os.environ
         for number_ in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number_, self.stop)
 
@@ -115,7 +115,7 @@ class Scripts:
         self.signal = number_
         with self.lock:
             for child in self.children if number_ == signal.SIGTERM else ():  # a terminal's SIGINT goes to all
-                child.send_signal(number_)
+                os.kill(child.pid, number_)
 
     def once(self, folder: Path, step: str, words: list, done: str) -> dict:
         """The record of a step: what it printed, and the seconds of wall clock and CPU it took over all its attempts.
@@ -148,22 +148,25 @@ class Scripts:
     def _run(self, words: list, errors: Path, name: str) -> tuple[int, str, float]:
         """Run a script to its end: (exit code, what it printed, seconds of CPU)."""
         command = [sys.executable, *map(str, words)]
-        with open(errors, 'w') as stderr:
-            with self.lock:
-                if self.signal:
-                    raise Stopped
-                print(f'{time.strftime("%H:%M:%S")} {name}', flush=True)
+        with self.lock:
+            if self.signal:
+                raise Stopped
+            print(f'{time.strftime("%H:%M:%S")} {name}', flush=True)
+            with open(errors, 'w') as stderr:
                 child = subprocess.Popen(
                     command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True
                 )
-                self.children.add(child)
-            with child.stdout:
-                out = child.stdout.read()
+            self.children.add(child)
+            if self.signal == signal.SIGTERM:  # it came in this thread, before the child was known
+                os.kill(child.pid, signal.SIGTERM)
+        with child.stdout:
+            out = child.stdout.read()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its pid is not given to another before it is removed
+        with self.lock:
+            self.children.remove(child)
             # not child.wait(), which does not tell what this child alone has used
             _, status, used = os.wait4(child.pid, 0)
-            with self.lock:
-                self.children.remove(child)
-                child.returncode = os.waitstatus_to_exitcode(status)
+            child.returncode = os.waitstatus_to_exitcode(status)
         return child.returncode, out, used.ru_utime + used.ru_stime
 
 
@@ -241,21 +244,21 @@ def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
     writing = threading.Lock()
 
     def one(run: Run) -> None:
-        """A run and the report after it."""
-        follow(run, table, scripts, args)
-        with writing:
-            report(runs, table, args)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        pending = [pool.submit(one, run) for run in runs]
+        """A run and the report after it; where it fails, the others are stopped before another begins."""
         try:
-            for done in as_completed(pending):
-                done.result()
+            follow(run, table, scripts, args)
+            with writing:
+                report(runs, table, args)
         except BaseException:
             if not scripts.signal:
                 scripts.stop(signal.SIGTERM)
-            pool.shutdown(cancel_futures=True)
             raise
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = [pool.submit(one, run) for run in runs]
+    errors = [error for run in done if (error := run.exception())]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
 
 
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
@@ -291,7 +294,7 @@ def step_seconds(folder: Path, kind: str) -> list[float]:
 
 def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
     """Time a few real steps of each kind, once; returns how long the plan takes."""
-    folder = Path(args.save) / 'timing'
+    folder = Path(args.save) / f'timing-{args.jobs}'
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name in ('train', 'val'):
@@ -311,11 +314,12 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
     one_search = steps * (args.warmup_epochs * warm + (args.epochs - args.warmup_epochs) * search)
     one_training = train * (sum(counts.values()) // args.train_batch_size) * args.train_epochs
     searches = sum(run.freedoms is not None for run in runs)
-    hours = (searches * one_search + len(runs) * one_training) / 3600 / args.jobs
+    jobs = min(args.jobs, len(runs))
+    hours = (searches * one_search + len(runs) * one_training) / 3600 / jobs
     return (
         f'{searches} searches of {one_search / 60:.1f} min ({warm:.3f} s a step of the warm-up, {search:.3f} s after), '
-        f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step), {args.jobs} at a time: '
-        f'{hours:.1f} hours from the start'
+        f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step), {jobs} at a time: '
+        f'{hours:.1f} hours from the start' + (', if they do not slow each other down' if jobs > 1 else '')
     )
 
 

@@ -17,7 +17,7 @@ class NetworkEval(nn.Module):
     Args:
         config: the network.
         dropout_rate: before the classifier.
-        drop_connect_rate: of the last block; block i of n (the stem's block is 1) has rate * i / n.
+        drop_connect_rate: of the last block; block i of n (the stem's block is 1) has rate * i / n. Fixed once built.
     """
 
     def __init__(self, config: NetworkConfig, dropout_rate: float = 0.0, drop_connect_rate: float = 0.0):

@@ -230,7 +230,7 @@ def test_random_networks_of_a_space_with_skip_are_whole():
 @pytest.fixture(scope='module')
 def search(images, tmp_path_factory):
     """A search with the freedoms given: its log and last checkpoint."""
-    size = ['--img_size', '32', '--num_classes', '3']
+    size = ['--img_size', '32', '--num_classes', '3', '--device', 'cpu']
     folder = tmp_path_factory.mktemp('freedoms')
     table = folder / 'flops.pkl'
     with pytest.MonkeyPatch.context() as patch:
@@ -255,6 +255,7 @@ def test_search_without_depth_parses_to_a_network_of_the_target(search, tmp_path
     assert len(re.findall(r'stage\d exits 1.0000$', log, re.M)) == 6
     assert [len(line.split()) for line in re.findall(r'ops ([\d. ]+)$', log, re.M)].count(9) == 12
     words = ['--model_path', model, '--lookup_path', table, '--num_classes', '3', '--img_size', '32']
+    words += ['--device', 'cpu']
     more = ['--save_path', tmp_path / 'a', '--target_lat', '40%']
     assert run_here(monkeypatch, 'parsing_model.py', [*words, *more]) == 0
     out = capsys.readouterr().out

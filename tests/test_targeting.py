@@ -244,6 +244,18 @@ def test_a_table_gives_a_standard_on_its_own_device_alone():
     assert standard_of(replace(table, meta=meta), 2, cpu) is None
 
 
+def test_a_network_to_be_timed_is_noise_of_its_seed():
+    config, cpu = random_config(random.Random(0), ends=True, num_classes=10), torch.device('cpu')
+    one, same, other = (build_network(config, cpu, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    for name, value in one.items():
+        if name.endswith(('running_mean', 'running_var')):
+            assert torch.equal(value, torch.full_like(value, float(name.endswith('var'))))
+        elif value.is_floating_point():
+            assert value.abs().max() <= 0.1 and not torch.equal(value, other[name])
+            assert value.numel() < 500 or value.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
+
+
 def test_blocks_are_timed_where_they_stand():
     config = random_config(random.Random(0), ends=True, num_classes=10)
     cpu = torch.device('cpu')

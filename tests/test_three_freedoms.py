@@ -2,12 +2,18 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+from benchmarks import join_freedoms, three_freedoms
 from benchmarks.freedoms_results import difference, interval, read_numbers
+from tools.errors import BadInput
 
 
 def test_intervals_by_hand():
@@ -22,25 +28,61 @@ def test_last_number_counts():
     assert read_numbers('top1: 3.5 x\ntop1: 4.25', top1=r'top1: ([\d.]+)', lost=r'top9: ([\d.]+)') == {'top1': 4.25}
 
 
-def test_experiments_are_put_together(tmp_path, run_script):
+def test_experiments_are_put_together(tmp_path, monkeypatch, capsys):
+    """Of three networks of each arm; random network 0 is the same one in both and counts once."""
     common = {'unit': 'ms', 'predicted': 3.0, 'counts': True}
     days = (
-        [('full', 0, 2.0), ('full', 1, 3.0), ('random', 0, 1.0)],
-        [('full', 2, 4.0), ('random', 0, 2.0), ('random', 1, 3.0)],
+        [('full', 0, 2.0), ('full', 1, 3.0), ('random', 0, 1.0), ('random', 2, 2.0)],
+        [('full', 2, 4.0), ('random', 0, 9.0), ('random', 1, 3.0)],
     )
-    files = []
-    for number, day in enumerate(days):
-        files.append(tmp_path / f'{number}.jsonl')
+    files = [tmp_path / f'{number}.jsonl' for number in range(2)]
+    for path, day in zip(files, days, strict=True):
         results = [{'arm': arm, 'seed': seed, 'top1': top1} | common for arm, seed, top1 in day]
-        files[-1].write_text(''.join(json.dumps(result) + '\n' for result in results))
-    words = ['benchmarks/freedoms_results.py', *files, '--save', tmp_path / 'both']
-    table = run_script(*words).stdout
+        path.write_text(''.join(json.dumps(result) + '\n' for result in results))
+
+    def join():
+        monkeypatch.setattr(sys, 'argv', ['join_freedoms.py', *map(str, files), '--save', str(tmp_path / 'both')])
+        join_freedoms.main(join_freedoms.get_args())
+        return capsys.readouterr().out
+
+    table = join()
+    assert f'left out: random-0 of {files[1]}' in table
     assert '| full | 3 | 3.00 ± 2.48 |' in table and '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) |' in table
     assert (tmp_path / 'both' / 'three_freedoms.png').stat().st_size > 10_000
-    files[0].write_text(json.dumps({'arm': 'full', 'seed': 0, 'top1': 2.0} | common | {'unit': 'M multiply-adds'}))
-    assert "found ['M multiply-adds', 'ms']" in run_script(*words, code=2).stderr
-    files[0].write_text('{"arm": "full"}')
-    assert 'not a results.jsonl' in run_script(*words, code=2).stderr
+    line = {'arm': 'full', 'seed': 0, 'top1': 2.0} | common
+    for text, message in (
+        (json.dumps(line | {'unit': 'M'}), "expected one unit found ['M', 'ms']"),
+        (json.dumps(line | {'entropy': [1, 1]}) + '\n' + json.dumps(line | {'seed': 4, 'entropy': [1]}), 'in epochs'),
+        ('{"arm": "full"}', 'not a results.jsonl'),
+    ):
+        files[0].write_text(text)
+        with pytest.raises(BadInput, match=re.escape(message)):
+            join()
+
+
+def test_a_step_that_fails_stops_those_beside_it(tmp_path, monkeypatch):
+    """Three runs, two at a time: one waits for a signal, one fails, one is never begun."""
+    waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('told')); time.sleep(60)"
+    codes = {'waits': waits, 'fails': 'import time; time.sleep(1); import none', 'later': "print('done')"}
+
+    def follow(run, _, scripts, args):
+        scripts.once(Path(args.save) / run, 'step', ['-c', codes[run]], 'done')
+
+    monkeypatch.setattr(three_freedoms, 'follow', follow)
+    monkeypatch.setattr(three_freedoms, 'report', lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    start = time.monotonic()
+    try:
+        with pytest.raises(BadInput, match="fails: step ended with 1: ModuleNotFoundError: No module named 'none'"):
+            args = Namespace(jobs=2, save=tmp_path)
+            three_freedoms.follow_all(list(codes), None, three_freedoms.Scripts(2), args)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - start < 30
+    record = json.loads((tmp_path / 'waits' / 'step.json').read_text())
+    assert not record['finished'] and (tmp_path / 'waits' / 'step.err').read_text() == 'told\n'
+    assert not (tmp_path / 'later' / 'step.json').exists()
 
 
 @pytest.mark.slow

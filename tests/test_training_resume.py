@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from bad_files import run_here
 from training_runs import (
     assert_same_end,
     command,
@@ -148,6 +149,18 @@ def test_a_damaged_newest_file_and_other_flags_are_said_and_the_run_goes_on(data
     assert f'{newest}: cannot be read as a checkpoint' in output
     assert f'goes on from {previous_of(newest)}: epoch 0 step' in output
     assert 'the snapshot was made with other flags: --lr 0.05, now 0.1' in output
+
+
+def test_a_finished_run_goes_on_to_more_epochs(data, tmp_path, monkeypatch):  # noqa: F811
+    def train(save, **changes):
+        assert run_here(monkeypatch, 'train_eval.py', flags(data, tmp_path / save, **changes)) == 0
+        return load(only_run(tmp_path / save) / 'checkpoint.pth.tar')
+
+    whole, part = train('whole'), train('parts', epochs=1)
+    more = train('parts', snapshot='auto')
+    assert part['epoch'] == 1 and more['epoch'] == 2
+    assert not torch.equal(part['state_dict'][name := 'module.classifier.linear.weight'], more['state_dict'][name])
+    assert all(torch.equal(value, more['state_dict'][key]) for key, value in whole['state_dict'].items())
 
 
 GOOD = {

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, and checkpoints that cannot run code."""
 
 import os
-import tempfile
+import secrets
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -20,19 +20,17 @@ WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
     """Call `write(binary file)` on a temporary file beside `path`, sync it to disk, then rename it to `path`."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent or Path('.'), prefix=f'.{path.name}.')
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as any new file
     try:
         with os.fdopen(handle, 'wb') as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         before_rename()
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent or Path('.'), os.O_RDONLY)
     try:
