@@ -125,7 +125,13 @@ def test_links_and_files_named_in_a_page_are_there(page):
         assert target in [re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings], target
 
 
-MORE_SCRIPTS = ['dataset/make_lists.py', 'tools/plots.py', 'benchmarks/search_step.py', 'benchmarks/input_pipeline.py']
+MORE_SCRIPTS = [
+    'dataset/make_lists.py',
+    'benchmarks/join_freedoms.py',
+    'tools/plots.py',
+    'benchmarks/search_step.py',
+    'benchmarks/input_pipeline.py',
+]
 
 
 def help_of(script, monkeypatch, capsys):
