@@ -47,10 +47,10 @@ def main(args):
     runs = list(results.values())
     for what, values in (
         ('unit', {run['unit'] for run in runs}),
-        ('length of searches, in epochs,', {len(run['entropy']) for run in runs if 'entropy' in run} or {0}),
+        ('length of searches in epochs', {len(run['entropy']) for run in runs if 'entropy' in run} or {0}),
     ):
         if len(values) != 1:
-            raise BadInput(f'{" ".join(args.results)}: expected one {what} found {sorted(values)}')
+            raise BadInput(f'{" ".join(args.results)}: expected one {what}, found {sorted(values)}')
     Path(args.save).mkdir(parents=True, exist_ok=True)
     summarise(runs, Counter(run['arm'] for run in runs), [correlation(own) for own in experiments], Path(args.save))
     print((Path(args.save) / 'table.md').read_text())

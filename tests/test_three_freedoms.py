@@ -50,9 +50,10 @@ def test_experiments_are_put_together(tmp_path, monkeypatch, capsys):
     assert '| full | 3 | 3.00 ± 2.48 |' in table and '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) |' in table
     assert (tmp_path / 'both' / 'three_freedoms.png').stat().st_size > 10_000
     line = {'arm': 'full', 'seed': 0, 'top1': 2.0} | common
+    lengths = json.dumps(line | {'entropy': [1, 1]}) + '\n' + json.dumps(line | {'seed': 4, 'entropy': [1]})
     for text, message in (
-        (json.dumps(line | {'unit': 'M'}), "expected one unit found ['M', 'ms']"),
-        (json.dumps(line | {'entropy': [1, 1]}) + '\n' + json.dumps(line | {'seed': 4, 'entropy': [1]}), 'in epochs'),
+        (json.dumps(line | {'unit': 'M'}), "expected one unit, found ['M', 'ms']"),
+        (lengths, 'expected one length of searches in epochs, found [1, 2]'),
         ('{"arm": "full"}', 'not a results.jsonl'),
     ):
         files[0].write_text(text)
