@@ -34,7 +34,7 @@ from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import count_mult_adds, count_params, device_name, median_of, time_beside, time_once
+from tools.profiling import count_mult_adds, count_params, device_name, measure_in_turns, time_once
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 6, 20
 """Of so many timings one is of the reference network and one of a network kept from the fit; how many those are; how
@@ -64,7 +64,12 @@ def get_args():
     parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
     parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
-    parser.add_argument('--rounds', type=count(), default=24, help='times that --check builds and times each network')
+    parser.add_argument(
+        '--rounds',
+        type=count(),
+        default=24,
+        help='times that --check times each network; more where they differ much',
+    )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
 
@@ -213,18 +218,13 @@ def estimated_table(args):
 
 
 def check(args, device):
-    """Time fresh networks against a table, by turns and in a new order each round, so that disturbances of some seconds
-    meet all alike; returns whether the mean error is within the tolerance."""
+    """Time fresh networks against a table; returns whether the mean error is within the tolerance."""
     table = load_table(args.check, args.img_size)
     standard = standard_of(table, args.batch_size, device)
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
-    times = [[] for _ in configs]
-    for _ in tqdm(range(args.rounds), unit='round', desc='timing networks', mininterval=1):
-        for i in rng.sample(range(args.networks), args.networks):
-            build = partial(build_network, configs[i], device, rng.getrandbits(32))
-            times[i].append(time_beside(build, args.batch_size, args.img_size, device, standard))
-    measured = [median_of(own, standard) for own in times]
+    builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
+    measured = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds)
     wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:
         predicted = table.of_config(config)

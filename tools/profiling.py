@@ -2,6 +2,7 @@
 
 import math
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from tools.fresh import in_fresh_process
 
-ROUNDS, MOST_ROUNDS = 12, 36
+ROUNDS, MOST_ROUNDS = 12, 72
 """Times that a network is built and timed for one latency: at least, and where the machine is noisy at most."""
 
 PRECISION = 0.005
@@ -83,18 +85,42 @@ def measure_latency(
     device: torch.device,
     standard: Standard | None = None,
 ) -> Measured:
-    """Time of one forward pass of the network that `build()` returns, over `ROUNDS` times that it is built and timed.
+    """Time of one forward pass of the network that `build()` returns: `measure_in_turns` of one network."""
+    return measure_in_turns([build], batch_size, img_size, device, standard)[0]
 
-    By a standard, which is timed beside it each time, where there is one, and then more often where timings differ
-    much. What slows a machine down for seconds or minutes slows both down, so that their ratio is steady where times
-    are not. A median, of ratios or of times.
+
+def measure_in_turns(
+    builds: Sequence[Callable[[], nn.Module]],
+    batch_size: int,
+    img_size: int,
+    device: torch.device,
+    standard: Standard | None = None,
+    rounds: int = ROUNDS,
+) -> list[Measured]:
+    """Time of one forward pass of each network, over `rounds` times that it is built and timed: medians.
+
+    By turns and in a new order each round, so that disturbances of some seconds meet all alike. By a standard, which is
+    timed beside each, where there is one; what slows a machine down for minutes slows both down, so that their ratio is
+    steady where times are not. Networks whose ratios still differ much are timed again, up to `MOST_ROUNDS` in all.
+    On a terminal, with a progress bar.
     """
-    times = []
-    while len(times) < ROUNDS or (
-        standard and len(times) < MOST_ROUNDS and median_of(times, standard).error > PRECISION
-    ):
-        times.append(time_beside(build, batch_size, img_size, device, standard))
-    return median_of(times, standard)
+    times: list[list[tuple[float, float]]] = [[] for _ in builds]
+    order = random.Random(0)
+    with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
+        for number in range(max(rounds, MOST_ROUNDS)):
+            due = [i for i, own in enumerate(times) if number < rounds or not _is_precise(own, standard)]
+            if not due:
+                break
+            for i in order.sample(due, len(due)):
+                times[i].append(time_beside(builds[i], batch_size, img_size, device, standard))
+            bar.total = max(rounds, number + 1)
+            bar.update()
+    return [median_of(own, standard) for own in times]
+
+
+def _is_precise(times: Sequence[tuple[float, float]], standard: Standard | None) -> bool:
+    """Whether more timings are not worth their time; without a standard they are not."""
+    return standard is None or median_of(times, standard).error <= PRECISION
 
 
 def time_beside(
