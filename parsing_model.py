@@ -69,7 +69,7 @@ def fit_to_clock(state, widths, table, target, args, device):
     Networks of one architecture differ little from round to round, so what the clock says of them against the table is
     averaged over the rounds: the noise of one timing is not fitted to.
     """
-    batch_size = int(table.meta.get('batch_size', 32 if device.type == 'cuda' else 1))
+    batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
     standard = standard_of(table, batch_size, device)
     least, _, most = table.reach()
     aim, ratios = target, {}
@@ -133,7 +133,7 @@ def main(args):
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
-    torch.set_num_threads(args.threads or int(table.meta.get('threads', 1) if table else 1))
+    torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
     torch.backends.cudnn.benchmark = True
     if args.target_lat:
         configs = fitted_configs(args, table, device)

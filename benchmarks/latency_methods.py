@@ -57,8 +57,8 @@ def main(args):
     """Time random networks whole and in parts, print the errors of both predictions, draw them."""
     device = pick_device(args.device)
     table = load_table(args.table, args.img_size)
-    torch.set_num_threads(int(table.meta.get('threads', 1)))
-    batch_size = int(table.meta.get('batch_size', 1))
+    torch.set_num_threads(table.setting('threads', 1))
+    batch_size = table.setting('batch_size', 1)
     rng, standard = random.Random(args.seed), standard_of(table, batch_size, device)
     methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
     for _ in range(args.networks):

@@ -52,8 +52,12 @@ def get_args():
     parser = Parser(__doc__)
     add_device_arg(parser)
     parser.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
-    parser.add_argument('--batch_size', type=count(), help='images a pass; default: 32 on a GPU, 1 on a CPU')
-    parser.add_argument('--threads', type=count(1, 1024), default=1, help='CPU threads of a pass')
+    parser.add_argument(
+        '--batch_size', type=count(), help="images a pass; default: 32 on a GPU, 1 on a CPU; with --check the table's"
+    )
+    parser.add_argument(
+        '--threads', type=count(1, 1024), help="CPU threads of a pass; default: 1; with --check the table's"
+    )
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument('--num_classes', type=class_count, default=1000)
     parser.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
@@ -217,9 +221,14 @@ def estimated_table(args):
     return base, curves, {'unit': 'ms', 'device': card.name, 'batch_size': args.batch_size, 'method': method}
 
 
-def check(args, device):
+def check(table, args, device):
     """Time fresh networks against a table; returns whether the mean error is within the tolerance."""
-    table = load_table(args.check, args.img_size)
+    if table.unit != 'ms':
+        raise BadInput(f'--check {args.check}: counts {table.unit}, which no clock measures')
+    print(
+        f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {device_name(device)}, '
+        f'batch {args.batch_size}, threads {args.threads}'
+    )
     standard = standard_of(table, args.batch_size, device)
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
@@ -248,10 +257,13 @@ def main(args):
     start = time.monotonic()
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
+    table = load_table(args.check, args.img_size) if args.check else None
+    usual = 32 if device.type == 'cuda' or args.estimate else 1
+    args.batch_size = args.batch_size or (table.setting('batch_size', usual) if table else usual)
+    args.threads = args.threads or (table.setting('threads', 1) if table else 1)
     torch.set_num_threads(args.threads)
-    args.batch_size = args.batch_size or (32 if device.type == 'cuda' or args.estimate else 1)
-    if args.check:
-        if not check(args, device):
+    if table:
+        if not check(table, args, device):
             sys.exit(1)
         return
     of = args.estimate or device.type

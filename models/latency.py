@@ -51,6 +51,17 @@ class LatencyTable:
         """What the table counts in: 'ms' where it does not say otherwise."""
         return str(self.meta.get('unit', 'ms'))
 
+    def setting(self, name: str, usual: int) -> int:
+        """`batch_size` or `threads` that the table was made with; `usual` where it does not tell.
+
+        Raises:
+            BadInput: it is no whole number of at least 1.
+        """
+        value = self.meta.get(name, usual)
+        if type(value) is not int or value < 1:
+            raise BadInput(f"the latency table's {name} is {value!r}, should be a whole number of at least 1")
+        return value
+
     def of(self, block: Block, op: Op, width: int) -> float:
         """Latency of one operator; `SKIP` takes no time."""
         return 0.0 if op.is_skip else float(self.curves[block.key(op)][width - 1])

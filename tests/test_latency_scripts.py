@@ -4,11 +4,12 @@ import re
 
 import pytest
 
+from conftest import make_table
 from latency_pkl.make_lat_lut import LEAST_SAMPLES, missing
 from latency_pkl.sampling import Sample
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
-from models.latency import load_table
+from models.latency import load_table, save_table
 from models.parsing import MASKS_KEY
 from models.search_space import SPACE
 from tools.checkpoint import save_checkpoint
@@ -61,8 +62,23 @@ def test_check_exits_by_its_tolerance(measured, run_script):
     words += ['--rounds', '2']
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 4
-    assert 'Measured by the reference network: the machine took' in out
+    assert 'Measured by the reference network: the machine took' in out and ', batch 1, threads 1\n' in out
     run_script(*words, '--tolerance', '0', code=1)
+
+
+def test_check_refuses_what_no_clock_measures_and_takes_the_settings_of_the_table(tmp_path, run_script):
+    table = make_table(img_size=32, seed=1)
+    for meta, code, says in (
+        ({'unit': 'M parameters'}, 2, 'counts M parameters'),
+        ({'unit': 'ms', 'device': 'another', 'batch_size': 2, 'threads': 2}, 1, 'Table of: another; timed on: '),
+        ({'unit': 'ms', 'threads': 'many'}, 2, "threads is 'many', should be a whole number"),
+    ):
+        save_table(table.base, table.curves, meta, tmp_path / 'table.pkl')
+        words = ['--check', tmp_path / 'table.pkl', '--device', 'cpu', *SIZE, '--networks', '2', '--rounds', '1']
+        done = run_script(MAKER, *words, '--tolerance', '0', code=code)
+        assert says in (done.stderr if code == 2 else done.stdout)
+        if code == 1:
+            assert 'batch 2, threads 2' in done.stdout and 'the clock alone' in done.stdout
 
 
 def test_what_a_fit_lacks_is_said():

@@ -174,17 +174,19 @@ GOOD = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder with a checkpoint of epoch 2 and one of epoch 1 before it, and an older folder of another run."""
-    for name, epochs in (('eval-1-other', [7]), ('eval-2-try', [1, 2])):
-        (tmp_path / name).mkdir()
+    """A run folder with checkpoints of epochs 1 and 2; an older folder of that note, newer ones of others."""
+    runs = [('20260101-000001-try', [7]), ('20260101-000002-try', [1, 2])]
+    for name, epochs in [*runs, ('20260101-000003-other', [9]), ('20260101-000004-my-try', [8])]:
+        one = tmp_path / f'eval-{name}'
+        one.mkdir()
         for epoch in epochs:
-            save_and_keep_previous(GOOD | {'epoch': epoch}, tmp_path / name / 'checkpoint.pth.tar')
-    os.utime(tmp_path / 'eval-1-other' / 'checkpoint.pth.tar', (1, 1))
-    return tmp_path / 'eval-2-try'
+            save_and_keep_previous(GOOD | {'epoch': epoch}, one / 'checkpoint.pth.tar')
+    os.utime(tmp_path / 'eval-20260101-000001-try' / 'checkpoint.pth.tar', (1, 1))
+    return tmp_path / 'eval-20260101-000002-try'
 
 
 def find(folder, snapshot):
-    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent)), TRAINING)
+    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent), note='try'), TRAINING)
 
 
 @pytest.mark.parametrize('snapshot', ['auto', 'path'])
@@ -204,7 +206,7 @@ def test_auto_looks_at_all_files_and_else_begins_a_new_run(folder):
     assert find(folder, 'auto').checkpoint['epoch'] == 1
     damage(folder / 'checkpoint.previous.pth.tar', 'truncated')
     assert find(folder, 'auto').checkpoint['epoch'] == 7
-    damage(folder.parent / 'eval-1-other' / 'checkpoint.pth.tar', 'truncated')
+    damage(folder.parent / 'eval-20260101-000001-try' / 'checkpoint.pth.tar', 'truncated')
     found = find(folder, 'auto')
     assert found.folder is None and 'a new run begins' in found.notes[-1] and len(found.notes) == 3
 

@@ -1,6 +1,7 @@
 """Run folders and their logs."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,12 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
             raise BadInput(f'--save {save}: cannot make a run folder there ({e.strerror})') from e
         return folder
     raise BadInput(f'--save {save}: too many runs of the same name {stem}')
+
+
+def run_folders(save: str | Path, kind: str, note: str) -> list[Path]:
+    """All folders that `make_run_folder` made with these arguments."""
+    name = re.compile(rf'{kind}-\d{{8}}-\d{{6}}-{re.escape(note)}(-\d+)?')
+    return [folder for folder in Path(save).glob(f'{kind}-*/') if name.fullmatch(folder.name)]
 
 
 class _Console(logging.Handler):

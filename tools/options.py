@@ -10,6 +10,17 @@ from typing import NoReturn
 from tools.errors import BadInput, explain
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that a help text does not tell."""
+
+    def add_argument(self, action):
+        """An option of the help."""
+        says = action.help or ''
+        if action.default not in (None, False, argparse.SUPPRESS) and 'default' not in says:
+            action.help = f'{says} (default: %(default)s)'.strip()
+        super().add_argument(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, whose unknown flags name the nearest known one, and whose help shows
     the script's docstring (its runnable commands) and every default."""
@@ -17,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None):
         super().__init__(
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
 
@@ -192,7 +203,8 @@ def add_watch_args(parser: Parser) -> None:
 def add_snapshot_args(parser: Parser) -> None:
     """How often a run saves where it stands, and what it goes on from."""
     parser.add_argument(
-        '--snapshot', help='a checkpoint to go on from, in its folder; auto: the newest good one under --save'
+        '--snapshot',
+        help='a checkpoint to go on from, in its folder; auto: the newest good one under --save, of the same --note',
     )
     parser.add_argument(
         '--save_freq',

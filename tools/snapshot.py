@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from tools.checkpoint import load_checkpoint, previous_of, put_weights, strip_module_prefix
 from tools.distributed import World, restart_store
 from tools.errors import BadInput
+from tools.logs import run_folders
 from tools.precision import Precision
 
 CHECKPOINT = 'checkpoint.pth.tar'
@@ -33,7 +34,7 @@ class RunKind:
 
     Args:
         name: of the run, in messages.
-        folders: run folders are `<folders>-*`.
+        folders: run folders are `<folders>-<time>-<note>`.
         files: patterns of its checkpoints' names.
         needed: keys of a checkpoint.
         position: of a checkpoint: (epoch, batches of it that are done).
@@ -45,9 +46,9 @@ class RunKind:
     needed: frozenset[str]
     position: Callable[[dict], tuple[int, int]]
 
-    def checkpoints(self, where: Path, folders: str = '') -> list[Path]:
-        """Those in the folder `where`, or in its folders of a pattern; the newest first."""
-        paths = [path for files in self.files for path in where.glob(f'{folders}{files}')]
+    def checkpoints(self, *run_folders: Path) -> list[Path]:
+        """Those in some folders, the newest first."""
+        paths = [path for folder in run_folders for files in self.files for path in folder.glob(files)]
         return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
@@ -148,10 +149,11 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
     """The newest good checkpoint that the flags and a launcher's restart ask for.
 
     After a restart by torchrun, a run goes on in its own folder. Otherwise `--snapshot auto` takes the newest good
-    checkpoint under `--save`, and `--snapshot PATH` that file, or the one before it in its folder where it is damaged.
+    checkpoint of a run with the same `--note` under `--save`, and `--snapshot PATH` that file, or the one before it in
+    its folder where it is damaged.
 
     Args:
-        args: snapshot and save.
+        args: snapshot, save and note.
         kind: whose checkpoints to take.
 
     Raises:
@@ -167,7 +169,7 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
     if not args.snapshot:
         return Snapshot()
     if args.snapshot == 'auto':
-        files = kind.checkpoints(Path(args.save), f'{kind.folders}-*/')
+        files = kind.checkpoints(*run_folders(args.save, kind.folders, args.note))
     else:
         files = _from_path(Path(args.snapshot), kind)
     found = _first_good(files, kind)
@@ -175,7 +177,12 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
         return found
     if args.snapshot != 'auto':
         raise BadInput(f'--snapshot {found.notes[0]}')
-    return Snapshot(notes=(*found.notes, f'--snapshot auto: no good checkpoint under {args.save}, a new run begins'))
+    return Snapshot(
+        notes=(
+            *found.notes,
+            f'--snapshot auto: no good checkpoint of --note {args.note} under {args.save}, a new run begins',
+        )
+    )
 
 
 def _from_path(path: Path, kind: RunKind) -> list[Path]:
