@@ -29,6 +29,7 @@ from tools.errors import BadInput
 from tools.options import Parser, add_arch_args, add_device_arg, class_count, count, image_size, run_script
 from tools.profiling import count_mult_adds, count_params, measure_latency
 
+USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4
 MEASURED_CLOSE = 0.005
 
@@ -37,7 +38,7 @@ def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
-    parser.add_argument('--save_path', default='./model.config', help='config file to write')
+    parser.add_argument('--save_path', help='config file to write; default: model.config, none for a --config_path')
     parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
@@ -45,7 +46,7 @@ def get_args():
     parser.add_argument(
         '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
     )
-    parser.add_argument('--num_classes', type=class_count, default=1000)
+    parser.add_argument('--num_classes', type=class_count, help='default: those of a --config_path, otherwise 1000')
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
@@ -58,7 +59,10 @@ def fit(state, widths, table, target, args):
     """The most probable network that meets a latency in the table: (architecture, config, that latency)."""
     arch = most_probable(state, table, target)
     config = build_config(
-        arch, fit_widths(arch, widths, table, target, args.width_divisor), args.num_classes, table.space
+        arch,
+        fit_widths(arch, widths, table, target, args.width_divisor),
+        args.num_classes or USUAL_CLASSES,
+        table.space,
     )
     return arch, config, table.of_config(config)
 
@@ -107,9 +111,10 @@ def fitted_configs(args, table, device):
 
 
 def report(path, config, table, args, device):
-    """Write one config and print what is known of it."""
-    write_text(path, dump_config(config))
-    print(f'Config: {path}')
+    """Write one config, where there is a path for it, and print what is known of it."""
+    if path:
+        write_text(path, dump_config(config))
+        print(f'Config: {path}')
     net = NetworkEval(config)
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
@@ -127,19 +132,21 @@ def report(path, config, table, args, device):
 def main(args):
     """Read, fit where a target is given, write, print."""
     device = pick_device(args.device)
-    check_target(args.save_path, '--save_path')
+    is_config = bool(args.config_path) or is_config_file(args.model_path)
+    args.save_path = args.save_path or (None if is_config else 'model.config')
+    if args.save_path:
+        check_target(args.save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
     table = load_table(args.lookup_path, args.img_size) if args.print_lat or args.target_lat else None
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
-    torch.backends.cudnn.benchmark = True
     if args.target_lat:
         configs = fitted_configs(args, table, device)
     else:
-        config = load_architecture(args.model_path or args.config_path, args.num_classes)
-        configs = [(args.save_path, config.with_classes(args.num_classes))]
+        config = load_architecture(args.model_path or args.config_path, args.num_classes or USUAL_CLASSES)
+        configs = [(args.save_path, config.with_classes(args.num_classes) if args.num_classes else config)]
     for path, config in configs:
         report(path, config, table, args, device)
 

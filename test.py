@@ -86,17 +86,25 @@ def load_net(args):
     return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval()
 
 
+def export_files(path):
+    """All files that `--export` writes, the one that is named first."""
+    if not path:
+        return []
+    beside = {'.safetensors': '.config', '.py': '.pth'}.get(Path(path).suffix)
+    return [Path(path), *([Path(path).with_suffix(beside)] if beside else [])]
+
+
 def export(net, args):
     """Write the network to a file, check that it gives the same outputs, print what was done."""
-    path, times = Path(args.export), ''
+    (path, *beside), times = export_files(args.export), ''
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
         save_safetensors(net, path)
-        write_text(path.with_suffix('.config'), dump_config(net.config))
-        print(f'Exported: {path}, its config: {path.with_suffix(".config")}')
+        write_text(beside[0], dump_config(net.config))
+        print(f'Exported: {path}, its config: {beside[0]}')
         return
     if path.suffix == '.py':
-        weights = path.with_suffix('.pth')
+        (weights,) = beside
         title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
         write_text(path, to_source(net, path.stem, weights.name, title))
         save_checkpoint(net.state_dict(), weights)
@@ -152,9 +160,9 @@ def test(net, args, world):
 
 def main(args):
     """Build the network, load its weights, evaluate, export."""
-    for flag in ('export', 'export_predictions'):
-        if getattr(args, flag):
-            check_target(getattr(args, flag), f'--{flag}')
+    targets = [('--export_predictions', args.export_predictions)] if args.export_predictions else []
+    for flag, path in [*targets, *(('--export', path) for path in export_files(args.export))]:
+        check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, args.image))
     world = World(pick_device(args.device))
     prepare(world.device)
     net = load_net(args).to(world.device, memory_format=LAYOUT)

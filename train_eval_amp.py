@@ -66,7 +66,7 @@ def main(args):
     header = run_header('training', args, world.device, **about)
     files = {'model.config': dump_config(config)}
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
-    code = fit(wrap_model(state.net, world), state, loaders, world, args, folder, watch, header['environment'])
+    code = fit(wrap_model(state.net, world, args), state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
     conclude(watch, partial(NetworkEval, config), world, args)
     return code

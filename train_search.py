@@ -24,9 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import list_folder, split_by_class, write_list
+from dataset.lists import list_folder, read_classes, split_by_class, write_list
 from dataset.loaders import Batches, make_loader, read_train_val, tell_skipped, transforms
-from dataset.make_lists import read_classes
 from models.describe import describe_architecture, describe_space, describe_table
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import load_table
@@ -191,6 +190,7 @@ def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
         state.step = step + 1
         if keeper.after_update(state, w_tally, a_tally):
             return None
+    state.sums = [*w_tally.total(world), *a_tally.total(world)]
     return read_numbers(w_tally, a_tally, state.latency, warming_up, world)
 
 

@@ -219,7 +219,7 @@ def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
         scripts.once(folder, 'parse', [*parse, '--config_path', folder / 'drawn.config'], 'Lat_LUT')
         return
     scripts.once(folder, 'search', search_words(run, folder, args), 'searched model: ')
-    models = sorted(folder.glob('search/*/searched_model_*.pth.tar'))
+    models = sorted(folder.glob('search/*/searched_model_*.pth.tar'), key=lambda path: (len(path.name), path.name))
     for old in [*models[:-1], *folder.glob('search/*/checkpoint*.pth.tar')]:
         old.unlink()
     target = ['--target_lat', run.target] if 'width' in run.freedoms else []

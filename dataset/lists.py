@@ -121,6 +121,22 @@ def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> list[
     return listed
 
 
+def read_classes(path: str | Path) -> list[str]:
+    """Class folder names, one a line.
+
+    Raises:
+        BadInput: unreadable or empty.
+    """
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f'{path}: cannot be read as a list of classes ({e})') from e
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise BadInput(f'{path}: names no classes')
+    return names
+
+
 def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Split each class at random into two parts, the first with a share of `ratio` (at least one image in each part).
 
@@ -142,9 +158,12 @@ def write_list(samples: Sequence[Sample], path: str | Path) -> None:
     """Write a list, whole or not at all.
 
     Raises:
-        BadInput: a path with a line break, or a folder that cannot be written to.
+        BadInput: a path with a line break or not in UTF-8, or a folder that cannot be written to.
     """
-    if bad := [relative for relative, _ in samples if relative.splitlines() != [relative]]:
-        raise BadInput(f'{bad[0]!r}: a list cannot hold a path with a line break; rename the file')
+    for relative, _ in samples:
+        if relative.splitlines() != [relative] or relative.encode(errors='replace').decode() != relative:
+            raise BadInput(
+                f'{relative!r}: a list cannot hold a path with a line break or not in UTF-8; rename the file'
+            )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, ''.join(f'{relative} {label}\n' for relative, label in samples))

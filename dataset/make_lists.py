@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset.lists import list_folder, split_by_class, write_list
+from dataset.lists import list_folder, read_classes, split_by_class, write_list
 from tools.checkpoint import write_text
 from tools.errors import BadInput
 from tools.options import Parser, count, number, run_script
@@ -44,21 +44,6 @@ def get_args():
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
         parser.error('give --to, or --list, or both --train_list and --val_list')
     return args
-
-
-def read_classes(path: str | Path) -> list[str]:
-    """Class folder names, one a line.
-
-    Raises:
-        BadInput: unreadable or empty.
-    """
-    try:
-        names = Path(path).read_text(encoding='utf-8').split()
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f'{path}: cannot be read as a list of classes ({e})') from e
-    if not names:
-        raise BadInput(f'{path}: names no classes')
-    return names
 
 
 def find_pair(root: Path) -> tuple[Path, Path] | None:

@@ -278,7 +278,8 @@ def _parameters(spec: Spec) -> int:
     area = spec.kernel_size**2
     if isinstance(spec, ConvSpec):
         return area * spec.in_channels * spec.out_channels // spec.groups
-    return spec.mid_channels * (spec.in_channels + area + spec.out_channels + 2 * spec.se_channels)
+    mid = max(spec.mid_channels, spec.in_channels)  # at most in_channels: no expansion, the layer runs on its input
+    return mid * (spec.in_channels + area + spec.out_channels + 2 * spec.se_channels)
 
 
 def _check_chain(config: NetworkConfig, where: str) -> None:

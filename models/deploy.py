@@ -74,7 +74,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
     Args:
         module: name that the source will be imported by.
         weights: file name of the weights beside it.
-        title: first line of its docstring.
+        title: first line of its docstring, other than letters, digits and ( ) . - as _.
     """
     graph = _Tracer().trace(net.eval())
     layers = dict(net.named_modules())
@@ -87,7 +87,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
     code = graph.python_code('self').src.strip('\n')
     forward = re.sub(r'^def forward\(self, x.*\):', 'def forward(self, x):', code, flags=re.MULTILINE)
     return SOURCE.format(
-        title=title,
+        title=re.sub(r'[^\w ().-]', '_', title),
         module=module,
         weights=weights,
         classes=net.config.classifier.out_features,
@@ -107,8 +107,8 @@ def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
         statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         weight, bias = fuse_conv_bn_weights(layer.conv.weight, layer.conv.bias, *statistics)
         state |= {f'{name}.conv.weight': weight.detach(), f'{name}.conv.bias': bias.detach()}
-    wanted = fused.state_dict().keys()
-    fused.load_state_dict({key: value for key, value in state.items() if key in wanted})
+    # a convolution that had neither batch norm nor bias gets one of zeros
+    fused.load_state_dict({key: state.get(key, torch.zeros_like(value)) for key, value in fused.state_dict().items()})
     return fused.to(next(net.parameters()).device).eval()
 
 

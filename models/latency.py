@@ -22,6 +22,12 @@ from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths
 from tools.checkpoint import write_atomic
 from tools.errors import BadInput
 
+ROUNDING = 5e-5
+"""Of the ends of the reachable range as they are printed."""
+
+LARGEST = 1e30
+"""Number that a table may hold."""
+
 LEAST_PLAUSIBLE_MS = 0.2
 """A largest network faster than this is taken for a table in seconds."""
 
@@ -111,12 +117,12 @@ class LatencyTable:
             target = least + (most - least) * target / 100 if share else target
         except ValueError:
             target = math.nan
-        if not least <= target <= most:
+        if not least - ROUNDING <= target <= most + ROUNDING:
             raise BadInput(
                 f'--target_lat {text}: should be from {least:.4f} to {most:.4f} {self.unit}, or a share such as 60%; '
                 f'at full depth networks start at {shallow:.4f} {self.unit}'
             )
-        return target
+        return min(max(target, least), most)
 
     def matrix(self, widths: Widths) -> Tensor:
         """Latency of every operator at its present width, [blocks, ops] float32; 0 for those that a block lacks."""
@@ -180,7 +186,10 @@ def load_table(
     for key, (low, high) in wanted.items():
         curves[key], count = _curve(data[key], key, low, high, path, img_size)
         repaired += count
-    table = LatencyTable(float(base), curves, dict(data.get('meta') or {}), img_size, space)
+    meta = data.get('meta') or {}
+    if not isinstance(meta, dict):
+        raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict that says how the table was made")
+    table = LatencyTable(float(base), curves, meta, img_size, space)
     largest = base + sum(
         max(table.of(b, op, op.max_width(b.in_ch)) for op in space.ops) for b in space.blocks(img_size)
     )
@@ -239,7 +248,7 @@ def _curve(values: dict, key: str, low: int, high: int, path: str | Path, img_si
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _maker(img_size: int) -> str:

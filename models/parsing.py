@@ -77,7 +77,11 @@ def load_search_checkpoint(
         BadInput: not a search checkpoint, or one of another search space.
     """
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {'state_dict', MASKS_KEY} <= checkpoint.keys():
+    state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    if (
+        not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()))
+        or MASKS_KEY not in checkpoint
+    ):
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
     flags = checkpoint.get('flags')
     freedoms = flags.get('freedoms') if isinstance(flags, dict) else None

@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dataset.demo.unpack import unpack
 from dataset.device_aug import TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import SUFFIXES, list_folder, read_list, split_by_class, warn_of_overlap, write_list
+from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
 from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
@@ -85,6 +85,15 @@ def test_split_is_by_class_and_by_seed(images, tmp_path):
     assert split_by_class(by_class, 0.75, seed=2) != (train, val)
     write_list(train, tmp_path / 't.txt')
     assert read_list(tmp_path / 't.txt', images, 3) == train
+
+
+def test_names_of_classes_may_hold_spaces_and_paths_must_be_utf8(tmp_path):
+    (tmp_path / 'classes.txt').write_text('golden retriever\n\n n01440764\n')
+    assert read_classes(tmp_path / 'classes.txt') == ['golden retriever', 'n01440764']
+    for bad in ('a/\udcff.png', 'a/b\n.png'):
+        with pytest.raises(BadInput, match='line break or not in UTF-8'):
+            write_list([(bad, 0)], tmp_path / 'list.txt')
+    assert not (tmp_path / 'list.txt').exists()
 
 
 def loader(images, workers=0, world=None, batch_size=4, shuffle=True, drop_last=True):

@@ -1,6 +1,7 @@
 """The found network elsewhere: exported files give its outputs, batch norms fold away, feature maps, safetensors."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,25 @@ def test_feature_maps_of_every_stride():
     assert torch.equal(head, net(x)) and head.shape == (2, 10)
     odd = net.forward_features_list(torch.randn(1, 3, 45, 45))
     assert [m.shape[-1] for m in odd] == [23, 12, 6, 3, 2]
+
+
+@pytest.mark.parametrize('name', ['found.py', 'found.safetensors', 'found.onnx'])
+def test_what_is_read_is_not_overwritten(run_test, folder, tmp_path, name):
+    names = {'weights': 'found.pth', 'config_path': 'found.config'} if name != 'found.onnx' else {'weights': name}
+    sources = {'weights': folder / 'weights.pth.tar', 'config_path': folder / 'small.config'}
+    inputs = {flag: shutil.copy(sources[flag], tmp_path / inner) for flag, inner in names.items()}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(BadInput, match='--export .*: would overwrite .*, which is read here'):
+        run_test('--export', tmp_path / name, **inputs)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_name_of_a_config_is_no_code(run_test, folder, tmp_path):
+    odd = tmp_path / 'x""";open("pwned","w");"""\\N.config'
+    shutil.copy(folder / 'small.config', odd)
+    run_test('--export', tmp_path / 'found.py', config_path=odd)
+    first = (tmp_path / 'found.py').read_text().splitlines()[0]
+    assert first == '"""A network found by TF-NAS (x____open(_pwned___w_)_____N.config).'
 
 
 def test_missing_packages_are_named(monkeypatch):

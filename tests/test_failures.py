@@ -55,7 +55,8 @@ def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path):  # noqa: 
     assert re.search(r'NaN or infinite at epoch 0 step \d+ .*; no checkpoint is written yet', line)
 
 
-def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize('level', [None, 'O2'])  # O2: the optimizer has copies of its own, in float32
+def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch, level):  # noqa: F811
     """One image of NaN: with skip the run ends, its weights and statistics are those of a run without that update."""
     batches = DataLoader.__iter__
 
@@ -64,7 +65,7 @@ def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch):  # n
             yield (images * float('nan') if i == 2 and self.drop_last else images), labels
 
     monkeypatch.setattr(DataLoader, '__iter__', with_nan)
-    words = training_flags(data, tmp_path, epochs=1, on_nan='skip')
+    words = training_flags(data, tmp_path, epochs=1, on_nan='skip', opt_level=level)
     folder = run_here(monkeypatch, words)
     assert 'the loss is NaN or infinite at epoch 0 step 3' in (folder / 'log.txt').read_text()
     checkpoint = load(folder / 'checkpoint.pth.tar')

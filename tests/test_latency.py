@@ -68,6 +68,11 @@ def test_reach_brackets_random_networks_and_is_reached(small_space):
     ]
     assert max(candidates) <= most
     assert table.target('0%') == pytest.approx(least) and table.target('50%') == pytest.approx((least + most) / 2)
+    for end in (least, most):  # as they are printed, in whichever way they were rounded
+        assert least <= table.target(f'{end:.4f}') <= most and table.target(f'{end:.4f}') == pytest.approx(
+            end, abs=1e-4
+        )
+    assert table.target('100%') == most
     for text in ('0', '-3', 'nan', 'fast', '101%', f'{most + 0.01}'):
         with pytest.raises(ValueError, match='--target_lat'):
             table.target(text)
@@ -107,6 +112,8 @@ def test_bad_tables_are_refused_by_name(tmp_path):
         ({key: {w: 1.0 for w in range(1, 100)}}, rf'{key} lacks 29 widths of 32 to 128: 100, 101, 102'),
         ({key: dict(enumerate(good, start=1)) | {50: float('nan')}}, f'{key} at width 50'),
         ({key: dict(enumerate(good, start=1)) | {50: 'fast'}}, f'{key} at width 50'),
+        ({'base': 10**400}, 'base'),
+        ({'meta': 5}, "'meta' is a int"),
     ]
     for changes, message in cases:
         changes = {k: {w: x if isinstance(x, str) else float(x) for w, x in v.items()} if isinstance(v, dict) else v

@@ -137,6 +137,15 @@ def test_parser_agrees_with_the_searchs_last_latency(searched, found):
     assert load_config(path).classifier.out_features == 3
 
 
+def test_a_config_is_only_looked_at_and_keeps_its_classes(found, project_copy, run_script):
+    config, _ = found
+    before = config.read_bytes()
+    out = run_script('parsing_model.py', '--config_path', config, '--img_size', '32', cwd=project_copy).stdout
+    assert 'Config:' not in out and not (project_copy / 'model.config').exists() and config.read_bytes() == before
+    run_script('parsing_model.py', '--config_path', config, '--img_size', '32', '--save_path', config)
+    assert config.read_bytes() == before
+
+
 def test_training_and_testing(trained, found, images, run_script):
     folder, out = trained
     assert sorted(p.name for p in folder.glob('[!.]*')) == [

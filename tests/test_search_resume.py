@@ -11,7 +11,7 @@ from argparse import Namespace
 import pytest
 import torch
 from search_runs import EPOCHS, assert_same_search, begin, kill_at, search, small_project, steps_logged, wait_for
-from training_runs import command, finish, load, only_run, start
+from training_runs import command, finish, load, only_run, start, timeless
 
 from models.search_state import architecture_steps, temperature
 
@@ -119,6 +119,7 @@ def test_a_signal_during_validation_keeps_the_epoch(project, whole):
     output = search(project, save, snapshot='auto')
     assert 'epoch 3 step 10' in output or 'epoch 4 step 0' in output
     assert_same_search(only_run(save), whole)
+    assert timeless(only_run(save)) == timeless(whole)
 
 
 def test_a_search_goes_on_from_a_searched_model_after_damage_to_later_ones(project, whole):

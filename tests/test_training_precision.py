@@ -133,6 +133,17 @@ def test_a_step_with_infinite_gradients_is_left_out_and_the_scale_lowered():
     assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
 
 
+def test_a_fixed_scale_stays_after_an_overflow_and_a_resume():
+    precision, dynamic = Precision(CPU, torch.float16, 128.0), Precision(CPU, torch.float16)
+    net, optimizer = prepared(precision)
+    precision.backward(nn.functional.cross_entropy(net(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])), optimizer)
+    net.classifier.linear.bias.grad.fill_(float('inf'))
+    precision.step(optimizer, 5.0)
+    assert precision.scaler.get_scale() == 128.0
+    precision.load_state_dict(dynamic.state_dict())
+    assert precision.scaler.get_scale() == 128.0
+
+
 def test_scaler_state_is_kept():
     precision = Precision(CPU, torch.float16, 512.0)
     assert precision.state_dict()['scale'] == 512.0

@@ -61,7 +61,15 @@ def one_update(rank, size, port, batch_norm, path):
     shard = tuple(part[rank::size] for part in batch)
     args = Namespace(seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, on_nan='stop')
     train = train_epoch(
-        wrap_model(net, world), state, iter([shard]), 1, None, world, args, Watch(make_logger(None)), lambda *_: False
+        wrap_model(net, world, args),
+        state,
+        iter([shard]),
+        1,
+        None,
+        world,
+        args,
+        Watch(make_logger(None)),
+        lambda *_: False,
     )
     val = evaluate(net, loader(world), state.precision, world)
     if world.is_first:
@@ -185,9 +193,16 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
     wrapped = []
     monkeypatch.setattr(nn, 'DataParallel', lambda net: wrapped.append(net) or net)
     net = nn.Linear(1, 1)
-    wrap_model(net, World(torch.device('cuda')))
-    wrap_model(net, World(torch.device('cpu')))
+    usual = Namespace(compile=False, amp_dtype='float16')
+    wrap_model(net, World(torch.device('cuda')), usual)
+    wrap_model(net, World(torch.device('cpu')), Namespace(compile=True, amp_dtype='bfloat16'))
     assert wrapped == [net]
+    for bad, flag in (
+        (Namespace(compile=True), '--compile'),
+        (Namespace(compile=False, amp_dtype='bfloat16'), '--amp'),
+    ):
+        with pytest.raises(BadInput, match=f'{flag}.* on 2 GPUs .* torchrun --nproc_per_node=2'):
+            wrap_model(net, World(torch.device('cuda')), bad)
 
 
 def test_sync_bn_on_a_cpu_is_refused_in_one_line(data, tmp_path):  # noqa: F811

@@ -23,10 +23,16 @@ from training_runs import (
     start,
     wait_for_steps,
 )
+from training_runs import run_here as train_here
 
 from tools.checkpoint import load_checkpoint, previous_of, save_and_keep_previous
+from tools.distributed import World
 from tools.errors import BadInput
+from tools.keeper import Keeper
+from tools.logs import make_logger
+from tools.metrics import METRICS, Metrics
 from tools.snapshot import TRAINING, find_snapshot
+from tools.watch import Watch
 
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
 
@@ -181,6 +187,7 @@ def folder(tmp_path):
         one.mkdir()
         for epoch in epochs:
             save_and_keep_previous(GOOD | {'epoch': epoch}, one / 'checkpoint.pth.tar')
+        (one / METRICS).touch()
     os.utime(tmp_path / 'eval-20260101-000001-try' / 'checkpoint.pth.tar', (1, 1))
     return tmp_path / 'eval-20260101-000002-try'
 
@@ -209,6 +216,35 @@ def test_auto_looks_at_all_files_and_else_begins_a_new_run(folder):
     damage(folder.parent / 'eval-20260101-000001-try' / 'checkpoint.pth.tar', 'truncated')
     found = find(folder, 'auto')
     assert found.folder is None and 'a new run begins' in found.notes[-1] and len(found.notes) == 3
+
+
+def test_a_snapshot_outside_of_run_folders_goes_on_in_a_new_one(folder, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    path = (folder / 'checkpoint.pth.tar').rename(tmp_path / 'mine' / 'resume.pt')
+    found = find(folder, str(path))
+    assert (found.folder, found.path) == (None, path) and found.checkpoint['epoch'] == 2
+    assert f'{path.parent} is no run folder' in found.notes[-1]
+
+
+@pytest.mark.parametrize('is_new', [True, False])
+def test_bad_input_removes_only_the_folder_that_the_run_made(tmp_path, is_new):
+    (tmp_path / 'mine.txt').write_text('not of the run')
+    if not is_new:
+        Metrics(tmp_path, {'kind': 'run'})
+    args = Namespace(on_nan='stop', save_freq=10)
+    watch = Watch(make_logger(None), Metrics(tmp_path, {'kind': 'run'}))
+    with pytest.raises(BadInput), Keeper(tmp_path, watch, World(torch.device('cpu')), args, {}):
+        raise BadInput('an image')
+    assert (tmp_path / 'mine.txt').exists() != is_new
+
+
+def test_a_resumed_run_has_the_hyperparameters_of_its_flags(data, tmp_path, monkeypatch):  # noqa: F811
+    folder = train_here(monkeypatch, flags(data, tmp_path, epochs=1))
+    changed = flags(data, tmp_path, epochs=2, snapshot='auto', weight_decay=0.25, momentum=0.5)
+    assert train_here(monkeypatch, changed) == folder
+    (group,) = load(folder / 'checkpoint.pth.tar')['optimizer']['param_groups']
+    assert (group['weight_decay'], group['momentum']) == (0.25, 0.5)
+    assert '--momentum 0.9, now 0.5' in (folder / 'log.txt').read_text()
 
 
 @pytest.mark.parametrize('content', [None, b'', b'words', {'state_dict': {}}, {'epoch': 1}])

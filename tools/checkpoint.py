@@ -4,7 +4,7 @@ import os
 import secrets
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,18 @@ def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
         os.close(folder)
 
 
-def check_target(path: str | Path, flag: str) -> None:
+def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None] = ()) -> None:
     """Find out before the work is done whether its result can be written.
 
+    Args:
+        inputs: files that are read, None for those that are not given.
+
     Raises:
-        BadInput: the folder of `path` does not exist or cannot be written to, or `path` is a folder.
+        BadInput: the folder of `path` does not exist or cannot be written to, or `path` is a folder or one of `inputs`.
     """
+    for read in filter(None, inputs):
+        if Path(path).resolve() == Path(read).resolve():
+            raise BadInput(f'{flag} {path}: would overwrite {read}, which is read here; choose another name')
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise BadInput(f'{flag} {path}: its folder does not exist; make it first')

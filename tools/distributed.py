@@ -128,15 +128,23 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
     return World(device, rank, size)
 
 
-def wrap_model(net: nn.Module, world: World) -> nn.Module:
+def wrap_model(net: nn.Module, world: World, args) -> nn.Module:
     """The network on all devices of the run: one a process, or all visible GPUs where there is a single process.
 
     Each process keeps its own running statistics of batch norm; `World.same_buffers` evens them out before they matter.
+
+    Raises:
+        BadInput: flags that torch's DataParallel does not hand on to its threads.
     """
     if world.size > 1:
         devices = [world.device] if world.device.type == 'cuda' else None
         return nn.parallel.DistributedDataParallel(net, devices, forward_sync_buffers=False)
     if world.device.type == 'cuda' and torch.cuda.device_count() > 1:
+        bad = ['--compile'] if args.compile else []
+        bad += ['--amp_dtype bfloat16'] if getattr(args, 'amp_dtype', None) == 'bfloat16' else []
+        if bad:
+            count = torch.cuda.device_count()
+            raise BadInput(f'{bad[0]} on {count} GPUs needs a process each: torchrun --nproc_per_node={count} ...')
         return nn.DataParallel(net)
     return net
 

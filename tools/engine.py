@@ -104,6 +104,7 @@ def train_epoch(
                     state.ema.update_parameters(state.net)
             else:
                 state.optimizer.zero_grad(set_to_none=True)
+                state.net.zero_grad(set_to_none=True)  # the optimizer may have copies of its own
                 for buffer, before in zip(buffers, statistics, strict=True):
                     buffer.copy_(before)
             losses, state.step = [], step + 1

@@ -177,8 +177,13 @@ class Keeper:
                 raise
         finally:
             self.stop.__exit__()
-            if kind and issubclass(kind, BadInput) and self.folder and not any(self.folder.glob('*.pth.tar')):
-                shutil.rmtree(self.folder)  # bad input, such as an image, that showed before there was a result
+            if kind and issubclass(kind, BadInput) and self.watch.metrics and self.watch.metrics.is_new:
+                self._remove_folder_without_result()
+
+    def _remove_folder_without_result(self) -> None:
+        """Of bad input, such as an image, that showed before there was a checkpoint: the folder that this run made."""
+        if not any(self.folder.glob('*.pth.tar')):
+            shutil.rmtree(self.folder)
 
     def allows_update(self, state: State, losses: Sequence[Tensor]) -> bool:
         """Whether to make the update that these losses belong to: see `LossGuard`."""

@@ -20,7 +20,7 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
     if '/' in note or '\0' in note:
         raise BadInput(f'--note {note!r}: becomes part of the name of a folder; leave out the /')
     stem = f'{kind}-{time.strftime("%Y%m%d-%H%M%S")}-{note}'
-    for suffix in ['', *(f'-{i}' for i in range(2, 100))]:
+    for suffix in ['', *(f'.{i}' for i in range(2, 100))]:
         folder = Path(save) / (stem + suffix)
         try:
             folder.mkdir(parents=True)
@@ -34,7 +34,7 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
 
 def run_folders(save: str | Path, kind: str, note: str) -> list[Path]:
     """All folders that `make_run_folder` made with these arguments."""
-    name = re.compile(rf'{kind}-\d{{8}}-\d{{6}}-{re.escape(note)}(-\d+)?')
+    name = re.compile(rf'{kind}-\d{{8}}-\d{{6}}-{re.escape(note)}(\.\d+)?')
     return [folder for folder in Path(save).glob(f'{kind}-*/') if name.fullmatch(folder.name)]
 
 

@@ -44,7 +44,8 @@ def run_header(task: str, args, device: torch.device, **about: Any) -> dict:
 class Metrics:
     """Appends to `<folder>/metrics.jsonl`, a whole line at a time, and where asked for to TensorBoard's files.
 
-    A run that goes on from a snapshot keeps the lines up to there; those after it are written again.
+    A run that goes on from a snapshot keeps the lines up to there; those after it are written again. `is_new` says
+    whether the run began with this object, `ended` whether it has ended.
 
     Args:
         folder: None writes nothing.
@@ -62,7 +63,7 @@ class Metrics:
         self.ops = [op['label'] for op in space['ops']]
         self.steps_an_epoch = header.get('steps_an_epoch', 0)
         self.board = None
-        self.ended = False
+        self.ended, self.is_new = False, self.path is not None and not self.path.exists()
         if not self.path:
             return
         if tensorboard:

@@ -204,7 +204,7 @@ def add_snapshot_args(parser: Parser) -> None:
     """How often a run saves where it stands, and what it goes on from."""
     parser.add_argument(
         '--snapshot',
-        help='a checkpoint to go on from, in its folder; auto: the newest good one under --save, of the same --note',
+        help='a checkpoint to go on from, in its run folder; auto: the newest good one of this --note under --save',
     )
     parser.add_argument(
         '--save_freq',

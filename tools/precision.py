@@ -22,7 +22,8 @@ class Precision:
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None, loss_scale: float | None = None):
         self.device, self.dtype = device, dtype
-        options = {} if loss_scale is None else {'init_scale': loss_scale, 'growth_interval': 2**31 - 1}
+        self.loss_scale = loss_scale
+        options = {} if loss_scale is None else {'init_scale': loss_scale}
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16, **options)
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -46,7 +47,7 @@ class Precision:
         self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(optimized(optimizer), grad_clip)
         self.scaler.step(optimizer)
-        self.scaler.update()
+        self.scaler.update(self.loss_scale)
         optimizer.zero_grad(set_to_none=True)
 
     def weights(self, net: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +64,7 @@ class Precision:
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` returned; empty from a run that did not scale."""
-        if state and self.scaler.is_enabled():
+        if state and self.scaler.is_enabled() and self.loss_scale is None:
             self.scaler.load_state_dict(state)
 
 

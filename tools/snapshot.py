@@ -18,6 +18,7 @@ from tools.checkpoint import load_checkpoint, previous_of, put_weights, strip_mo
 from tools.distributed import World, restart_store
 from tools.errors import BadInput
 from tools.logs import run_folders
+from tools.metrics import METRICS
 from tools.precision import Precision
 
 CHECKPOINT = 'checkpoint.pth.tar'
@@ -113,10 +114,15 @@ class TrainState:
         state = strip_module_prefix(checkpoint['state_dict'])
         put_weights(self.net, state, f'--snapshot {where}')
         self.precision.load_weights(self.net, state)
+        asked = [
+            {name: value for name, value in group.items() if name != 'params'} for group in self.optimizer.param_groups
+        ]
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
         except (ValueError, KeyError) as e:
             raise BadInput(f'--snapshot {where}: its optimizer is of other flags ({str(e).splitlines()[0]})') from e
+        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(values)  # the flags of this run, where they are others
         self.precision.load_state_dict(checkpoint.get('scaler', {}))
         if self.ema and 'state_dict_ema' in checkpoint:
             self.ema.load_state_dict(checkpoint['state_dict_ema'])
@@ -129,7 +135,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run goes on from: `folder` None for a new run, `checkpoint` None to begin at the start."""
+    """What a run goes on from: `folder` None to make a new one, `checkpoint` None to begin at the start."""
 
     folder: Path | None = None
     path: Path | None = None
@@ -202,7 +208,10 @@ def _first_good(paths: list[Path], kind: RunKind) -> Snapshot:
             notes.append(str(e))
             continue
         notes.append('goes on from {}: epoch {} step {}'.format(path, *kind.position(checkpoint)))
-        return Snapshot(path.parent, path, checkpoint, tuple(notes))
+        folder = path.parent if (path.parent / METRICS).is_file() else None
+        if not folder:
+            notes.append(f'{path.parent} is no run folder: the run goes on in a new one')
+        return Snapshot(folder, path, checkpoint, tuple(notes))
     return Snapshot(notes=tuple(notes))
 
 

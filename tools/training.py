@@ -171,6 +171,7 @@ def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -
     if not (args.report and watch.metrics and watch.metrics.ended):
         return
     torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = False  # as where tables are made
     batch_size = 32 if world.device.type == 'cuda' else 1
     where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
     try:
