@@ -9,7 +9,7 @@ imagenet=''                                    # folder with train/ and val/ (cl
 table=latency_pkl/latency_gpu.pkl              # latency table; one of your own device comes from make_lat_lut.py
 target=15.0                                    # ms in that table
 save=checkpoints                               # run folders go here
-gpus=2                                         # of the mixed-precision training
+gpus=''                                        # of the mixed-precision training; empty: all of this machine
 # -----------------------------------------------------------------------------
 
 source tools/environment.sh
@@ -21,6 +21,7 @@ if [ -z "$imagenet" ]; then
     demo=demo
     images=$demo/images
     share=30% # of the way from the fastest network of the search space to the slowest
+    [ ! -e $demo ] || echo "== $demo/ of an earlier demo is replaced"
     rm -rf $demo
 
     echo '== 1/6 images: 7,200 of Fashion-MNIST, in ten classes'
@@ -54,6 +55,9 @@ if [ -z "$imagenet" ]; then
     exit
 fi
 
+note=example-$target # runs that were stopped, or are finished, go on where they were; another target begins new ones
+gpus=${gpus:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
 # 1. Search on 100 classes. The lists of ./dataset/ImageNet-100-* are made by the first run.
 "$python" train_search.py --img_root "$imagenet/train" \
     --train_list ./dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt \
@@ -61,10 +65,10 @@ fi
     --lookup_path "$table" --target_lat "$target" --lambda_lat 0.1 --num_classes 100 --img_size 224 --batch_size 32 \
     --epochs 90 --warmup_epochs 10 --w_lr 0.025 --w_mom 0.9 --w_wd 1e-5 --a_lr 0.01 --a_wd 5e-4 --a_beta1 0.5 \
     --a_beta2 0.999 --grad_clip 5 --T 5.0 --T_decay 0.96 --seed 2 --workers 4 --print_freq 100 --device auto \
-    --save "$save" --note example
+    --save "$save" --note "$note" --snapshot auto
 
 # 2. Its architecture as a config file, with size, multiply-adds and latency.
-"$python" parsing_model.py --model_path "$(newest "$save/search-*-example/searched_model_")" --save_path model.config \
+"$python" parsing_model.py --model_path "$(newest "$save/search-*-$note/searched_model_")" --save_path model.config \
     --lookup_path "$table" --print_lat --num_classes 1000 --img_size 224 --device auto
 
 # 3. Training from scratch on 1,000 classes, in mixed precision; full precision on one machine: train_eval.py.
@@ -74,9 +78,10 @@ fi
     --train_list dataset/ImageNet-1000_train.txt --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt \
     --config_path model.config --opt_level O1 --sync_bn --channels_last --num_classes 1000 --img_size 224 \
     --batch_size 512 --epochs 250 --lr 0.2 --momentum 0.9 --weight_decay 1e-5 --grad_clip 5 --label_smooth 0.1 \
-    --dropout_rate 0.2 --drop_connect_rate 0.2 --seed 2 --workers 16 --print_freq 100 --save "$save" --note example
+    --dropout_rate 0.2 --drop_connect_rate 0.2 --seed 2 --workers 16 --print_freq 100 --save "$save" --note "$note" \
+    --snapshot auto
 
 # 4. Its accuracy.
 "$python" test.py --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt --config_path model.config \
-    --weights "$(newest "$save/eval-*-example/model_best.pth.tar")" --num_classes 1000 --img_size 224 --batch_size 256 \
+    --weights "$(newest "$save/eval-*-$note/model_best.pth.tar")" --num_classes 1000 --img_size 224 --batch_size 256 \
     --workers 16 --device auto

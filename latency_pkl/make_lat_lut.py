@@ -72,7 +72,7 @@ def get_args():
         '--rounds',
         type=count(),
         default=24,
-        help='times that --check times each network; more where they differ much',
+        help='times that --check times each network; up to three times as many where they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
@@ -233,7 +233,7 @@ def check(table, args, device):
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
-    measured = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds)
+    measured = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds, 3 * args.rounds)
     wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:
         predicted = table.of_config(config)

@@ -3,7 +3,7 @@
     python -m tools.plots checkpoints/search-<time>-try                 (writes plots/ and report.html there)
     python -m tools.plots RUN_A RUN_B RUN_C --out comparison            (accuracy against latency and multiply-adds)
 
-Needs matplotlib alone; may be run while the run goes on.
+Needs neither images nor a GPU; may be run while the run goes on.
 """
 
 import io

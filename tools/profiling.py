@@ -74,8 +74,10 @@ class Measured:
     def __str__(self) -> str:
         if self.slowness is None or abs(self.slowness - 1) < WORTH_SAYING:
             return f'{self.ms:.4f} ms'
-        by_clock = self.ms * self.slowness
-        return f'{self.ms:.4f} ms (by the clock {by_clock:.4f}, the machine being {self.slowness:.2f} times as slow)'
+        return (
+            f'{self.ms:.4f} ms ({self.ms * self.slowness:.4f} by the clock, '
+            f'the machine being {self.slowness:.2f} times as slow as when its table was made)'
+        )
 
 
 def measure_latency(
@@ -96,18 +98,19 @@ def measure_in_turns(
     device: torch.device,
     standard: Standard | None = None,
     rounds: int = ROUNDS,
+    most_rounds: int = MOST_ROUNDS,
 ) -> list[Measured]:
     """Time of one forward pass of each network, over `rounds` times that it is built and timed: medians.
 
     By turns and in a new order each round, so that disturbances of some seconds meet all alike. By a standard, which is
     timed beside each, where there is one; what slows a machine down for minutes slows both down, so that their ratio is
-    steady where times are not. Networks whose ratios still differ much are timed again, up to `MOST_ROUNDS` in all.
+    steady where times are not. Networks whose ratios still differ much are timed again, up to `most_rounds` in all.
     On a terminal, with a progress bar.
     """
     times: list[list[tuple[float, float]]] = [[] for _ in builds]
     order = random.Random(0)
     with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
-        for number in range(max(rounds, MOST_ROUNDS)):
+        for number in range(most_rounds):
             due = [i for i, own in enumerate(times) if number < rounds or not _is_precise(own, standard)]
             if not due:
                 break
