@@ -45,11 +45,12 @@ def main(args):
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     state, snapshot = start_state(net, Precision(world.device), world, args)
+    model = wrap_model(state.net, world, args)
     about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
     header = run_header('training', args, world.device, **about)
     files = {'model.config': dump_config(config)}
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
-    code = fit(wrap_model(state.net, world, args), state, loaders, world, args, folder, watch, header['environment'])
+    code = fit(model, state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
     conclude(watch, partial(NetworkEval, config), world, args)
     return code

@@ -62,11 +62,12 @@ def main(args):
     if args.sync_bn:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     state, snapshot = start_state(net, precision, world, args)
+    model = wrap_model(state.net, world, args)
     about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
     header = run_header('training', args, world.device, **about)
     files = {'model.config': dump_config(config)}
     folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
-    code = fit(wrap_model(state.net, world, args), state, loaders, world, args, folder, watch, header['environment'])
+    code = fit(model, state, loaders, world, args, folder, watch, header['environment'])
     leave_world(world)
     conclude(watch, partial(NetworkEval, config), world, args)
     return code
