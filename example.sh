@@ -55,7 +55,7 @@ if [ -z "$imagenet" ]; then
     exit
 fi
 
-note=example-$target # runs that were stopped, or are finished, go on where they were; another target begins new ones
+note=example-$(basename "$table" .pkl)-$target # the same table and target: runs go on where they were, others begin anew
 gpus=${gpus:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 # 1. Search on 100 classes. The lists of ./dataset/ImageNet-100-* are made by the first run.

@@ -55,13 +55,18 @@ def get_args():
     return parser.parse_args()
 
 
+def names_config(args):
+    """Whether the network is given as a config, and not as a searched model."""
+    return bool(args.config_path) or is_config_file(args.model_path)
+
+
 def fit(state, widths, table, target, args):
     """The most probable network that meets a latency in the table: (architecture, config, that latency)."""
     arch = most_probable(state, table, target)
     config = build_config(
         arch,
         fit_widths(arch, widths, table, target, args.width_divisor),
-        args.num_classes or USUAL_CLASSES,
+        args.num_classes,
         table.space,
     )
     return arch, config, table.of_config(config)
@@ -95,7 +100,7 @@ def fit_to_clock(state, widths, table, target, args, device):
 
 def fitted_configs(args, table, device):
     """(path, config) for each target."""
-    if args.config_path or is_config_file(args.model_path):
+    if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     state, masks, space = load_search_checkpoint(args.model_path)
     table = replace(table, space=space)
@@ -132,8 +137,9 @@ def report(path, config, table, args, device):
 def main(args):
     """Read, fit where a target is given, write, print."""
     device = pick_device(args.device)
-    is_config = bool(args.config_path) or is_config_file(args.model_path)
-    args.save_path = args.save_path or (None if is_config else 'model.config')
+    is_config = names_config(args)
+    if not is_config:
+        args.save_path, args.num_classes = args.save_path or 'model.config', args.num_classes or USUAL_CLASSES
     if args.save_path:
         check_target(args.save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
     table = load_table(args.lookup_path, args.img_size) if args.print_lat or args.target_lat else None
@@ -145,7 +151,7 @@ def main(args):
     if args.target_lat:
         configs = fitted_configs(args, table, device)
     else:
-        config = load_architecture(args.model_path or args.config_path, args.num_classes or USUAL_CLASSES)
+        config = load_architecture(args.model_path or args.config_path, args.num_classes)
         configs = [(args.save_path, config.with_classes(args.num_classes) if args.num_classes else config)]
     for path, config in configs:
         report(path, config, table, args, device)

@@ -50,11 +50,11 @@ def is_config_file(path: str | Path) -> bool:
         raise BadInput(f'{path}: cannot be read ({e.strerror}); expected a searched model or a model.config') from e
 
 
-def load_architecture(path: str | Path, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace = SPACE) -> NetworkConfig:
     """The config of the network in `path`, a searched model or a `model.config`.
 
     Args:
-        num_classes: classifier outputs for a searched model; a config keeps its own.
+        num_classes: classifier outputs for a searched model; a config keeps its own, and needs none here.
 
     Raises:
         BadInput: the file is neither.

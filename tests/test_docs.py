@@ -160,5 +160,16 @@ def test_help_shows_the_commands_of_each_script(script, monkeypatch, capsys):
     assert f'python {script}' in shown.replace('torchrun --nproc_per_node=2', 'python')
 
 
+def test_help_shows_defaults_also_where_they_are_zero(monkeypatch, capsys):
+    shown = ' '.join(help_of('train_eval.py', monkeypatch, capsys).split())
+    for says in (
+        'average of the weights (default: 0.0)',
+        '--lr LR (default: 0.2)',
+        'network with torch.compile --local_rank',
+    ):
+        assert says in shown
+    assert shown.count('many as the list or the weights have') == 1 and 'have (default' not in shown
+
+
 def test_the_readme_is_at_most_five_screens():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 5 * 50

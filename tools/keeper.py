@@ -177,13 +177,9 @@ class Keeper:
                 raise
         finally:
             self.stop.__exit__()
-            if kind and issubclass(kind, BadInput) and self.watch.metrics and self.watch.metrics.is_new:
-                self._remove_folder_without_result()
-
-    def _remove_folder_without_result(self) -> None:
-        """Of bad input, such as an image, that showed before there was a checkpoint: the folder that this run made."""
-        if not any(self.folder.glob('*.pth.tar')):
-            shutil.rmtree(self.folder)
+            is_new = self.watch.metrics and self.watch.metrics.is_new
+            if is_new and kind and issubclass(kind, BadInput) and not any(self.folder.glob('*.pth.tar')):
+                shutil.rmtree(self.folder)  # bad input, such as an image, that showed before there was a result
 
     def allows_update(self, state: State, losses: Sequence[Tensor]) -> bool:
         """Whether to make the update that these losses belong to: see `LossGuard`."""

@@ -16,7 +16,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def add_argument(self, action):
         """An option of the help."""
         says = action.help or ''
-        if action.default not in (None, False, argparse.SUPPRESS) and 'default' not in says:
+        has_default = action.default is not None and action.default is not False  # 0 is one
+        if has_default and action.default != argparse.SUPPRESS and 'default' not in says:
             action.help = f'{says} (default: %(default)s)'.strip()
         super().add_argument(action)
 
