@@ -91,15 +91,11 @@ class ImageList(Dataset):
             log(f'--bad_images skip: {len(self.told)} of {len(self.samples)} images skipped so far')
 
 
-def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor]:
-    """A batch (images, labels) of the items of an `ImageList`.
-
-    Raises:
-        BadInput: none of the images could be read.
-    """
+def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor] | None:
+    """A batch (images, labels) of the items of an `ImageList`; None where none of the images could be read."""
     items = [item for item in items if item is not None]
     if not items:
-        raise BadInput('--bad_images skip: no image of a batch can be read; use a larger --batch_size or mend the list')
+        return None
     images, labels = default_collate(items)
     return RawImages(*images) if isinstance(images, (list, tuple)) else images, labels
 

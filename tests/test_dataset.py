@@ -15,7 +15,9 @@ from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_
 from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
+from tools.engine import evaluate
 from tools.errors import BadInput
+from tools.precision import Precision
 
 CPU = torch.device('cpu')
 
@@ -280,6 +282,13 @@ def test_skipped_images_are_counted_and_named_once(tmp_path, workers):
         tell_skipped(loader, log=lines.append)
     assert len(lines) == 3 and '3.png: cannot be read as an image (not an image)' in lines[0] and '77.png' in lines[1]
     assert lines[2] == '--bad_images skip: 2 of 300 images skipped so far'
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_batch_of_bad_images_alone_is_left_out(tmp_path, workers):
+    data = spoiled_loader(tmp_path, {140}, count=141, workers=workers, replace=False, batch_size=20)
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 7))
+    assert len(data) == 8 and evaluate(net, data, Precision(CPU), World(CPU))['images'] == 140
 
 
 @pytest.mark.parametrize('workers', [0, 2])

@@ -159,7 +159,7 @@ def evaluate(
         if stops():
             return None
         batch = next(batches, None)
-        if batch is None:  # this process has one batch fewer
+        if batch is None:  # this process has fewer
             continue
         images, labels = batch
         with precision.autocast():

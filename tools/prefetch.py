@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def to_device(
-    batches: Iterable[tuple], device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    batches: Iterable[tuple | None],
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (images, labels) on the device.
 
@@ -16,7 +18,9 @@ def to_device(
 
     Args:
         batches: pairs whose parts have `to(device, non_blocking=True)`: tensors, or raw images that it finishes.
+            None, a batch of which no image could be read, is left out.
     """
+    batches = (batch for batch in batches if batch is not None)
 
     def move(batch: tuple) -> tuple[Tensor, Tensor]:
         images, labels = batch
