@@ -4,6 +4,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_folding_batch_norms_keeps_the_function_and_drops_the_layers(folder):
     with torch.no_grad():
         fused.second_stem.point_linear.conv.bias += 0.5
     assert largest_difference(net, fused, 32) > 1e-3  # the check can fail
+
+
+def test_a_layer_without_batch_norm_and_bias_folds_into_one_with_a_bias_of_zero():
+    config = small_config()
+    torch.manual_seed(5)
+    net = NetworkEval(replace(config, first_stem=replace(config.first_stem, use_bn=False))).eval()
+    assert net.first_stem.conv.bias is None
+    fused = fuse_batch_norm(net)
+    assert torch.equal(fused.first_stem.conv.weight, net.first_stem.conv.weight)
+    assert fused.first_stem.conv.bias.abs().max() == 0
+    assert largest_difference(net, fused, 32) < 1e-5
 
 
 def test_feature_maps_of_every_stride():

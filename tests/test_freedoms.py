@@ -202,6 +202,30 @@ def test_checkpoints_tell_their_space(tmp_path):
             load_search_checkpoint(path, SMALL_SPACE)
 
 
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda data: data.pop('state_dict'), 'neither a model.config nor a searched model'),
+        (lambda data: data['state_dict'].update(epoch=3), 'neither a model.config nor a searched model'),
+        (lambda data: data['state_dict'].pop('stage3.betas'), 'stage3.betas should be 2 values'),
+        (
+            lambda data: data['state_dict'].pop('stage1.block1.log_alphas'),
+            'block1.log_alphas should be 3 values',
+        ),
+        (lambda data: data[MASKS_KEY]['stage1']['block1'][0].fill_(0.5), 'mask of stage1.block1 op 0'),
+        (lambda data: data[MASKS_KEY].pop('stage2'), 'mask of stage2.block1 op 0'),
+    ],
+)
+def test_spoiled_searched_models_are_refused_by_what_is_wrong(tmp_path, spoil, message):
+    path = tmp_path / 'searched.pth.tar'
+    masks = start_masks(SMALL_SPACE)
+    data = {'state_dict': full_weights(NUM_CLASSES, torch.device('cpu'), SMALL_SPACE), MASKS_KEY: masks}
+    spoil(data)
+    torch.save(data, path)
+    with pytest.raises(BadInput, match=message):
+        load_search_checkpoint(path, SMALL_SPACE)
+
+
 def test_aligned_operators_are_parts_of_the_largest():
     torch.manual_seed(3)
     full = full_weights(NUM_CLASSES, torch.device('cpu'), SKIPPING)
