@@ -41,8 +41,8 @@ def get_args():
 
 def check_sync_bn(world):
     """Raise BadInput where torch's synchronised batch norm does not work."""
-    if world.device.type != 'cuda':
-        raise BadInput("--sync_bn: torch's synchronised batch norm works on GPUs only; leave it out on CPUs")
+    if world.device.type != 'cuda' and world.size > 1:
+        raise BadInput("--sync_bn: torch's works between GPUs only; on CPUs leave it out, or have one process")
     if world.size == 1 and torch.cuda.device_count() > 1:
         raise BadInput('--sync_bn: works between processes; start one a GPU with torchrun --nproc_per_node')
 
@@ -59,7 +59,7 @@ def main(args):
     prepare(world.device, args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
-    if args.sync_bn:
+    if args.sync_bn and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     state, snapshot = start_state(net, precision, world, args)
     model = wrap_model(state.net, world, args)

@@ -106,6 +106,24 @@ def test_the_commands_of_a_page_run(page, tiny):
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-5000:]}'
 
 
+@pytest.mark.slow
+def test_the_imagenet_part_of_example_runs_and_goes_on(tiny):
+    copy, environment = tiny
+    example = copy / 'example.sh'
+    text = example.read_text()
+    for name, value in {'imagenet': environment['IMAGES'], 'table': environment['TABLE'], 'target': '40%'}.items():
+        text, count = re.subn(rf'^{name}=\S+', f'{name}={value}', text, flags=re.MULTILINE)
+        assert count == 1
+    example.write_text(text)
+    environment |= {'PYTHON': str(Path(environment['PATH'].split(':')[0]) / 'python')}
+    for _ in range(2):
+        done = subprocess.run(['bash', example], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-5000:]}'
+        assert 'Val_acc_top1' in done.stdout.splitlines()[-2]
+        runs = sorted(path.name for path in (copy / 'checkpoints').iterdir())
+        assert len(runs) == 2 and all(name.endswith('-example-table-40%') for name in runs), runs
+
+
 def test_the_python_of_the_recipes_prints_what_it_says(run_script):
     (code,) = blocks(ROOT / 'docs' / 'recipes.md', 'python')
     printed = run_script('-c', code).stdout

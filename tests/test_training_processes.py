@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from training_runs import (
     data,  # noqa: F401  (a fixture)
+    differences,
     flags,
     load,
     only_run,
@@ -205,9 +206,14 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
             wrap_model(net, World(torch.device('cuda')), bad)
 
 
-def test_sync_bn_on_a_cpu_is_refused_in_one_line(data, tmp_path):  # noqa: F811
-    output = run('train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True), code=2)
-    assert len(output.splitlines()) == 1 and not (tmp_path / 'save').exists()
+def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path):  # noqa: F811
+    output = run('train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True), code=1, processes=2)
+    assert 'train_eval_amp.py: error: --sync_bn: ' in output and not (tmp_path / 'save').exists()
+    for name, more in (('with', {'sync_bn': True}), ('without', {})):
+        run('train_eval_amp.py', flags(data, tmp_path / name, epochs=1, **more))
+    paths = (only_run(tmp_path / name) / 'checkpoint.pth.tar' for name in ('with', 'without'))
+    synchronised, plain = (load(path)['state_dict'] for path in paths)
+    assert differences(synchronised, plain) == []
 
 
 def test_a_bad_image_found_by_a_worker_ends_in_one_line_at_once(data, tmp_path):  # noqa: F811
