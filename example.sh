@@ -9,7 +9,8 @@ imagenet=''                                    # folder with train/ and val/ (cl
 table=latency_pkl/latency_gpu.pkl              # latency table; one of your own device comes from make_lat_lut.py
 target=15.0                                    # ms in that table
 save=checkpoints                               # run folders go here
-gpus=''                                        # of the mixed-precision training; empty: all of this machine
+gpus=''                                        # of the mixed-precision training; empty: as many as share batches evenly
+batch=512                                      # images of a training step, over all these GPUs
 # -----------------------------------------------------------------------------
 
 source tools/environment.sh
@@ -56,7 +57,12 @@ if [ -z "$imagenet" ]; then
 fi
 
 note=example-$(basename "$table" .pkl)-$target # the same table and target: runs go on where they were, others begin anew
-gpus=${gpus:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+gpus=${gpus:-$("$python" -c 'import sys, torch
+print(max(n for n in range(1, max(1, torch.cuda.device_count()) + 1) if int(sys.argv[1]) % n == 0))' "$batch")}
+if ((batch % gpus)); then
+    echo "example.sh: error: gpus=$gpus cannot share a batch=$batch evenly; choose a divisor of it" >&2
+    exit 2
+fi
 
 # 1. Search on 100 classes. The lists of ./dataset/ImageNet-100-* are made by the first run.
 "$python" train_search.py --img_root "$imagenet/train" \
@@ -77,7 +83,7 @@ gpus=${gpus:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count(
 "$python" -m torch.distributed.run --nproc_per_node="$gpus" train_eval_amp.py --train_root "$imagenet/train" \
     --train_list dataset/ImageNet-1000_train.txt --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt \
     --config_path model.config --opt_level O1 --sync_bn --channels_last --num_classes 1000 --img_size 224 \
-    --batch_size 512 --epochs 250 --lr 0.2 --momentum 0.9 --weight_decay 1e-5 --grad_clip 5 --label_smooth 0.1 \
+    --batch_size "$batch" --epochs 250 --lr 0.2 --momentum 0.9 --weight_decay 1e-5 --grad_clip 5 --label_smooth 0.1 \
     --dropout_rate 0.2 --drop_connect_rate 0.2 --seed 2 --workers 16 --print_freq 100 --save "$save" --note "$note" \
     --snapshot auto
 

@@ -104,9 +104,8 @@ def fitted_configs(args, table, device):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     state, masks, space = load_search_checkpoint(args.model_path)
     table = replace(table, space=space)
-    path = Path(args.save_path)
-    for text in args.target_lat:
-        target = table.target(text)
+    path, targets = Path(args.save_path), [table.target(text) for text in args.target_lat]
+    for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
         if args.fit_measured:

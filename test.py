@@ -55,7 +55,9 @@ def get_args():
     parser.set_defaults(seed=0)
     add_device_arg(parser)
     args = parser.parse_args()
-    if not (args.image or args.export) and not (args.val_root and args.val_list):
+    if bool(args.val_root) != bool(args.val_list):
+        parser.error('give both --val_root and --val_list, or neither')
+    if not (args.image or args.export or args.val_list):
         parser.error('give --val_root and --val_list, or --image, or --export')
     if args.export and Path(args.export).suffix not in FORMATS:
         parser.error(f'--export {args.export}: its name should end in {", ".join(FORMATS)}')
@@ -152,7 +154,7 @@ def test(net, args, world):
     result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append)
     print(f'Val_acc_top1: {result["top1"]:.2f}')
     print(f'Val_acc_top5: {result["top5"]:.2f}')
-    tell_skipped(loader, log=print)
+    tell_skipped(loader, log=print, world=world)
     if args.export_predictions:
         samples = [sample for sample, bad in zip(samples, loader.dataset.bad.tolist(), strict=True) if not bad]
         write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))

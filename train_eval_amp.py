@@ -43,7 +43,7 @@ def check_sync_bn(world):
     """Raise BadInput where torch's synchronised batch norm does not work."""
     if world.device.type != 'cuda' and world.size > 1:
         raise BadInput("--sync_bn: torch's works between GPUs only; on CPUs leave it out, or have one process")
-    if world.size == 1 and torch.cuda.device_count() > 1:
+    if world.gpus > 1:
         raise BadInput('--sync_bn: works between processes; start one a GPU with torchrun --nproc_per_node')
 
 

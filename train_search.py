@@ -333,7 +333,7 @@ def main(args):
                 scale = partial(scale_to_target, state.full, state.masks, table, args, watch.log)
                 widths, numbers['latency'] = world.first_says(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
-            tell_skipped(train_loader, val_loader, log=watch.log)
+            tell_skipped(train_loader, val_loader, log=watch.log, world=world)
             found = describe_architecture(state.full, state.masks, table, args.num_classes)
             watch.write('epoch', epoch, **numbers, **trained, **found)
             state.end_epoch()

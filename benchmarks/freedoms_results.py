@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from models.search_space import FREEDOMS
-from tools.checkpoint import write_text
+from tools.checkpoint import write_atomic, write_text
 from tools.metrics import read_run
 
 matplotlib.use('Agg')
@@ -177,7 +178,7 @@ def draw(results: list[dict], pairs: list, save: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(save / 'three_freedoms.png')
+    write_atomic(save / 'three_freedoms.png', partial(figure.savefig, format='png'))
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ A worker's work is all that a process of the data loader does for an image: read
 import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.counting import seconds
 from dataset.device_aug import TrainPixels
 from dataset.lists import list_folder, read_list
 from dataset.loaders import ImageList, collate
@@ -68,11 +69,9 @@ def generate(folder, images):
         photo_like(rng).save(folder / 'class' / f'{i:04d}.JPEG', quality=QUALITY)
 
 
-def seconds(work):
-    """Time of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+def decoded(images, epoch):
+    """A batch of all images."""
+    return collate([images[epoch, i] for i in range(len(images))])
 
 
 def time_workers(root, samples, args):
@@ -82,23 +81,18 @@ def time_workers(root, samples, args):
     times = {name: [] for name in data}
     for turn in range(args.rounds + 1):
         for name, images in data.items():
-            took = seconds(lambda images=images, turn=turn: collate([images[turn, i] for i in range(len(images))]))
+            decode = partial(decoded, images, turn)
+            took = seconds(decode, torch.device('cpu'))
             times[name] += [took / len(samples)] if turn else []  # the first turn warms up
-    batch, _ = collate([data['device_aug'][0, i] for i in range(len(samples))])
+    batch, _ = decoded(data['device_aug'], 0)
     return {name: statistics.median(values) for name, values in times.items()}, batch
 
 
 def time_device(batch, device, rounds):
     """Median seconds an image to jitter and normalise a batch on the device, copied there before."""
     batch.pixels, batch.colours = batch.pixels.to(device), batch.colours.to(device)
-
-    def work():
-        batch.to(device)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-
-    work()
-    return statistics.median(seconds(work) for _ in range(rounds)) / len(batch.pixels)
+    times = [seconds(lambda: batch.to(device), device) for _ in range(rounds + 1)]
+    return statistics.median(times[1:]) / len(batch.pixels)  # the first one warms up
 
 
 def main(args):

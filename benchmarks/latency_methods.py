@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.isolated import isolated_sum
 from latency_pkl.sampling import build_network, random_config, standard_of
 from models.latency import load_table
+from tools.checkpoint import check_target, write_atomic
 from tools.distributed import pick_device
 from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, count, run_script
@@ -50,11 +51,13 @@ def plot(path, measured, methods):
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path)
+    write_atomic(path, partial(figure.savefig, format='png'))
 
 
 def main(args):
     """Time random networks whole and in parts, print the errors of both predictions, draw them."""
+    if args.plot:
+        check_target(args.plot, '--plot')
     device = pick_device(args.device)
     table = load_table(args.table, args.img_size)
     torch.set_num_threads(table.setting('threads', 1))

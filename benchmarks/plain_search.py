@@ -22,13 +22,19 @@ class PlainSwish(nn.Module):
 
 def make_plain(net):
     """Give a supernet the plain layout and swish, in place."""
-    for module in list(net.modules()):
+    for module in net.modules():
         if isinstance(module, ConvLayer):
             module.forward = lambda x, layer=module: layer.act(layer.bn(layer.conv(x)))
+    return plain_swish(net).to(memory_format=torch.contiguous_format)
+
+
+def plain_swish(net):
+    """Replace every swish by its Python composition, in place."""
+    for module in list(net.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.SiLU):
                 setattr(module, name, PlainSwish())
-    return net.to(memory_format=torch.contiguous_format)
+    return net
 
 
 def plain_forward(net, x, choice):

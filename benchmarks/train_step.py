@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.counting import Rival, Traffic, seconds, take_turns
-from benchmarks.plain_search import PlainSwish
+from benchmarks.plain_search import plain_swish
 from models.config import load_config
 from models.model_eval import NetworkEval
 from tools.distributed import pick_device
@@ -42,15 +41,6 @@ def get_args():
     parser.add_argument('--rounds', type=count(3), default=7)
     add_device_arg(parser)
     return parser.parse_args()
-
-
-def make_plain(net):
-    """Replace every swish by its Python composition, in place."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.SiLU):
-                setattr(module, name, PlainSwish())
-    return net
 
 
 def make_step(net, layout, precision, images, labels, plain=False):
@@ -103,7 +93,7 @@ def functions(args, device, plain, dtype):
     half = dtype != torch.float32
     layout = torch.channels_last if not plain and (half or device.type == 'cpu') else torch.contiguous_format
     step = make_step(
-        make_plain(net) if plain else net, layout, Precision(device, dtype if half else None), images, labels, plain
+        plain_swish(net) if plain else net, layout, Precision(device, dtype if half else None), images, labels, plain
     )
     repeats = 10 if device.type == 'cuda' else 1
     return {

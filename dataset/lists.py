@@ -165,5 +165,8 @@ def write_list(samples: Sequence[Sample], path: str | Path) -> None:
             raise BadInput(
                 f'{relative!r}: a list cannot hold a path with a line break or not in UTF-8; rename the file'
             )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f'{path}: its folder cannot be made ({e.strerror})') from e
     write_text(path, ''.join(f'{relative} {label}\n' for relative, label in samples))

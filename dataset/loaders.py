@@ -74,21 +74,37 @@ class ImageList(Dataset):
         if not self.skip:
             raise error
         self.bad[index] = True
+        self.check_share(str(error))
+
+    def check_share(self, last: str) -> None:
+        """Raise BadInput where more than `MOST_BAD` of the images were skipped. `last`: why the last one was."""
         if (count := int(self.bad.sum())) > MOST_BAD * len(self.samples):
             share = f'{count} of {len(self.samples)} images are bad, more than {MOST_BAD:.0%}'
-            raise BadInput(f'--bad_images skip: {share}; the last one: {error}')
+            raise BadInput(f'--bad_images skip: {share}; the last one: {last}')
 
-    def tell_skipped(self, log: Callable[[str], object]) -> None:
-        """Log, with path and reason, the images skipped since it was last asked, in any worker."""
+    def tell_skipped(self, log: Callable[[str], object], world: World) -> None:
+        """Log, with path and reason, the images skipped since it was last asked, in any worker of any process.
+
+        All processes must ask together.
+
+        Raises:
+            BadInput: in all processes, where these are more than `MOST_BAD` of all images.
+        """
+        if not self.skip:
+            return
+        world.any(self.bad)
+        reason = ''
         fresh = [index for index in self.bad.nonzero().flatten().tolist() if index not in self.told]
         for index in fresh:
             try:
                 self.load(self.root / self.samples[index][0])
             except BadInput as e:
-                log(f'skipped: {e}')
+                reason = str(e)
+                log(f'skipped: {reason}')
         self.told |= set(fresh)
         if fresh:
             log(f'--bad_images skip: {len(self.told)} of {len(self.samples)} images skipped so far')
+            self.check_share(reason)
 
 
 def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor] | None:
@@ -223,10 +239,10 @@ def transforms(args) -> tuple[Callable, Callable]:
     return train_transform(args.img_size, policy), val_transform(args.img_size)
 
 
-def tell_skipped(*loaders: DataLoader, log: Callable[[str], object]) -> None:
-    """Log which images the loaders of `make_loader` skipped since they were last asked."""
+def tell_skipped(*loaders: DataLoader, log: Callable[[str], object], world: World) -> None:
+    """Log which images the loaders of `make_loader` skipped, in any process, since they were last asked."""
     for loader in loaders:
-        loader.dataset.tell_skipped(log)
+        loader.dataset.tell_skipped(log, world)
 
 
 class Batches:

@@ -255,6 +255,8 @@ def check(table, args, device):
 def main(args):
     """Make a table, or check one."""
     start = time.monotonic()
+    if args.estimate and args.metric != 'latency':
+        raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
     table = load_table(args.check, args.img_size) if args.check else None

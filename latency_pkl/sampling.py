@@ -1,5 +1,6 @@
 """Random networks of the search space, timed block by block while they run, and as a whole."""
 
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from models.config import NetworkConfig, build_config, load_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.errors import BadInput
 from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name
 
 REFERENCE = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
@@ -89,11 +91,18 @@ def reference_network(device: torch.device) -> NetworkEval:
 
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
     """The reference network with the time that it had when a table was made; None where that was not on this device, or
-    not with this batch size and number of threads."""
+    not with this batch size and number of threads.
+
+    Raises:
+        BadInput: the table's time is no positive number.
+    """
     made_with = tuple(table.meta.get(name) for name in ('device', 'batch_size', 'threads'))
     if 'reference_ms' not in table.meta or made_with != (device_name(device), batch_size, torch.get_num_threads()):
         return None
-    return Standard(partial(reference_network, device), float(table.meta['reference_ms']))
+    ms = table.meta['reference_ms']
+    if not (isinstance(ms, (int, float)) and 0 < ms < math.inf):
+        raise BadInput(f"the latency table's reference_ms is {ms!r}, should be a positive number")
+    return Standard(partial(reference_network, device), float(ms))
 
 
 @torch.inference_mode()

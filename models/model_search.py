@@ -195,7 +195,9 @@ class Network(nn.Module):
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
         """Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
         log_alphas = self.log_alphas()
-        noise = _gumbel(tuple(log_alphas.shape), generator).to(log_alphas.device, non_blocking=True)
+        noise = _gumbel(tuple(log_alphas.shape), generator)
+        noise = noise.pin_memory() if log_alphas.is_cuda else noise
+        noise = noise.to(log_alphas.device, non_blocking=True)
         return F.softmax((log_alphas + noise) / temperature, dim=1)
 
     def log_alphas(self) -> Tensor:

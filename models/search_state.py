@@ -24,6 +24,7 @@ from tools.checkpoint import check_weights, save_checkpoint
 from tools.distributed import World
 from tools.engine import cosine_lr
 from tools.errors import BadInput
+from tools.optimizers import begin_momentum, load_moments
 from tools.precision import DTYPES, Precision
 from tools.snapshot import RunKind, Snapshot, compare_flags
 
@@ -170,18 +171,22 @@ class SearchState:
             self.full[name].copy_(value)
         self.masks = masks
         self.epoch, self.step = position(checkpoint)
-        for precision, scaler in zip((self.w_precision, self.a_precision), checkpoint.get('scalers', ()), strict=False):
-            precision.load_state_dict(scaler)
-        if not self.step:
-            return
-        self.begin_epoch(args)
+        if self.step:
+            self.begin_epoch(args)
         try:
-            self.w_optimizer.load_state_dict(checkpoint['w_optimizer'])
-            self.a_optimizer.load_state_dict(checkpoint['a_optimizer'])
+            for precision, scaler in zip(
+                (self.w_precision, self.a_precision), checkpoint.get('scalers', ()), strict=False
+            ):
+                precision.load_state_dict(scaler)
+            if not self.step:
+                return
+            load_moments(self.w_optimizer, checkpoint['w_optimizer'])
+            load_moments(self.a_optimizer, checkpoint['a_optimizer'])
             self.sums = checkpoint['sums'] if world.is_first else self.sums
             self.latency = checkpoint['latency']
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
             raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
+        begin_momentum(self.w_optimizer)
 
 
 def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> tuple[SearchState, Snapshot]:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from models.latency import expected_latency
+from tools.optimizers import begin_momentum
 
 
 def always(parameters, losses):
@@ -20,9 +21,7 @@ def make_optimizers(net, w_lr, args):
     """
     weights, betas = net.weight_parameters(), (args.a_beta1, args.a_beta2)
     w_optimizer = torch.optim.SGD(weights, w_lr, args.w_mom, weight_decay=args.w_wd, fused=True)
-    for p in weights if args.w_mom else ():
-        # torch 2.14 makes these at the first gradients, and cannot fuse parameters that have one with those that do not
-        w_optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    begin_momentum(w_optimizer)
     return w_optimizer, torch.optim.Adam(net.arch_parameters(), args.a_lr, betas, weight_decay=args.a_wd, fused=True)
 
 

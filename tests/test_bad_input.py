@@ -152,10 +152,22 @@ FLAGS = [
     ('test.py', {'val_list': '@damaged.txt'}, 'text.png: cannot be read as an image'),
     ('test.py', {'image': '@class 0/text.png'}, 'text.png: cannot be read as an image (not an image)'),
     ('test.py', {'export_predictions': '/none/x.csv'}, '--export_predictions /none/x.csv: its folder does not exist'),
-    ('test.py', {'val_list': None}, 'give --val_root and --val_list, or --image'),
+    ('test.py', {'val_list': None}, 'give both --val_root and --val_list, or neither'),
+    ('test.py', {'val_root': None, 'image': '@class 0/0.png'}, 'give both --val_root and --val_list, or neither'),
+    ('test.py', {'val_root': None, 'val_list': None}, 'give --val_root and --val_list, or --image'),
     ('parsing_model.py', {'save_path': '/none/x.config'}, '--save_path /none/x.config: its folder does not exist'),
     ('parsing_model.py', {'target_lat': ['3'], 'lookup_path': '@table.pkl'}, '--target_lat needs a searched model'),
     ('parsing_model.py', {'config_path': '@text.pth.tar'}, 'text.pth.tar'),
+    (
+        'parsing_model.py',
+        {
+            'config_path': None,
+            'model_path': '@searched.pth.tar',
+            'lookup_path': '@table.pkl',
+            'target_lat': ['50%', '999'],
+        },
+        '--target_lat 999',
+    ),
     ('parsing_model.py', {'print_lat': True, 'lookup_path': '@cut.pkl'}, 'not a pickled latency table'),
     ('latency_pkl/make_lat_lut.py', {'save_path': '/none/x.pkl'}, '--save_path /none/x.pkl: its folder does not'),
     ('latency_pkl/make_lat_lut.py', {'check': '@absent.pkl'}, 'absent.pkl: no latency table there'),
@@ -163,6 +175,8 @@ FLAGS = [
     ('dataset/make_lists.py', {'img_root': '@class 0'}, 'no class folders in it'),
     ('dataset/make_lists.py', {'classes': '@empty.txt'}, 'empty.txt: names no classes'),
     ('dataset/make_lists.py', {'list': None}, 'give --to, or --list, or both'),
+    ('dataset/make_lists.py', {'list': '@train.txt/list.txt'}, 'list.txt: its folder cannot be made'),
+    ('latency_pkl/make_lat_lut.py', {'estimate': 'a100', 'metric': 'flops'}, '--metric flops: counted, not estimated'),
 ]
 
 

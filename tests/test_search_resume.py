@@ -1,5 +1,6 @@
 """Searches that are killed, stopped and resumed end as if nothing had happened."""
 
+import math
 import os
 import random
 import re
@@ -186,6 +187,20 @@ def test_flags_that_differ_are_named(project, stopped):
     shutil.copytree(stopped, save / stopped.name)
     output = search(project, save, snapshot='auto', T=4, target_lat='50%')
     assert re.search(r'made with other flags: --T 5.0, now 4.0; --target_lat \S+, now \S+\n', output)
+
+
+def test_a_search_resumed_within_an_epoch_has_the_hyperparameters_of_its_flags(project, stopped):
+    save = project / 'hyperparameters'
+    shutil.copytree(stopped, save / stopped.name)
+    process = begin(project, save, snapshot='auto', w_lr=0.5, w_wd=0.25, a_lr=0.125, a_beta1=0.75)
+    wait_for(process, r'epoch 2 step \d/')
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    checkpoint = load(only_run(save) / 'checkpoint.pth.tar')
+    assert checkpoint['epoch'] == 2
+    (weights,), (architecture,) = (checkpoint[name]['param_groups'] for name in ('w_optimizer', 'a_optimizer'))
+    assert weights['lr'] == pytest.approx(0.5 * (1 + math.cos(math.pi * 2 / EPOCHS)) / 2)
+    assert weights['weight_decay'] == 0.25 and architecture['lr'] == 0.125 and architecture['betas'][0] == 0.75
 
 
 def test_schedules_and_positions_follow_from_the_epoch():

@@ -22,6 +22,7 @@ from models.parsing import parse_architecture
 from models.search_space import SPACE
 from models.targeting import most_probable
 from tools import profiling
+from tools.errors import BadInput
 from tools.profiling import (
     MOST_ROUNDS,
     PRECISION,
@@ -243,6 +244,9 @@ def test_a_table_gives_a_standard_on_its_own_device_alone():
     for changed in ({'device': 'another'}, {'batch_size': 1}, {'threads': 77}):
         assert standard_of(replace(table, meta=meta | changed), 2, cpu) is None
     assert standard_of(replace(table, meta=meta | {'threads': None}), 2, cpu) is None
+    for bad in ('9', None, 0, -1.0, float('nan'), float('inf'), [9.0]):
+        with pytest.raises(BadInput, match='reference_ms is .* should be a positive number'):
+            standard_of(replace(table, meta=meta | {'reference_ms': bad}), 2, cpu)
     del meta['reference_ms']
     assert standard_of(replace(table, meta=meta), 2, cpu) is None
 

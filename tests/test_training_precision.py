@@ -18,9 +18,11 @@ from training_runs import (
 
 from models.model_eval import NetworkEval
 from tools.checkpoint import load_weights
+from tools.distributed import World
 from tools.errors import BadInput
 from tools.options import Parser, add_amp_args
 from tools.precision import ApexPrecision, HalfPrecision, Precision, make_precision
+from tools.training import start_state
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 
@@ -131,6 +133,29 @@ def test_a_step_with_infinite_gradients_is_left_out_and_the_scale_lowered():
     precision.step(optimizer, 5.0)
     assert precision.scaler.get_scale() == scale / 2
     assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_an_overflow_at_the_first_update_leaves_no_momentum(monkeypatch, level):
+    flags_ = {'lr': 0.5, 'momentum': 0.9, 'weight_decay': 0, 'no_weight_decay_bn': False, 'ema_decay': 0}
+    args = Namespace(**flags_, snapshot=None, compile=False)
+    state, _ = start_state(
+        NetworkEval(small_config()), choose('--opt_level', level, '--amp_dtype', 'float16'), World(CPU), args
+    )
+    monkeypatch.setattr(torch, 'empty_like', lambda p, **_: torch.full_like(p, float('nan')))  # memory unset
+    precision, weight = state.precision, state.net.classifier.linear.weight
+    master = getattr(precision, 'copies', {}).get(weight, weight)
+    before = master.detach().clone()
+    images = precision.inputs(torch.randn(2, 3, 32, 32))
+    for gradient in (float('inf'), 0.25):
+        with precision.autocast():
+            loss = state.net(images).float().sum()
+        precision.backward(loss, state.optimizer)
+        scale = precision.scaler.get_scale()
+        for p in state.net.parameters():
+            p.grad.fill_(gradient * scale)
+        precision.step(state.optimizer, 1e9)
+    torch.testing.assert_close(master.detach(), before - 0.5 * 0.25)
 
 
 def test_a_fixed_scale_stays_after_an_overflow_and_a_resume():

@@ -20,7 +20,7 @@ from training_runs import (
 )
 
 import train_eval_amp
-from dataset.loaders import make_loader
+from dataset.loaders import ImageList, make_loader
 from models.model_eval import NetworkEval
 from tools.distributed import World, join_world, leave_world, wrap_model
 from tools.engine import evaluate, train_epoch
@@ -76,6 +76,35 @@ def one_update(rank, size, port, batch_norm, path):
     if world.is_first:
         torch.save({'weights': net.state_dict(), 'train': train, 'val': val, 'lines': 0}, path)
     leave_world(world)
+
+
+def skip_some(rank, size, port, bad, path):
+    """Have each process skip other images of 300, and save what it logs, or raises."""
+    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(size), 'LOCAL_RANK': str(rank)}
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    world, lines = join_world('cpu', None), []
+    images = ImageList(path, [(f'{i}.png', 0) for i in range(300)], None, 0, skip=True)
+    for index in bad[rank]:
+        images.note_bad(index, BadInput('bad'))
+    try:
+        images.tell_skipped(lines.append, world)
+        images.tell_skipped(lines.append, world)
+    except BadInput as e:
+        lines.append(f'error: {e}')
+    torch.save(lines, path / str(rank))
+    leave_world(world)
+
+
+@pytest.mark.parametrize(
+    ('bad', 'last'), [(((5,), (7, 5)), '2 of 300'), (((5, 6), (7, 8)), 'error: .*4 of 300 .*8.png')]
+)
+def test_images_skipped_by_any_process_are_told_and_counted_by_all(tmp_path, bad, last):
+    mp.spawn(skip_some, (2, 29500 + os.getpid() % 2000, bad, tmp_path), nprocs=2)
+    for rank in range(2):
+        *lines, end = load(tmp_path / str(rank))
+        told = [re.search(r'/(\d).png: cannot', line).group(1) for line in lines if line.startswith('skipped: ')]
+        assert told == sorted({str(index) for part in bad for index in part})
+        assert re.search(last, end), end
 
 
 def loader(world):
@@ -187,6 +216,25 @@ def test_launchers_that_pass_the_rank_as_a_flag_are_read(data, tmp_path, monkeyp
     assert joined == [torch.device('cuda', 1), 'cpu:gloo,cuda:nccl']
     monkeypatch.setenv('LOCAL_RANK', '0')
     assert join_world('auto', 1).device == torch.device('cuda', 0)
+
+
+def test_one_process_of_a_launcher_takes_its_gpu_alone(monkeypatch):
+    chosen = []
+    for name, found in {'is_available': True, 'device_count': 4}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    assert join_world('auto', None) == World(torch.device('cuda')) and join_world('auto', None).gpus == 4
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '3'}.items():
+        monkeypatch.setenv(name, value)
+    world, net = join_world('auto', None), nn.Linear(1, 1)
+    assert world == World(torch.device('cuda', 3)) and world.gpus == 1 and chosen == [world.device]
+    assert wrap_model(net, world, Namespace(compile=True)) is net
+    train_eval_amp.check_sync_bn(world)
+    with pytest.raises(BadInput, match='--sync_bn'):
+        train_eval_amp.check_sync_bn(World(torch.device('cuda')))
+    assert join_world('cpu', None) == World(torch.device('cpu')) and World(torch.device('cpu')).gpus == 0
 
 
 def test_one_process_with_several_gpus_uses_them_all(monkeypatch):

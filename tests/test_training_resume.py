@@ -20,18 +20,24 @@ from training_runs import (
     only_run,
     ranks_of,
     run,
+    small_config,
     start,
     wait_for_steps,
 )
 from training_runs import run_here as train_here
 
+from conftest import SMALL_SPACE
+from models.model_eval import NetworkEval
+from models.search_state import SEARCH, start_search
 from tools.checkpoint import load_checkpoint, previous_of, save_and_keep_previous
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.keeper import Keeper
 from tools.logs import make_logger
 from tools.metrics import METRICS, Metrics
+from tools.precision import Precision
 from tools.snapshot import TRAINING, find_snapshot
+from tools.training import start_state
 from tools.watch import Watch
 
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
@@ -256,6 +262,39 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
         torch.save(content, path)
     with pytest.raises(BadInput, match='--snapshot .*file.pth.tar'):
         find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)), TRAINING)
+
+
+@pytest.mark.parametrize('script', ['train_eval_amp.py', 'train_search.py'])
+def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_path, script):
+    cpu, path = torch.device('cpu'), tmp_path / 'changed.pth.tar'
+    args = Namespace(
+        snapshot=None, save=str(tmp_path), note='try', compile=False, num_classes=3, aligned_start=False, amp='float16',
+        checkpoint_ops=False, w_lr=0.1, w_mom=0.9, w_wd=0, a_lr=0.01, a_beta1=0.5, a_beta2=0.9, a_wd=0, epochs=9,
+        lr=0.5, momentum=0.9, weight_decay=0, no_weight_decay_bn=False, ema_decay=0.5,
+    )  # fmt: skip
+
+    def begin():
+        if script == 'train_search.py':
+            return start_search(find_snapshot(args, SEARCH), SMALL_SPACE, World(cpu), args)[0]
+        return start_state(NetworkEval(small_config()), Precision(cpu, torch.float16), World(cpu), args)[0]
+
+    state = begin()
+    if script == 'train_search.py':
+        state.begin_epoch(args)
+    state.step = 3
+    good, refused = state.to_checkpoint(args), 0
+    args.snapshot = str(path)
+    torch.save(good, path)
+    assert begin().step == 3
+    for key in good:
+        for value in ('x', -1, 1.5, None, [], ['x'], {}, {'x': 1}, {1: {}}, torch.zeros(2)):
+            torch.save(good | {key: value}, path)
+            try:
+                begin()
+            except BadInput as e:
+                refused += 1
+                assert '\n' not in str(e) and 'changed.pth.tar' in str(e)
+    assert refused > 5 * len(good)
 
 
 def test_a_bad_snapshot_ends_in_one_line_before_a_folder_is_made(data, tmp_path):  # noqa: F811

@@ -143,11 +143,6 @@ def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix('module.'): value for name, value in state.items()}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a data-parallel wrapper, or the model itself."""
-    return model.module if hasattr(model, 'module') else model
-
-
 def read_weights(
     path: str | Path, device: torch.device | str = 'cpu', average: bool = True
 ) -> tuple[dict[str, Tensor], str]:

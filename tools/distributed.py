@@ -23,6 +23,11 @@ class World:
     size: int = 1
 
     @property
+    def gpus(self) -> int:
+        """GPUs that this process trains on: all visible ones where it is alone and has not been given one."""
+        return torch.cuda.device_count() if self.device == torch.device('cuda') else int(self.device.type == 'cuda')
+
+    @property
     def is_first(self) -> bool:
         """Whether this process logs and writes files."""
         return self.rank == 0
@@ -69,6 +74,17 @@ class World:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
+    def any(self, flags: Tensor) -> None:
+        """Set each flag that is set in any process, in place.
+
+        Args:
+            flags: bool [N], on the CPU.
+        """
+        if self.size > 1:
+            numbers = flags.to(torch.uint8)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+            flags |= numbers.bool()
+
     def same_buffers(self, *modules: nn.Module) -> None:
         """Give all processes the first one's buffers (the running statistics of batch norm)."""
         self.same(buffer for module in modules for buffer in module.buffers())
@@ -103,13 +119,15 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
     """Join the process group that torchrun or torch.distributed.launch describes in the environment; alone without one.
 
     Args:
-        device_choice: see `pick_device`; each process takes the GPU of its local rank, or the CPU with gloo.
+        device_choice: see `pick_device`; each process that was launched takes the GPU of its local rank, or the CPU
+            with gloo. One that was not has all GPUs: its device is 'cuda' without a number.
         local_rank: of the command line, for launchers that pass it; the environment's LOCAL_RANK goes first.
     """
     size, rank = _from_environment('WORLD_SIZE', 1), _from_environment('RANK', 0)
-    if size == 1:
+    launched = size > 1 or 'LOCAL_RANK' in os.environ  # by torchrun, also with a single process
+    if not launched:
         return World(pick_device(device_choice))
-    if 'RANK' not in os.environ or not 0 <= rank < size:
+    if size > 1 and 'RANK' not in os.environ or not 0 <= rank < size:
         raise BadInput(f'WORLD_SIZE is {size} but RANK is {os.environ.get("RANK")}: start the processes with torchrun')
     local_rank = _from_environment('LOCAL_RANK', local_rank if local_rank is not None else rank)
     device = pick_device(device_choice if rank == 0 or device_choice != 'auto' or torch.cuda.is_available() else 'cpu')
@@ -118,6 +136,8 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
             raise BadInput(f'local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
+    if size == 1:
+        return World(device)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     restarts, store = restart_store()
     if store:  # by default a restarted process may read the addresses of its dead predecessors
@@ -139,12 +159,12 @@ def wrap_model(net: nn.Module, world: World, args) -> nn.Module:
     if world.size > 1:
         devices = [world.device] if world.device.type == 'cuda' else None
         return nn.parallel.DistributedDataParallel(net, devices, forward_sync_buffers=False)
-    if world.device.type == 'cuda' and torch.cuda.device_count() > 1:
+    if world.gpus > 1:
         bad = ['--compile'] if args.compile else []
         bad += ['--amp_dtype bfloat16'] if getattr(args, 'amp_dtype', None) == 'bfloat16' else []
         if bad:
-            count = torch.cuda.device_count()
-            raise BadInput(f'{bad[0]} on {count} GPUs needs a process each: torchrun --nproc_per_node={count} ...')
+            each = f'torchrun --nproc_per_node={world.gpus} ...'
+            raise BadInput(f'{bad[0]} on {world.gpus} GPUs needs a process each: {each}')
         return nn.DataParallel(net)
     return net
 

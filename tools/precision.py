@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
+from tools.optimizers import optimized
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
@@ -170,11 +171,6 @@ class ApexPrecision(Precision):
     def load_state_dict(self, state: dict) -> None:
         if state:
             self.amp.load_state_dict(state)
-
-
-def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All parameters that an optimizer updates."""
-    return [p for group in optimizer.param_groups for p in group['params']]
 
 
 def make_precision(args, device: torch.device) -> Precision:

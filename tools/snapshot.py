@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tools.checkpoint import load_checkpoint, previous_of, put_weights, strip_module_prefix
@@ -19,6 +19,7 @@ from tools.distributed import World, restart_store
 from tools.errors import BadInput
 from tools.logs import run_folders
 from tools.metrics import METRICS
+from tools.optimizers import load_moments
 from tools.precision import Precision
 
 CHECKPOINT = 'checkpoint.pth.tar'
@@ -27,6 +28,12 @@ HARMLESS = {
     'max_steps', 'tensorboard', 'report', 'on_nan', 'deterministic',
 }  # fmt: skip
 POSITION = {'batch_size', 'seed', 'grad_accum'}
+TYPES = {
+    'epoch': int, 'step': int, 'state_dict': dict, 'flags': dict, 'best_acc_top1': (int, float),
+    'best_acc_top5': (int, float), 'optimizer': dict, 'w_optimizer': dict, 'a_optimizer': dict, 'scaler': dict,
+    'scalers': list, 'sums': list, 'latency': Tensor,
+}  # fmt: skip
+"""Of what a checkpoint holds, where it holds it."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +121,18 @@ class TrainState:
         state = strip_module_prefix(checkpoint['state_dict'])
         put_weights(self.net, state, f'--snapshot {where}')
         self.precision.load_weights(self.net, state)
-        asked = [
-            {name: value for name, value in group.items() if name != 'params'} for group in self.optimizer.param_groups
-        ]
         try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-        except (ValueError, KeyError) as e:
+            load_moments(self.optimizer, checkpoint['optimizer'])
+        except ValueError as e:
             raise BadInput(f'--snapshot {where}: its optimizer is of other flags ({str(e).splitlines()[0]})') from e
-        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
-            group.update(values)  # the flags of this run, where they are others
-        self.precision.load_state_dict(checkpoint.get('scaler', {}))
-        if self.ema and 'state_dict_ema' in checkpoint:
-            self.ema.load_state_dict(checkpoint['state_dict_ema'])
-        elif self.ema:
-            self.ema.module.load_state_dict(self.net.state_dict())
+        try:
+            self.precision.load_state_dict(checkpoint.get('scaler', {}))
+            if self.ema and 'state_dict_ema' in checkpoint:
+                self.ema.load_state_dict(checkpoint['state_dict_ema'])
+            elif self.ema:
+                self.ema.module.load_state_dict(self.net.state_dict())
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
         self.epoch, self.step = checkpoint['epoch'], checkpoint.get('step', 0)
         self.best = (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
         self.sums = checkpoint.get('sums', self.sums) if world.is_first else self.sums
@@ -222,10 +227,19 @@ def read_snapshot(path: Path, kind: RunKind) -> dict:
         BadInput: damaged, or not of a run of this kind.
     """
     checkpoint = load_checkpoint(path)
-    good = isinstance(checkpoint, dict) and kind.needed <= checkpoint.keys()
-    if not good or not all(isinstance(at, int) and at >= 0 for at in kind.position(checkpoint)):
+    if not (isinstance(checkpoint, dict) and kind.needed <= checkpoint.keys() and _is_well_formed(checkpoint, kind)):
         raise BadInput(f'{path}: not a checkpoint of a {kind.name} (keys {", ".join(sorted(kind.needed))})')
     return checkpoint
+
+
+def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
+    """Whether the parts of a checkpoint are of the types that a reader relies on."""
+    return (
+        all(isinstance(checkpoint[key], type_) for key, type_ in TYPES.items() if key in checkpoint)
+        and min(kind.position(checkpoint)) >= 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items())
+        and all(isinstance(number, (int, float)) for number in checkpoint.get('sums', ()))
+    )
 
 
 def compare_flags(snapshot: Snapshot, kind: RunKind, args) -> str:

@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tools.distributed import World
-from tools.engine import cosine_lr, evaluate, set_lr, to_device, train_epoch
+from tools.engine import cosine_lr, evaluate, set_lr, train_epoch
 from tools.interrupt import ended_with
 from tools.keeper import Keeper
+from tools.optimizers import begin_momentum
 from tools.precision import Precision
+from tools.prefetch import to_device
 from tools.profiling import device_name, measure_latency
 from tools.snapshot import TRAINING, Snapshot, TrainState, compare_flags, find_snapshot
 from tools.watch import Progress, Watch
@@ -92,6 +94,7 @@ def start_state(net: nn.Module, precision: Precision, world: World, args) -> tup
         differing = compare_flags(snapshot, TRAINING, args)
         state.load(snapshot.checkpoint, snapshot.path, world)
         snapshot = snapshot.taken().noting(differing)
+    begin_momentum(state.optimizer)
     if args.compile:
         state.net.compile()
     return state, snapshot
@@ -141,7 +144,7 @@ def fit(
             state.best = max(state.best, (val['top1'], val['top5']))
             log_epoch(watch, state, train, val)
             for loader in loaders:
-                loader.dataset.tell_skipped(watch.log)
+                loader.dataset.tell_skipped(watch.log, world)
             if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
             keeper.save(state, is_best)
