@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import Sample, build_network, random_config, reference_network, standard_of, time_blocks
-from models.config import fixed_layers, op_spec
+from latency_pkl.sampling import Sample, build_network, random_config, reference_config, standard_of, time_blocks
+from models.config import dump_config, fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
@@ -109,6 +109,7 @@ def measure(args, device):
     the configs of the unseen networks."""
     rng, start = random.Random(args.seed), time.monotonic()
     timed = partial(in_fresh_process, time_blocks) if device.type == 'cpu' else time_blocks
+    reference = reference_config(args.num_classes)
     timings, unseen = Timings(), [random_config(rng, False, args.num_classes) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
         for i in itertools.count():
@@ -119,7 +120,7 @@ def measure(args, device):
                 return timings, unseen
             turn, place = divmod(i, TURN)
             if place == 0:
-                build = partial(reference_network, device)
+                build = partial(build_network, reference, device, seed=0)
                 timings.reference.append((spent, time_once(build, args.batch_size, args.img_size, device)))
             elif place == TURN // 2:
                 build = partial(build_network, unseen[turn % UNSEEN], device, rng.getrandbits(32))
@@ -175,6 +176,7 @@ def measured_table(args, device):
         'batch_size': args.batch_size,
         'threads': args.threads,
         'method': 'blocks timed inside running random networks, fitted to the times of the whole networks',
+        'reference': dump_config(reference_config(args.num_classes)),
         'reference_ms': timings.reference_ms,
         'samples': len(samples),
         'unseen_networks': len(unseen),

@@ -1,23 +1,21 @@
 """Random networks of the search space, timed block by block while they run, and as a whole."""
 
+import itertools
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models.config import NetworkConfig, build_config, load_config
+from models.config import NetworkConfig, build_config, parse_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
 from tools.errors import BadInput
 from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name
-
-REFERENCE = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -81,28 +79,31 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
     return net
 
 
-def reference_network(device: torch.device) -> NetworkEval:
-    """The network that tells how fast the machine is while others are timed: TF-NAS-A with at most two blocks a stage,
-    which takes about as long as networks of the search space do."""
-    config = load_config(REFERENCE)
-    stages = {name: specs[:2] for name, specs in config.stages.items()}
-    return build_network(replace(config, stages=stages), device, seed=0)
+def reference_config(num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+    """The network that tells how fast the machine is while others are timed: the middle of the search space in depths
+    and widths, with its operators by turns. What slows networks of the space down should slow this one as much."""
+    depths = [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]
+    turns = itertools.cycle(range(len(space.ops)))
+    arch = {name: [next(turns) for _ in range(depth)] for name, depth in zip(space.stage_names, depths, strict=True)}
+    return build_config(arch, space.start_widths(), num_classes, space)
 
 
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
-    """The reference network with the time that it had when a table was made; None where that was not on this device, or
-    not with this batch size and number of threads.
+    """The table's reference network with the time that it had when the table was made; None where that was not on this
+    device, or not with this batch size and number of threads.
 
     Raises:
-        BadInput: the table's time is no positive number.
+        BadInput: the table's reference is no config, or its time no positive number.
     """
     made_with = tuple(table.meta.get(name) for name in ('device', 'batch_size', 'threads'))
-    if 'reference_ms' not in table.meta or made_with != (device_name(device), batch_size, torch.get_num_threads()):
+    known = {'reference', 'reference_ms'} <= table.meta.keys()
+    if not known or made_with != (device_name(device), batch_size, torch.get_num_threads()):
         return None
+    config = parse_config(str(table.meta['reference']), "the latency table's reference")
     ms = table.meta['reference_ms']
     if not (isinstance(ms, (int, float)) and 0 < ms < math.inf):
         raise BadInput(f"the latency table's reference_ms is {ms!r}, should be a positive number")
-    return Standard(partial(reference_network, device), float(ms))
+    return Standard(partial(build_network, config, device, seed=0), float(ms))
 
 
 @torch.inference_mode()

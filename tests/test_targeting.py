@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, SMALL_SPACE, make_table, random_arch
 from latency_pkl.estimate import CARDS, block_work, estimate
 from latency_pkl.fit import calibrate, features, fit_table
-from latency_pkl.sampling import Sample, build_network, random_config, standard_of, time_blocks
+from latency_pkl.sampling import Sample, build_network, random_config, reference_config, standard_of, time_blocks
 from models import targeting
-from models.config import load_config, op_spec
+from models.config import dump_config, load_config, op_spec
 from models.elasticity import fit_widths, latency_range, scale_widths
 from models.latency import LatencyTable, load_table
 from models.model_eval import NetworkEval
@@ -237,9 +237,10 @@ def test_standard_error_of_a_median():
 def test_a_table_gives_a_standard_on_its_own_device_alone():
     cpu = torch.device('cpu')
     meta = {'device': device_name(cpu), 'batch_size': 2, 'threads': torch.get_num_threads(), 'reference_ms': 9.0}
+    meta['reference'] = dump_config(reference_config(10, SMALL_SPACE))
     table = LatencyTable(1.0, {}, meta, 64)
     standard = standard_of(table, 2, cpu)
-    assert standard.ms == 9.0 and [len(standard.build().config.stages[f'stage{i}']) for i in (1, 2, 6)] == [2, 2, 1]
+    assert standard.ms == 9.0 and standard.build().config == reference_config(10, SMALL_SPACE)
     assert standard_of(table, 1, cpu) is None
     for changed in ({'device': 'another'}, {'batch_size': 1}, {'threads': 77}):
         assert standard_of(replace(table, meta=meta | changed), 2, cpu) is None
@@ -247,8 +248,21 @@ def test_a_table_gives_a_standard_on_its_own_device_alone():
     for bad in ('9', None, 0, -1.0, float('nan'), float('inf'), [9.0]):
         with pytest.raises(BadInput, match='reference_ms is .* should be a positive number'):
             standard_of(replace(table, meta=meta | {'reference_ms': bad}), 2, cpu)
-    del meta['reference_ms']
-    assert standard_of(replace(table, meta=meta), 2, cpu) is None
+    with pytest.raises(BadInput, match="the latency table's reference: not a JSON file"):
+        standard_of(replace(table, meta=meta | {'reference': 'x'}), 2, cpu)
+    for absent in ('reference', 'reference_ms'):
+        assert standard_of(replace(table, meta={k: v for k, v in meta.items() if k != absent}), 2, cpu) is None
+
+
+@pytest.mark.parametrize('space', [SPACE, SMALL_SPACE])
+def test_the_reference_network_is_the_middle_of_the_space(space):
+    table, config = make_table(space, 64), reference_config(10, space)
+    depths = [len(specs) for specs in config.stages.values()]
+    assert depths == [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]
+    seen = {(s.kernel_size, s.se_channels > 0) for specs in config.stages.values() for s in specs}
+    assert seen == {(op.kernel, op.se) for op in space.ops}
+    least, _, most = table.reach()
+    assert least + (most - least) / 4 < table.of_config(config) < most - (most - least) / 4
 
 
 def test_a_network_to_be_timed_is_noise_of_its_seed():
