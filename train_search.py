@@ -333,11 +333,11 @@ def main(args):
                 scale = partial(scale_to_target, state.full, state.masks, table, args, watch.log)
                 widths, numbers['latency'] = world.first_says(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
-            tell_skipped(train_loader, val_loader, log=watch.log, world=world)
             found = describe_architecture(state.full, state.masks, table, args.num_classes)
             watch.write('epoch', epoch, **numbers, **trained, **found)
             state.end_epoch()
             keeper.write(state, partial(save_searched_model, folder=keeper.folder, keep=args.keep_checkpoints))
+            tell_skipped(train_loader, val_loader, log=watch.log, world=world)
         else:
             keeper.remove_checkpoints()
             watch.write('end', args.epochs - 1)

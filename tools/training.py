@@ -143,11 +143,11 @@ def fit(
             is_best = val['top1'] > state.best[0] or state.epoch == 0
             state.best = max(state.best, (val['top1'], val['top5']))
             log_epoch(watch, state, train, val)
-            for loader in loaders:
-                loader.dataset.tell_skipped(watch.log, world)
             if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
             keeper.save(state, is_best)
+            for loader in loaders:
+                loader.dataset.tell_skipped(watch.log, world)
             if state.step:
                 break
     if not keeper.signal:
