@@ -16,3 +16,7 @@ use_environment() { # use_environment REQUIREMENTS_FILE MODULE...
     .venv/bin/python -m pip install --quiet --requirement "$requirements"
     python=.venv/bin/python
 }
+
+# GNU OpenMP's threads wait for each other by spinning. Where another program keeps a core busy, that makes steps of a few
+# threads many times slower; after so few turns they sleep, which costs nothing where all cores are free.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
