@@ -41,6 +41,18 @@ SEARCH = RunKind(
     'search',
     ('searched_model_*.pth.tar', 'checkpoint*.pth.tar'),
     frozenset({'epoch', 'state_dict', MASKS_KEY, 'flags'}),
+    {
+        'epoch': int,
+        'step': int,
+        'state_dict': dict,
+        'flags': dict,
+        MASKS_KEY: dict,
+        'w_optimizer': dict,
+        'a_optimizer': dict,
+        'scalers': list,
+        'sums': list,
+        'latency': Tensor,
+    },
     position,
 )
 
@@ -171,22 +183,19 @@ class SearchState:
             self.full[name].copy_(value)
         self.masks = masks
         self.epoch, self.step = position(checkpoint)
-        if self.step:
-            self.begin_epoch(args)
+        precisions = self.w_precision, self.a_precision
         try:
-            for precision, scaler in zip(
-                (self.w_precision, self.a_precision), checkpoint.get('scalers', ()), strict=False
-            ):
+            for precision, scaler in zip(precisions, checkpoint.get('scalers', ()), strict=False):
                 precision.load_state_dict(scaler)
-            if not self.step:
-                return
-            load_moments(self.w_optimizer, checkpoint['w_optimizer'])
-            load_moments(self.a_optimizer, checkpoint['a_optimizer'])
-            self.sums = checkpoint['sums'] if world.is_first else self.sums
-            self.latency = checkpoint['latency']
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            if self.step:
+                self.begin_epoch(args)
+                load_moments(self.w_optimizer, checkpoint['w_optimizer'])
+                load_moments(self.a_optimizer, checkpoint['a_optimizer'])
+                begin_momentum(self.w_optimizer)
+                self.sums = checkpoint['sums'] if world.is_first else self.sums
+                self.latency = checkpoint['latency']
+        except (ValueError, KeyError) as e:
             raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
-        begin_momentum(self.w_optimizer)
 
 
 def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> tuple[SearchState, Snapshot]:

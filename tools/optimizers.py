@@ -33,7 +33,7 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
     asked = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f'{type(e).__name__}: {e}') from e
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         group.update(values)

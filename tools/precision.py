@@ -64,9 +64,16 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned; empty from a run that did not scale."""
+        """Load what `state_dict` returned; empty from a run that did not scale.
+
+        Raises:
+            ValueError: it is something else.
+        """
         if state and self.scaler.is_enabled() and self.loss_scale is None:
-            self.scaler.load_state_dict(state)
+            try:
+                self.scaler.load_state_dict(state)
+            except (KeyError, TypeError) as e:
+                raise ValueError(f'scaler: {type(e).__name__}: {e}') from e
 
 
 class HalfPrecision(Precision):

@@ -6,9 +6,10 @@ step or an image is seeded by where it happens (see `tools.rng`), also in the wo
 the epoch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import UnionType
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,7 @@ HARMLESS = {
     'max_steps', 'tensorboard', 'report', 'on_nan', 'deterministic',
 }  # fmt: skip
 POSITION = {'batch_size', 'seed', 'grad_accum'}
-TYPES = {
-    'epoch': int, 'step': int, 'state_dict': dict, 'flags': dict, 'best_acc_top1': (int, float),
-    'best_acc_top5': (int, float), 'optimizer': dict, 'w_optimizer': dict, 'a_optimizer': dict, 'scaler': dict,
-    'scalers': list, 'sums': list, 'latency': Tensor,
-}  # fmt: skip
-"""Of what a checkpoint holds, where it holds it."""
+NUMBER = int | float
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class RunKind:
         folders: run folders are `<folders>-<time>-<note>`.
         files: patterns of its checkpoints' names.
         needed: keys of a checkpoint.
+        types: of what it holds under some keys, where it does.
         position: of a checkpoint: (epoch, batches of it that are done).
     """
 
@@ -52,6 +49,7 @@ class RunKind:
     folders: str
     files: tuple[str, ...]
     needed: frozenset[str]
+    types: Mapping[str, type | UnionType]
     position: Callable[[dict], tuple[int, int]]
 
     def checkpoints(self, *run_folders: Path) -> list[Path]:
@@ -65,6 +63,17 @@ TRAINING = RunKind(
     'eval',
     ('checkpoint*.pth.tar',),
     frozenset({'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}),
+    {
+        'epoch': int,
+        'step': int,
+        'state_dict': dict,
+        'flags': dict,
+        'best_acc_top1': NUMBER,
+        'best_acc_top5': NUMBER,
+        'optimizer': dict,
+        'scaler': dict,
+        'sums': list,
+    },
     lambda checkpoint: (checkpoint['epoch'], checkpoint.get('step', 0)),
 )
 
@@ -131,7 +140,7 @@ class TrainState:
                 self.ema.load_state_dict(checkpoint['state_dict_ema'])
             elif self.ema:
                 self.ema.module.load_state_dict(self.net.state_dict())
-        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        except (ValueError, TypeError, AttributeError, RuntimeError) as e:
             raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
         self.epoch, self.step = checkpoint['epoch'], checkpoint.get('step', 0)
         self.best = (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
@@ -235,10 +244,10 @@ def read_snapshot(path: Path, kind: RunKind) -> dict:
 def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
     """Whether the parts of a checkpoint are of the types that a reader relies on."""
     return (
-        all(isinstance(checkpoint[key], type_) for key, type_ in TYPES.items() if key in checkpoint)
+        all(isinstance(checkpoint[key], type_) for key, type_ in kind.types.items() if key in checkpoint)
         and min(kind.position(checkpoint)) >= 0
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items())
-        and all(isinstance(number, (int, float)) for number in checkpoint.get('sums', ()))
+        and all(isinstance(number, NUMBER) for number in checkpoint.get('sums', ()))
     )
 
 
