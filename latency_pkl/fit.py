@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog, nnls
+from scipy.optimize import nnls
 
 from latency_pkl.sampling import Sample
 from models.search_space import SPACE, Block, Op, SearchSpace, after_stride
@@ -31,12 +31,6 @@ TURNS = 4
 KEPT_SHARE = 2 / 3
 """Share of the networks, those least slowed down, that a table is fitted to."""
 
-FACTORS_RANGE = 1.5
-"""Most that a calibration factor differs from what would fit the median network: noise of few networks goes further."""
-
-FACTORS_APART = 0.0005
-"""Cost, a network, of calibration factors that differ by one: few networks get a common factor."""
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -44,8 +38,8 @@ class Fit:
 
     base: float
     curves: dict[str, np.ndarray]
-    factors: np.ndarray
-    """Calibration factors of base and blocks, which fit the sum of a network's parts to its time as a whole."""
+    factor: float
+    """What all curves were multiplied by, so that half of the networks take longer than the table says."""
 
 
 def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
@@ -88,30 +82,9 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
         curves = _curves([samples[i] for i in kept], slow[kept], img_size, space)
         base = float(np.median(fixed[kept] / slow[kept]))
         blocks = np.array([sum(curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples])
-        factors = calibrate(base, blocks, usual)
-        slow = totals / (factors[0] * base + factors[1] * blocks)
-    return Fit(float(factors[0] * base), {key: factors[1] * curve for key, curve in curves.items()}, factors)
-
-
-def calibrate(base: float, blocks: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Factors for the base and for the blocks by which a table gives the times of whole networks.
-
-    Two, since the caches hold more of small networks than of large ones. A median regression (Koenker and Bassett 1978)
-    in relative error, solved as a linear programme.
-
-    Args:
-        base, blocks: what the table says of the fixed layers, and of the blocks of each network, in ms.
-        totals: times of the whole networks, at the machine's usual speed.
-    """
-    count = len(totals)
-    parts = np.stack([np.full(count, base), blocks], axis=1) / totals[:, None]
-    # variables: two factors, the difference of the factors up and down, what each network is above and below
-    apart = np.array([[1.0, -1.0, -1.0, 1.0]])
-    rows = np.block([[apart, np.zeros((1, 2 * count))], [parts, np.zeros((count, 2)), np.eye(count), -np.eye(count)]])
-    cost = [0, 0, *[FACTORS_APART * count] * 2, *[0.5] * (2 * count)]
-    common = 1 / np.median(parts.sum(axis=1))
-    bounds = [(common / FACTORS_RANGE, common * FACTORS_RANGE)] * 2 + [(0, None)] * (2 + 2 * count)
-    return linprog(cost, A_eq=rows, b_eq=np.r_[0, np.ones(count)], bounds=bounds).x[:2]
+        factor = float(np.median(usual / (base + blocks)))
+        slow = totals / (factor * (base + blocks))
+    return Fit(factor * base, {key: factor * curve for key, curve in curves.items()}, factor)
 
 
 def _curves(

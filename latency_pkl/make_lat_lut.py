@@ -7,11 +7,10 @@ python latency_pkl/make_lat_lut.py --estimate titan_rtx --save_path latency_pkl/
 python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
 """
 
-import itertools
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,24 +23,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import Sample, build_network, random_config, reference_config, standard_of, time_blocks
-from models.config import dump_config, fixed_layers, op_spec
+from latency_pkl.sampling import build_network, random_config, reference_config, sample_of, standard_of
+from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
 from tools.checkpoint import check_target
 from tools.distributed import pick_device
 from tools.errors import BadInput
-from tools.fresh import in_fresh_process
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import count_mult_adds, count_params, device_name, measure_in_turns, time_once
+from tools.profiling import (
+    Bench,
+    Passes,
+    bench_apart,
+    count_mult_adds,
+    count_params,
+    device_name,
+    fastest_probe,
+    measure_in_turns,
+    typical_parts,
+    undisturbed_share,
+)
 
-TURN, UNSEEN, LEAST_SAMPLES = 8, 6, 20
-"""Of so many timings one is of the reference network and one of a network kept from the fit; how many those are; how
-many networks a fit needs."""
+TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
+"""Networks of a turn, one of them kept from the fit; how many those are in all turns; how many networks a fit needs."""
 
-NEAREST = 4
-"""Timings of the reference network that tell how slow the machine was at a time."""
+PASSES, UNSEEN_PASSES = 8, 16
+"""Timed passes of each network, and of one that tells how good the table is."""
 
 PATIENCE = 4
 """Times the budget that a slow machine gets to show every block shape."""
@@ -71,75 +79,62 @@ def get_args():
     parser.add_argument(
         '--rounds',
         type=count(),
-        default=24,
-        help='times that --check times each network; up to three times as many where they differ much',
+        default=8,
+        help='times that --check builds and times each network; up to three times as many where they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
 
 
 @dataclass
-class Timings:
-    """What was timed, each with the seconds since the start."""
+class Turn:
+    """Passes of some networks, of one that the fit does not see, and between them of the reference network."""
 
-    fitted: list[tuple[float, Sample]] = field(default_factory=list)
-    unseen: list[tuple[float, int, float]] = field(default_factory=list)
-    """Time, number of the network, ms."""
-    reference: list[tuple[float, float]] = field(default_factory=list)
-
-    @property
-    def samples(self) -> list[Sample]:
-        """The timed networks that the fit sees."""
-        return [sample for _, sample in self.fitted]
+    fitted: list[tuple[NetworkConfig, Passes]]
+    unseen: tuple[NetworkConfig, Passes]
+    reference: list[Passes]
 
     @property
-    def reference_ms(self) -> float:
-        """Time of the reference network."""
-        return float(np.median([ms for _, ms in self.reference]))
+    def passes(self) -> list[Passes]:
+        """All that was timed."""
+        return [*(passes for _, passes in [*self.fitted, self.unseen]), *self.reference]
 
-    def slowness(self, when: float) -> float:
-        """How many times as slow as usual the machine was at that time, by the reference network."""
-        nearest = sorted(self.reference, key=lambda timing: abs(timing[0] - when))[:NEAREST]
-        return float(np.median([ms for _, ms in nearest])) / self.reference_ms
+
+def time_turn(rng, unseen, args, device):
+    """Time an unseen network and new ones, each built for that; after each the reference network, built once."""
+    setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
+    reference = partial(build_network, reference_config(args.num_classes), device, seed=0)
+    configs = [random_config(rng, i % 2 == 0, args.num_classes) for i in range(TURN - 1)]
+    with bench_apart(Bench(reference, *setting)) as beside:
+        for config in [unseen, *configs]:
+            build = partial(build_network, config, device, rng.getrandbits(32))
+            with bench_apart(Bench(build, *setting, by_part=config is not unseen)) as bench:
+                timed.append((config, bench(UNSEEN_PASSES if config is unseen else PASSES)))
+            of_reference.append(beside())
+    return Turn(timed[1:], timed[0], of_reference)
 
 
 def measure(args, device):
-    """Time networks for `args.budget` seconds, longer where block shapes are missing, on a CPU each in a process of its
-    own: new ones to fit, by turns the reference network and some that the fit does not see. Returns the timings, and
-    the configs of the unseen networks."""
-    rng, start = random.Random(args.seed), time.monotonic()
-    timed = partial(in_fresh_process, time_blocks) if device.type == 'cpu' else time_blocks
-    reference = reference_config(args.num_classes)
-    timings, unseen = Timings(), [random_config(rng, False, args.num_classes) for _ in range(UNSEEN)]
+    """Time networks turn by turn for `args.budget` seconds, longer where block shapes are missing."""
+    rng, start, turns = random.Random(args.seed), time.monotonic(), []
+    unseen = [random_config(rng, False, args.num_classes) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
-        for i in itertools.count():
+        while True:
+            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, device))
             spent = time.monotonic() - start
-            if spent >= args.budget and (
-                spent >= PATIENCE * args.budget or not missing(timings.samples, args.img_size)
-            ):
-                return timings, unseen
-            turn, place = divmod(i, TURN)
-            if place == 0:
-                build = partial(build_network, reference, device, seed=0)
-                timings.reference.append((spent, time_once(build, args.batch_size, args.img_size, device)))
-            elif place == TURN // 2:
-                build = partial(build_network, unseen[turn % UNSEEN], device, rng.getrandbits(32))
-                ms = time_once(build, args.batch_size, args.img_size, device)
-                timings.unseen.append((spent, turn % UNSEEN, ms))
-            else:
-                config = random_config(rng, place % 2 == 0, args.num_classes)
-                sample = timed(config, rng.getrandbits(32), args.batch_size, args.img_size, device)
-                timings.fitted.append((spent, sample))
             bar.update(min(round(spent), bar.total) - bar.n)
+            lacks = missing([config for turn in turns for config, _ in turn.fitted], args.img_size)
+            if spent >= args.budget * (PATIENCE if lacks else 1):
+                return turns
 
 
-def missing(samples, img_size):
+def missing(configs, img_size):
     """What a fit lacks, in words; empty where nothing."""
     keys = SPACE.table_widths(img_size).keys()
-    seen = {key for sample in samples for key, _, _ in sample.blocks}
-    if len(samples) >= LEAST_SAMPLES and keys <= seen:
+    seen = {key for config in configs for _, _, key in config.table_keys(img_size)}
+    if len(configs) >= LEAST_SAMPLES and keys <= seen:
         return ''
-    return f'{len(samples)} networks showed {len(seen)} of {len(keys)} block shapes'
+    return f'{len(configs)} networks showed {len(seen)} of {len(keys)} block shapes'
 
 
 def compare(table, wholes):
@@ -150,25 +145,30 @@ def compare(table, wholes):
 
 def measured_table(args, device):
     """A latency table of this machine: (base, curves, how it was made)."""
-    timings, configs = measure(args, device)
-    if lack := missing(timings.samples, args.img_size):
+    turns = measure(args, device)
+    if lack := missing([config for turn in turns for config, _ in turn.fitted], args.img_size):
         raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
-    samples, slowness = timings.samples, np.array([timings.slowness(when) for when, _ in timings.fitted])
-    fit = fit_table(samples, slowness, args.img_size)
+    everything = [passes for turn in turns for passes in turn.passes]
+    fastest, undisturbed = fastest_probe(everything), 100 * undisturbed_share(everything)
+    of_reference = np.array([typical_parts(turn.reference, fastest).sum() for turn in turns])
+    reference_ms = float(np.median(of_reference))
+    slowness = of_reference / reference_ms
+    samples = [sample_of(*timed, args.img_size, fastest) for turn in turns for timed in turn.fitted]
+    fit = fit_table(samples, np.repeat(slowness, [len(turn.fitted) for turn in turns]), args.img_size)
     unseen = []
-    for number_, config in enumerate(configs):
-        times = [ms / timings.slowness(when) for when, which, ms in timings.unseen if which == number_]
-        unseen += [(config, float(np.median(times)))] if times else []
+    for i in range(min(UNSEEN, len(turns))):
+        passes = [turn.unseen[1] for turn in turns[i::UNSEEN]]
+        ms = typical_parts(passes, fastest).sum() / slowness[i::UNSEEN].mean()
+        unseen.append((turns[i].unseen[0], float(ms)))
     mean, worst, bias = compare(LatencyTable(fit.base, fit.curves, {}, args.img_size), unseen)
-    low, high = np.quantile([ms for _, ms in timings.reference], (0.25, 0.75)) / timings.reference_ms
+    low, high = np.quantile(of_reference, (0.25, 0.75)) / reference_ms
+    print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the median network')
     print(
-        f'{len(samples)} networks timed; sums of their parts were fitted to the whole by factors of '
-        f'{fit.factors[0]:.4f} (base) and {fit.factors[1]:.4f} (blocks)'
-    )
-    print(
-        f'Reference network: {timings.reference_ms:.4f} ms, half of its {len(timings.reference)} timings from '
+        f'Reference network: {reference_ms:.4f} ms, half of its {len(of_reference)} timings from '
         f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
     )
+    if device.type == 'cpu':
+        print(f'Timings with an undisturbed core, which are those that count: {undisturbed:.0f} %')
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
@@ -177,12 +177,13 @@ def measured_table(args, device):
         'threads': args.threads,
         'method': 'blocks timed inside running random networks, fitted to the times of the whole networks',
         'reference': dump_config(reference_config(args.num_classes)),
-        'reference_ms': timings.reference_ms,
+        'reference_ms': reference_ms,
         'samples': len(samples),
         'unseen_networks': len(unseen),
         'residual_mean_percent': round(mean, 3),
         'residual_worst_percent': round(worst, 3),
         'residual_bias_percent': round(bias, 3),
+        'undisturbed_percent': round(undisturbed, 1),
         'spread_percent': round(100 * float(high - low), 3),
     }
     return fit.base, fit.curves, meta
@@ -235,7 +236,9 @@ def check(table, args, device):
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
-    measured = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds, 3 * args.rounds)
+    measured, undisturbed = measure_in_turns(
+        builds, args.batch_size, args.img_size, device, standard, args.rounds, 3 * args.rounds
+    )
     wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:
         predicted = table.of_config(config)
@@ -247,6 +250,8 @@ def check(table, args, device):
         )
     else:
         print('Measured by the clock alone: the table has no time of the reference network for this device')
+    if device.type == 'cpu':
+        print(f'Timings with an undisturbed core, which are those that count: {100 * undisturbed:.0f} %')
     mean, worst, bias = compare(table, wholes)
     noise = 100 * np.mean([one.error for one in measured])
     print(f'Standard error of a measured latency: {noise:.2f} %, which is part of the errors')

@@ -1,4 +1,4 @@
-"""Random networks of the search space, timed block by block while they run, and as a whole."""
+"""Random networks of the search space, and what timing them block by block while they run tells."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -15,7 +14,7 @@ from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
 from tools.errors import BadInput
-from tools.profiling import PASSES, WARM_UP, Clock, Standard, device_name
+from tools.profiling import Passes, Standard, device_name, typical_parts
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -106,30 +105,13 @@ def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> S
     return Standard(partial(build_network, config, device, seed=0), float(ms))
 
 
-@torch.inference_mode()
-def time_blocks(
-    config: NetworkConfig, seed: int, batch_size: int, img_size: int, device: torch.device, passes: int = PASSES
-) -> Sample:
-    """Time every block of a running network where it stands, and the whole: medians over `passes` passes after a
-    warm-up. On a GPU all passes are queued and waited for once."""
-    net = build_network(config, device, seed)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    clock = Clock(device)
-    places = [block for name in net.stage_names for block in getattr(net, name)]
-    runs = []
-    for _ in range(WARM_UP + passes):
-        marks = [clock.mark()]
-        x = net.second_stem(net.first_stem(images))
-        marks.append(clock.mark())
-        for block in places:
-            x = block(x)
-            marks.append(clock.mark())
-        net.classifier(net.feature_mix_layer(x).mean((2, 3)))
-        marks.append(clock.mark())
-        runs.append(marks)
-    clock.wait()
-    parts = np.array([clock.elapsed(marks) for marks in runs[WARM_UP:]])
-    stem, *blocks, end = np.median(parts, axis=0).tolist()
+def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: float) -> Sample:
+    """The times of a network's parts as a sample.
+
+    Args:
+        fastest: the `fastest_probe` of all passes of a table.
+    """
+    stem, *blocks, end = typical_parts([passes], fastest).tolist()
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]
     timed = [(key, mid, ms) for (key, mid), ms in zip(keys, blocks, strict=True)]
-    return Sample(float(np.median(parts.sum(axis=1))), stem + end, timed)
+    return Sample(stem + sum(blocks) + end, stem + end, timed)

@@ -1,6 +1,7 @@
 """One network, built from a config."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,10 +64,19 @@ class NetworkEval(nn.Module):
         """Whether each stage has the resolution of the one before it."""
         return [all(spec.stride == 1 for spec in specs) for specs in self.config.stages.values()]
 
+    def parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """What a forward pass runs in succession: stem, each block, what follows them. For timings part by part."""
+        blocks = [block for name in self.stage_names for block in getattr(self, name)]
+        return [lambda x: self.second_stem(self.first_stem(x)), *blocks, self._classify]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.second_stem(self.first_stem(x))
         for name in self.stage_names:
             x = getattr(self, name)(x)
+        return self._classify(x)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        """The last feature map -> logits."""
         x = self.feature_mix_layer(x).mean((2, 3))
         return self.classifier(self.dropout(x))
 

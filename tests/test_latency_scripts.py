@@ -1,12 +1,15 @@
 """The table maker, its check and estimates, and the parser's targets, from the shell."""
 
+import random
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import make_table
-from latency_pkl.make_lat_lut import LEAST_SAMPLES, missing
-from latency_pkl.sampling import Sample
+from latency_pkl.make_lat_lut import LEAST_SAMPLES, PASSES, TURN, missing, time_turn
+from latency_pkl.sampling import random_config, reference_config
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
@@ -31,8 +34,6 @@ def measured(tmp_path_factory, run_script):
 @pytest.fixture(scope='module')
 def searched(tmp_path_factory):
     """A search checkpoint with probabilities that differ."""
-    import torch
-
     torch.manual_seed(3)
     full = full_weights(10, torch.device('cpu'))
     for name, value in full.items():
@@ -63,6 +64,7 @@ def test_check_exits_by_its_tolerance(measured, run_script):
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 4
     assert 'Measured by the reference network: the machine took' in out and ', batch 1, threads 1\n' in out
+    assert re.search(r'Timings with an undisturbed core, which are those that count: \d+ %', out)
     run_script(*words, '--tolerance', '0', code=1)
 
 
@@ -82,12 +84,28 @@ def test_check_refuses_what_no_clock_measures_and_takes_the_settings_of_the_tabl
 
 
 def test_what_a_fit_lacks_is_said():
-    keys = list(SPACE.table_widths(32))
-    whole = [Sample(1.0, 0.1, [(key, 40, 0.1) for key in keys])] * LEAST_SAMPLES
-    assert missing(whole, 32) == ''
-    assert missing(whole[1:], 32) == f'{LEAST_SAMPLES - 1} networks showed 66 of 66 block shapes'
-    part = [Sample(1.0, 0.1, [(key, 40, 0.1) for key in keys[3:]])] * LEAST_SAMPLES
-    assert missing(part, 32) == f'{LEAST_SAMPLES} networks showed 63 of 66 block shapes'
+    rng, configs = random.Random(0), []
+    while missing(configs, 32):
+        assert len(configs) < 20 * LEAST_SAMPLES
+        configs.append(random_config(rng, ends=True, num_classes=10))
+    seen = {key for config in configs for _, _, key in config.table_keys(32)}
+    assert seen == SPACE.table_widths(32).keys() and len(configs) >= LEAST_SAMPLES
+    few = configs[: LEAST_SAMPLES - 1] * 2
+    shapes = len({key for config in few for _, _, key in config.table_keys(32)})
+    assert shapes < 66 and missing(few, 32) == f'{len(few)} networks showed {shapes} of 66 block shapes'
+
+
+def test_a_turn_times_the_reference_after_each_network():
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32)
+    unseen = random_config(random.Random(1), ends=False, num_classes=10)
+    turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
+    assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
+    reference = sum(map(len, reference_config(10).stages.values())) + 2  # its stem, and what follows its blocks
+    assert {one.parts.shape[1] for one in turn.reference} == {reference}
+    for config, passes in turn.fitted:
+        assert passes.parts.shape == (PASSES, sum(map(len, config.stages.values())) + 2)
+        assert passes.probes.shape == (PASSES, passes.parts.shape[1] + 1) and (passes.probes > 0).all()
+    assert len(turn.passes) == 2 * TURN
 
 
 def test_estimates_are_marked_as_such(tmp_path, run_script, images):

@@ -11,8 +11,8 @@ import torch
 
 from conftest import ROOT, SMALL_SPACE, make_table, random_arch
 from latency_pkl.estimate import CARDS, block_work, estimate
-from latency_pkl.fit import calibrate, features, fit_table
-from latency_pkl.sampling import Sample, build_network, random_config, reference_config, standard_of, time_blocks
+from latency_pkl.fit import features, fit_table
+from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of, standard_of
 from models import targeting
 from models.config import dump_config, load_config, op_spec
 from models.elasticity import fit_widths, latency_range, scale_widths
@@ -27,10 +27,17 @@ from tools.profiling import (
     MOST_ROUNDS,
     PRECISION,
     ROUNDS,
+    TURNS,
+    Bench,
+    Passes,
     Standard,
     device_name,
+    fastest_probe,
     measure_latency,
     median_of,
+    take_turns,
+    typical_parts,
+    undisturbed_share,
 )
 
 
@@ -195,6 +202,9 @@ def test_table_recovers_the_truth_behind_disturbances():
     slowness = np.where(np.arange(200) % 6 == 0, 1.35, 1.0)
     fit = fit_table(samples, slowness, 64)
     assert fit.base == pytest.approx(0.5, rel=0.06)
+    usual = np.array([sample.total for sample in samples]) / slowness
+    table = [fit.base + sum(fit.curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples]
+    assert np.mean(usual > table) == pytest.approx(0.5, abs=0.02)
     errors = []
     for key, (low, high) in SPACE.table_widths(64).items():
         assert len(fit.curves[key]) == high and (np.diff(fit.curves[key]) >= 0).all() and fit.curves[key][0] > 0
@@ -202,10 +212,20 @@ def test_table_recovers_the_truth_behind_disturbances():
     assert np.mean(errors) < 0.04 and max(errors) < 0.1
 
 
+def fake_benches(monkeypatch, factors):
+    """Networks are numbers: their ms in two parts, each round times the next factor, on a core never disturbed."""
+
+    def take_turns(benches, order):
+        factor = next(factors)
+        return [[Passes(np.full((2, 2), bench.build() * factor() / 2), np.ones((2, 3)))] for bench in benches]
+
+    monkeypatch.setattr(profiling, 'take_turns', take_turns)
+
+
 def test_a_standard_takes_out_the_speed_of_the_machine(monkeypatch):
     """A machine that slows down by turns and for good: the network takes 1.5 times as long as the standard of 8 ms."""
-    speed = itertools.cycle([1.0, 1.0, 1.4, 1.4, 1.2, 1.2])
-    monkeypatch.setattr(profiling, 'time_once', lambda build, *where: build() * next(speed) * 1.1)
+    speeds = [lambda: 1.1, lambda: 1.1 * 1.4, lambda: 1.1 * 1.2]
+    fake_benches(monkeypatch, itertools.cycle(speeds))
     standard = Standard(lambda: 10.0, 8.0)
     measured = measure_latency(lambda: 15.0, 1, 64, torch.device('cpu'), standard)
     assert measured.ms == pytest.approx(12.0) and measured.slowness == pytest.approx(1.2 * 1.1 * 10 / 8)
@@ -218,14 +238,47 @@ def test_a_standard_takes_out_the_speed_of_the_machine(monkeypatch):
     assert alone.slowness is None and alone.ms == pytest.approx(1.2 * 1.1 * 15) and str(alone) == '19.8000 ms'
 
 
-@pytest.mark.parametrize(('spread', 'timings'), [(0.001, ROUNDS), (0.02, None), (0.2, MOST_ROUNDS)])
-def test_a_noisy_machine_is_timed_more_often(monkeypatch, spread, timings):
+@pytest.mark.parametrize(('spread', 'rounds'), [(0.001, ROUNDS), (0.012, None), (0.2, MOST_ROUNDS)])
+def test_a_noisy_machine_is_timed_more_often(monkeypatch, spread, rounds):
     generator, count = np.random.default_rng(3), itertools.count()
-    monkeypatch.setattr(profiling, 'time_once', lambda build, *where: build() * generator.normal(1, spread / 2**0.5))
+    fake_benches(monkeypatch, itertools.repeat(lambda: generator.normal(1, spread / 2**0.5)))
     measured = measure_latency(lambda: 10.0 + 0 * next(count), 1, 64, torch.device('cpu'), Standard(lambda: 5.0, 5.0))
     made = next(count)
-    assert made == timings or (timings is None and ROUNDS < made < MOST_ROUNDS and measured.error <= PRECISION)
+    assert made == rounds or (rounds is None and ROUNDS < made < MOST_ROUNDS)
+    assert rounds == MOST_ROUNDS or measured.error <= PRECISION
     assert measured.ms == pytest.approx(10.0, rel=4 * 1.2533 * spread / made**0.5)
+
+
+def test_only_what_an_undisturbed_core_did_counts():
+    """A core that something else slows down by half in most passes: probes tell which."""
+    generator = np.random.default_rng(0)
+    disturbed = generator.random((400, 4)) < 0.6  # at each of the four probes beside three parts
+    parts = np.array([1.0, 2.0, 4.0]) * generator.normal(1, 0.02, (400, 3))
+    parts *= np.where(disturbed[:, :-1] | disturbed[:, 1:], 1.5, 1.0)
+    passes = Passes(parts, 0.03 * np.where(disturbed, 1.9, 1.0) * generator.normal(1, 0.01, (400, 4)))
+    fastest = fastest_probe([passes])
+    assert fastest == pytest.approx(0.03, rel=0.05)
+    assert undisturbed_share([passes]) == pytest.approx(0.4**2, abs=0.04)
+    halves = [Passes(parts[i::2], passes.probes[i::2]) for i in range(2)]
+    assert typical_parts(halves, fastest) == pytest.approx([1.0, 2.0, 4.0], rel=0.01)
+    assert typical_parts([Passes(parts, np.zeros((400, 4)))], 0.0).sum() > 1.3 * 7  # without probes all count
+
+
+def test_a_core_always_disturbed_gives_its_least_disturbed_times():
+    ms, probes = (
+        np.array([[3.0], [4.0], [5.0], [6.0]]),
+        np.array([[0.06, 0.05], [0.05, 0.05], [0.06, 0.07], [0.05, 0.04]]),
+    )
+    assert typical_parts([Passes(ms, probes)], 0.03) == pytest.approx([5.0])  # the second and the fourth
+    spike = Passes(np.array([[1.0]] * 9 + [[100.0]]), np.full((10, 2), 0.03))
+    assert typical_parts([spike], 0.03) == pytest.approx([(9 + 1.5) / 10])
+
+
+def test_networks_take_turns_and_are_built_once_a_round():
+    builds = [partial(build_network, reference_config(10, SMALL_SPACE), torch.device('cpu'), seed) for seed in (0, 1)]
+    own, other = take_turns([Bench(build, 1, 32, torch.device('cpu')) for build in builds], random.Random(0))
+    assert len(own) == len(other) == TURNS and {one.parts.shape[0] for one in own + other} == {profiling.PASSES}
+    assert len({one.parts.shape[1] for one in own + other}) == 1 and min(one.parts.min() for one in own) > 0
 
 
 def test_standard_error_of_a_median():
@@ -280,22 +333,29 @@ def test_a_network_to_be_timed_is_noise_of_its_seed():
 def test_blocks_are_timed_where_they_stand():
     config = random_config(random.Random(0), ends=True, num_classes=10)
     cpu = torch.device('cpu')
-    net = build_network(config, cpu, seed=0)
-    assert isinstance(net, NetworkEval) and not net.training and torch.isfinite(net(torch.randn(1, 3, 64, 64))).all()
-    sample = time_blocks(config, 0, 1, 64, cpu, 3)
+    net, images = build_network(config, cpu, seed=0), torch.randn(1, 3, 64, 64)
+    assert isinstance(net, NetworkEval) and not net.training and torch.isfinite(net(images)).all()
+    x = images
+    for part in net.parts():
+        x = part(x)
+    assert torch.equal(x, net(images))
+    passes = Bench(partial(build_network, config, cpu, 0), 1, 64, cpu)(3)
+    sample = sample_of(config, passes, 64, fastest_probe([passes]))
     assert [(k, m) for k, m, _ in sample.blocks] == [(k, s.mid_channels) for _, s, k in config.table_keys(64)]
     parts = [sample.fixed, *(ms for _, _, ms in sample.blocks)]
-    assert all(ms > 0 for ms in parts) and 0.2 * sample.total < sum(parts) < 2 * sample.total
+    assert all(ms > 0 for ms in parts) and sample.total == pytest.approx(sum(parts))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 def test_parts_of_a_network_on_a_gpu_add_up_to_its_whole():
     gpu, config = torch.device('cuda'), random_config(random.Random(0), ends=True, num_classes=10)
-    sample = time_blocks(config, 0, 8, 64, gpu)
-    whole = measure_latency(partial(build_network, config, gpu, 0), 8, 64, gpu)
-    assert sample.fixed + sum(ms for _, _, ms in sample.blocks) == pytest.approx(sample.total, rel=0.1)
-    assert sample.total == pytest.approx(whole.ms, rel=0.3) and whole.ms > 0
+    build = partial(build_network, config, gpu, 0)
+    passes = Bench(build, 8, 64, gpu, by_part=True)(8)
+    whole = Bench(build, 8, 64, gpu)(8)
+    assert whole.parts.shape == (8, 1) and not passes.probes.any()
+    sample = sample_of(config, passes, 64, 0.0)
+    assert sample.total == pytest.approx(measure_latency(build, 8, 64, gpu).ms, rel=0.3) and sample.total > 0
 
 
 def test_random_networks_reach_both_ends_of_widths():
@@ -329,20 +389,3 @@ def test_estimated_titan_rtx_gives_tf_nas_a_its_published_time():
     assert all((np.diff(curve) >= 0).all() and curve[0] > 0 for curve in curves.values())
     faster = LatencyTable(*estimate(CARDS['a100'], 224, 32, 1000), {}, 224)
     assert faster.reach()[2] < table.reach()[2]
-
-
-def test_calibration_gives_the_median_of_whole_networks():
-    generator = np.random.default_rng(0)
-    blocks = generator.uniform(5, 20, 600)
-    truth = 1.2 * 3.0 + 1.1 * blocks
-    totals = truth * np.where(generator.random(600) < 0.2, 1.3, 1.0) * generator.normal(1, 0.01, 600)
-    factors = calibrate(3.0, blocks, totals)
-    assert factors == pytest.approx([1.2, 1.1], rel=0.03)
-    below = totals < factors[0] * 3.0 + factors[1] * blocks
-    assert np.mean(below) == pytest.approx(1 / 2, abs=0.05)
-    small = blocks < 10
-    assert np.mean(below[small]) == pytest.approx(1 / 2, abs=0.1)  # of each size
-    noisy = calibrate(3.0, np.array([5.0, 10, 20]), np.array([5.0, 10, 20]))  # as if the base took no time
-    assert noisy[0] > 0.5 * noisy[1] > 0
-    few = calibrate(3.0, blocks[:4], 1.3 * (3.0 + blocks[:4]))
-    assert few == pytest.approx([1.3, 1.3], rel=1e-6)

@@ -1,7 +1,8 @@
-"""Calls in a new process, whose heap has no history: what a CPU's timings need to be the same from run to run."""
+"""Calls in new processes, whose heap has no history: what a CPU's timings need to be the same from run to run."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -20,68 +21,99 @@ from tools.memory import keep_freed_memory, use_huge_pages
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def in_fresh_process(call: Callable, *args: Any) -> Any:
-    """`call(*args)` in a new process with the same number of CPU threads; its result comes back.
+class FreshProcess:
+    """`call`, in a new process with the same number of CPU threads: what it keeps stays there for the next time.
+
+        with FreshProcess(call) as there:
+            there(*args)
 
     New processes are forked from one that does nothing else: its heap is the same whatever runs here or has run before,
     and it has no threads that a fork would lose. What is called must be importable from the project's modules.
-
-    Raises:
-        RuntimeError: the call failed there (its traceback is on stderr) or the process died.
     """
-    connection = _forker()
-    try:
-        connection.send((torch.get_num_threads(), call, args))
-        result, status = connection.recv()
-    except (EOFError, OSError):
-        _forker.cache_clear()
-        raise RuntimeError(f'{call}: the process that starts new ones died') from None
-    except KeyboardInterrupt:
-        _forker.cache_clear()  # its answer must not be taken for that of the next call
-        raise
-    if status:
-        raise RuntimeError(f'the process of {call} ended with {status} and no result')
-    return result
+
+    def __init__(self, call: Callable):
+        self._call = call
+        self._connection, its = Pipe()
+        with its:
+            socket.send_fds(_forker(), [b'.'], [its.fileno()])
+        with suppress(OSError):  # it has died, which is found out at the first call
+            self._connection.send((torch.get_num_threads(), call))
+
+    def __enter__(self) -> 'FreshProcess':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # which ends it
+
+    def __call__(self, *args: Any) -> Any:
+        """The result of the call there.
+
+        Raises:
+            RuntimeError: the call failed there (its traceback is on stderr) or the process died.
+        """
+        try:
+            self._connection.send(args)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f'the process of {self._call} ended without a result') from None
 
 
-@cache
-def _forker() -> Connection:
+def in_fresh_process(call: Callable, *args: Any) -> Any:
+    """`call(*args)` in a `FreshProcess` of its own."""
+    with FreshProcess(call) as there:
+        return there(*args)
+
+
+def _forker() -> socket.socket:
     """The other end of the process that forks new ones, which starts at the first call and ends with this process."""
-    ours, its = Pipe()
-    with its:
-        command = [sys.executable, '-m', 'tools.fresh', str(its.fileno())]
-        subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    process, ours = _start_forker()
+    if process.poll() is not None:
+        _start_forker.cache_clear()
+        _, ours = _start_forker()
     return ours
 
 
-def _serve(connection: Connection) -> None:
-    """Fork a process for each call that arrives, one after the other, until the other end is closed."""
+@cache
+def _start_forker() -> tuple[subprocess.Popen, socket.socket]:
+    ours, its = socket.socketpair()
+    with its:
+        command = [sys.executable, '-m', 'tools.fresh', str(its.fileno())]
+        return subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL), ours
+
+
+def _serve(asked: socket.socket) -> None:
+    """Fork a process for each connection that arrives, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that asks
-    with suppress(EOFError, OSError):
-        while True:
-            request = connection.recv()
-            pid = os.fork()
-            if pid == 0:
-                _answer(connection, *request)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            if status:
-                connection.send((None, status))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
+    while True:
+        _, connections, *_ = socket.recv_fds(asked, 1, 1)
+        if not connections:
+            return
+        if os.fork() == 0:
+            asked.close()
+            _answer(Connection(connections[0]))
+        os.close(connections[0])
 
 
-def _answer(connection: Connection, threads: int, call: Callable, args: tuple) -> None:
-    """Send what a call returns, and end this process."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    use_huge_pages()
+def _answer(connection: Connection) -> None:
+    """Send what the calls return, until the other end is closed; end this process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        result = call(*args)
-    except BaseException:  # reported here; who asked is told that there is no result
-        traceback.print_exc()
-        os._exit(1)
-    with suppress(OSError):  # nobody waits for it any more
-        connection.send((result, 0))
-    os._exit(0)
+        threads, call = connection.recv()
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        use_huge_pages()
+        while True:
+            args = connection.recv()
+            try:
+                result = call(*args)
+            except BaseException:  # reported here; who asked is told that there is no result
+                traceback.print_exc()
+                os._exit(1)
+            connection.send(result)
+    except (EOFError, OSError):  # nobody asks any more
+        os._exit(0)
 
 
 if __name__ == '__main__':
-    _serve(Connection(int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])))

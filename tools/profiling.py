@@ -4,27 +4,45 @@ import math
 import platform
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tools.fresh import in_fresh_process
+from tools.fresh import FreshProcess
 
-ROUNDS, MOST_ROUNDS = 12, 72
-"""Times that a network is built and timed for one latency: at least, and where the machine is noisy at most."""
+ROUNDS, MOST_ROUNDS = 6, 16
+"""Times that a network is built anew and timed for one latency: at least, and where the machine is noisy at most."""
+
+TURNS, ABREAST = 8, 10
+"""Turns that networks take in a round, and how many take turns."""
 
 PRECISION = 0.005
 """Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
 
-WARM_UP, PASSES = 3, 5
-"""Passes of a network just built: to warm up, and timed."""
+WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
+"""Passes of a network just built to warm up, of one that others had a turn after, and timed ones of a turn."""
+
+PROBE = range(2000)
+"""Summed, it tells how fast a core is: some 0.03 ms of work that needs neither caches nor memory."""
+
+UNDISTURBED = 1.25
+"""Time of a probe over that of the fastest ones up to which a core is taken to be undisturbed. A neighbour on
+the core's other thread doubles it; clock rates differ by less."""
+
+OUTLIER = 1.5
+"""Most that a timing counts, over the median of its part. Means do not depend on how many there are, unlike medians."""
+
+LEAST_UNDISTURBED = 2
+"""Timings of a part that count however disturbed the core was: the least disturbed ones."""
 
 WORTH_SAYING = 0.01
 """Change of the machine's speed that is said."""
@@ -80,6 +98,94 @@ class Measured:
         )
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Passes of one network: ms of its parts [passes, parts], and of a probe before the first part and after each
+    [passes, parts + 1], which tells whether the core was disturbed. Probes are zero where there are none, as on a GPU.
+    """
+
+    parts: np.ndarray
+    probes: np.ndarray
+
+    @property
+    def beside(self) -> np.ndarray:
+        """The slower one of the two probes beside each part, [passes, parts]."""
+        return np.maximum(self.probes[:, :-1], self.probes[:, 1:])
+
+
+def fastest_probe(passes: Iterable[Passes]) -> float:
+    """Time of a probe on an undisturbed core: a low quantile of all, since a few are faster than can be for long."""
+    return float(np.quantile(np.concatenate([one.probes.ravel() for one in passes]), 0.02))
+
+
+def undisturbed_share(passes: Sequence[Passes]) -> float:
+    """Share of the parts' timings in which the core was undisturbed."""
+    return float(np.mean(np.concatenate([one.beside.ravel() for one in passes]) <= UNDISTURBED * fastest_probe(passes)))
+
+
+def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
+    """Ms of each part [parts]: means of the timings with an undisturbed core, in which outliers count as `OUTLIER`.
+
+    What shares a core with us, takes a third to a half of its speed, for milliseconds or minutes. Between two
+    undisturbed probes a part was hardly disturbed, while whole passes on a busy machine always are.
+
+    Args:
+        fastest: the `fastest_probe` of all passes that are to be compared.
+    """
+    ms, beside = (np.concatenate(arrays) for arrays in zip(*((one.parts, one.beside) for one in passes), strict=True))
+    least = np.sort(beside, axis=0)[min(LEAST_UNDISTURBED, len(beside)) - 1]
+    kept = np.where(beside <= np.maximum(UNDISTURBED * fastest, least), ms, np.nan)
+    return np.nanmean(np.minimum(kept, OUTLIER * np.nanmedian(kept, axis=0)), axis=0)
+
+
+@dataclass
+class Bench:
+    """A network that is built at the first call, and some passes of it at each call.
+
+    Args:
+        by_part: whether each part is timed for itself. On a CPU always; on a GPU it takes some time of its own.
+    """
+
+    build: Callable[[], nn.Module]
+    batch_size: int
+    img_size: int
+    device: torch.device
+    by_part: bool = False
+
+    @cached_property
+    def parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """What is timed, in succession; `build()` has a method `parts` that gives it."""
+        net = self.build().eval().to(self.device)
+        return net.parts() if self.by_part or self.device.type == 'cpu' else [net]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The input."""
+        return torch.randn(self.batch_size, 3, self.img_size, self.img_size, device=self.device)
+
+    def __call__(self, passes: int = PASSES) -> Passes:
+        """Time some passes, after others that warm up. On a GPU all are queued and waited for once."""
+        warm_up = WARM_AGAIN if 'parts' in self.__dict__ else WARM_UP
+        clock = Clock(self.device)
+        with torch.inference_mode():
+            marks = [self._run(clock) for _ in range(warm_up + passes)]
+        return clock.passes(marks[warm_up:])
+
+    def _run(self, clock: 'Clock') -> list:
+        """Marks of one pass: before and after each part, with a probe between them on a CPU."""
+        x, marks = self.images, clock.marks()
+        for part in self.parts:
+            x = part(x)
+            marks += clock.marks()
+        return marks
+
+
+def bench_apart(bench: Bench) -> AbstractContextManager[Callable[..., Passes]]:
+    """The bench where it is timed: on a CPU in a process of its own, since in one that has built other networks before,
+    the same network can be a quarter slower; for a GPU here."""
+    return FreshProcess(bench) if bench.device.type == 'cpu' else nullcontext(bench)
+
+
 def measure_latency(
     build: Callable[[], nn.Module],
     batch_size: int,
@@ -88,7 +194,7 @@ def measure_latency(
     standard: Standard | None = None,
 ) -> Measured:
     """Time of one forward pass of the network that `build()` returns: `measure_in_turns` of one network."""
-    return measure_in_turns([build], batch_size, img_size, device, standard)[0]
+    return measure_in_turns([build], batch_size, img_size, device, standard)[0][0]
 
 
 def measure_in_turns(
@@ -99,44 +205,56 @@ def measure_in_turns(
     standard: Standard | None = None,
     rounds: int = ROUNDS,
     most_rounds: int = MOST_ROUNDS,
-) -> list[Measured]:
-    """Time of one forward pass of each network, over `rounds` times that it is built and timed: medians.
+) -> tuple[list[Measured], float]:
+    """Time of one forward pass of each network, and the share of the time in which the core was undisturbed.
 
-    By turns and in a new order each round, so that disturbances of some seconds meet all alike. By a standard, which is
-    timed beside each, where there is one; what slows a machine down for minutes slows both down, so that their ratio is
-    steady where times are not. Networks whose ratios still differ much are timed again, up to `most_rounds` in all.
-    On a terminal, with a progress bar.
+    In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
+    for a while, meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
+    long slows both down, so that their ratio is steady where times are not. Latencies are medians over rounds. Networks
+    whose ratios still differ much get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
     """
-    times: list[list[tuple[float, float]]] = [[] for _ in builds]
-    order = random.Random(0)
+    kept: list[list[tuple[list[Passes], list[Passes]]]] = [[] for _ in builds]
+    benches = [Bench(build, batch_size, img_size, device) for build in builds]
+    beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
+    order, measured = random.Random(0), []
     with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
         for number in range(most_rounds):
-            due = [i for i, own in enumerate(times) if number < rounds or not _is_precise(own, standard)]
-            if not due:
+            due = [i for i in range(len(builds)) if number < rounds or measured[i].error > PRECISION]
+            if not due or number >= rounds and not standard:
                 break
-            for i in order.sample(due, len(due)):
-                times[i].append(time_beside(builds[i], batch_size, img_size, device, standard))
+            order.shuffle(due)
+            for group in (due[i : i + ABREAST] for i in range(0, len(due), ABREAST)):
+                *own, of_standard = take_turns([*(benches[i] for i in group), *beside], order) + [[]] * (not standard)
+                for i, passes in zip(group, own, strict=True):
+                    kept[i].append((passes, of_standard))
+            everything = [one for pairs in kept for pair in pairs for passes in pair for one in passes]
+            fastest = fastest_probe(everything)
+            measured = [median_of([_times(*pair, fastest) for pair in pairs], standard) for pairs in kept]
             bar.total = max(rounds, number + 1)
             bar.update()
-    return [median_of(own, standard) for own in times]
+    return measured, undisturbed_share(everything)
 
 
-def _is_precise(times: Sequence[tuple[float, float]], standard: Standard | None) -> bool:
-    """Whether more timings are not worth their time; without a standard they are not."""
-    return standard is None or median_of(times, standard).error <= PRECISION
+def take_turns(benches: Sequence[Bench], order: random.Random) -> list[list[Passes]]:
+    """Passes of each network, all built anew, in turns."""
+    with ExitStack() as stack:
+        calls = [stack.enter_context(bench_apart(bench)) for bench in benches]
+        passes: list[list[Passes]] = [[] for _ in calls]
+        for _ in range(TURNS):
+            for i in order.sample(range(len(calls)), len(calls)):
+                passes[i].append(calls[i](PASSES))
+    return passes
 
 
-def time_beside(
-    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, standard: Standard | None
-) -> tuple[float, float]:
-    """`time_once` of a network and, right after it, of a standard (nan without one)."""
-    own = time_once(build, batch_size, img_size, device)
-    return own, time_once(standard.build, batch_size, img_size, device) if standard else math.nan
+def _times(own: list[Passes], of_standard: list[Passes], fastest: float) -> tuple[float, float]:
+    """Times of a network and of the standard (nan without one) in one round."""
+    times = [float(typical_parts(passes, fastest).sum()) if passes else math.nan for passes in (own, of_standard)]
+    return times[0], times[1]
 
 
 def median_of(times: Sequence[tuple[float, float]], standard: Standard | None) -> Measured:
-    """A latency from several `time_beside`. The standard error is that of the median of normal values, whose standard
-    deviation is taken from the quartiles."""
+    """A latency from the times of a network and a standard in several rounds. The standard error is that of the median
+    of normal values, whose standard deviation is taken from the quartiles."""
     own, beside = np.array(times).T
     values = own / beside * standard.ms if standard else own
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
@@ -144,56 +262,34 @@ def median_of(times: Sequence[tuple[float, float]], standard: Standard | None) -
     return Measured(middle, error, float(np.median(beside)) / standard.ms if standard else None)
 
 
-def time_once(build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device) -> float:
-    """Build a network and time some passes of it: the median, in ms.
-
-    On a GPU by events. On a CPU by the clock, in a process of its own: in one that has built other networks before, the
-    same network can be a quarter slower.
-    """
-    timed = partial(in_fresh_process, time_passes) if device.type == 'cpu' else time_passes
-    return float(np.median(timed(build, batch_size, img_size, device)))
-
-
-@torch.inference_mode()
-def time_passes(
-    build: Callable[[], nn.Module], batch_size: int, img_size: int, device: torch.device, passes: int = PASSES
-) -> list[float]:
-    """Milliseconds of each of `passes` passes of a network in this process, after a warm-up."""
-    net = build().eval().to(device)
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    clock = Clock(device)
-    for _ in range(WARM_UP):
-        net(images)
-    runs = []
-    for _ in range(passes):
-        start = clock.mark()
-        net(images)
-        runs.append([start, clock.mark()])
-    clock.wait()
-    return [clock.elapsed(run)[0] for run in runs]
-
-
 class Clock:
-    """Marks points of time: the processor's clock on a CPU, events on a GPU that are read after one `wait`."""
+    """Marks points of time: the processor's clock on a CPU, with a probe of the core's speed at each, events on a GPU
+    that are read after one `wait`."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.probes = device.type != 'cuda'
 
-    def mark(self) -> float | torch.cuda.Event:
-        """A point of time, for `elapsed`."""
-        if self.device.type != 'cuda':
-            return time.perf_counter()
+    def marks(self) -> list:
+        """One point of time; on a CPU two, before and after a probe."""
+        if self.probes:
+            before = time.perf_counter()
+            sum(PROBE)
+            return [before, time.perf_counter()]
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
-        return event
+        return [event]
 
     def wait(self) -> None:
         """Until all marks have been passed."""
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
 
-    def elapsed(self, marks: Sequence) -> list[float]:
-        """Milliseconds between one mark and the next."""
-        if self.device.type != 'cuda':
-            return [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    def passes(self, marks: Sequence[list]) -> Passes:
+        """What lies between the marks of each pass: before its first part, and after each."""
+        self.wait()
+        if not self.probes:
+            parts = np.array([[a.elapsed_time(b) for a, b in pairwise(run)] for run in marks])
+            return Passes(parts, np.zeros((len(parts), parts.shape[1] + 1)))
+        spans = 1000 * np.diff(np.array(marks))
+        return Passes(spans[:, 1::2], spans[:, 0::2])
