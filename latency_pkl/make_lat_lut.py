@@ -79,8 +79,8 @@ def get_args():
     parser.add_argument(
         '--rounds',
         type=count(),
-        default=8,
-        help='times that --check builds and times each network; up to three times as many where they differ much',
+        default=12,
+        help='times that --check builds and times each network; up to twice as many where they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
@@ -237,7 +237,7 @@ def check(table, args, device):
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
     measured, undisturbed = measure_in_turns(
-        builds, args.batch_size, args.img_size, device, standard, args.rounds, 3 * args.rounds
+        builds, args.batch_size, args.img_size, device, standard, args.rounds, 2 * args.rounds
     )
     wholes = [(config, one.ms) for config, one in zip(configs, measured, strict=True)]
     for config, ms in wholes:

@@ -30,11 +30,12 @@ from tools.profiling import (
     TURNS,
     Bench,
     Passes,
+    Round,
     Standard,
     device_name,
     fastest_probe,
     measure_latency,
-    median_of,
+    summary_of,
     take_turns,
     typical_parts,
     undisturbed_share,
@@ -238,7 +239,7 @@ def test_a_standard_takes_out_the_speed_of_the_machine(monkeypatch):
     assert alone.slowness is None and alone.ms == pytest.approx(1.2 * 1.1 * 15) and str(alone) == '19.8000 ms'
 
 
-@pytest.mark.parametrize(('spread', 'rounds'), [(0.001, ROUNDS), (0.012, None), (0.2, MOST_ROUNDS)])
+@pytest.mark.parametrize(('spread', 'rounds'), [(0.001, ROUNDS), (0.02, None), (0.2, MOST_ROUNDS)])
 def test_a_noisy_machine_is_timed_more_often(monkeypatch, spread, rounds):
     generator, count = np.random.default_rng(3), itertools.count()
     fake_benches(monkeypatch, itertools.repeat(lambda: generator.normal(1, spread / 2**0.5)))
@@ -281,10 +282,17 @@ def test_networks_take_turns_and_are_built_once_a_round():
     assert len({one.parts.shape[1] for one in own + other}) == 1 and min(one.parts.min() for one in own) > 0
 
 
-def test_standard_error_of_a_median():
-    generator = np.random.default_rng(1)
-    medians = [median_of([(ms, 1.0) for ms in generator.normal(10, 0.5, 40)], None) for _ in range(400)]
-    assert np.std([m.ms for m in medians]) / 10 == pytest.approx(np.mean([m.error for m in medians]), rel=0.1)
+def test_standard_error_by_leaving_rounds_out():
+    generator, standard = np.random.default_rng(1), Standard(lambda: None, 5.0)
+
+    def passes(ms):
+        return [Passes(np.full((2, 1), ms), np.ones((2, 2)))]
+
+    rounds = [[Round(passes(ms), passes(4.0)) for ms in generator.normal(10, 0.5, 24)] for _ in range(400)]
+    found = [summary_of(own, standard, 1.0) for own in rounds]
+    assert np.mean([one.ms for one in found]) == pytest.approx(12.5, rel=0.003) and found[0].slowness == 4 / 5
+    assert np.std([one.ms for one in found]) / 12.5 == pytest.approx(np.mean([one.error for one in found]), rel=0.1)
+    assert summary_of(rounds[0][:1], standard, 1.0).error == float('inf')
 
 
 def test_a_table_gives_a_standard_on_its_own_device_alone():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tools.fresh import FreshProcess
 
-ROUNDS, MOST_ROUNDS = 6, 16
+ROUNDS, MOST_ROUNDS = 12, 24
 """Times that a network is built anew and timed for one latency: at least, and where the machine is noisy at most."""
 
 TURNS, ABREAST = 8, 10
@@ -27,6 +27,9 @@ TURNS, ABREAST = 8, 10
 
 PRECISION = 0.005
 """Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
+
+GROUPS = 6
+"""Groups of rounds, of which each is left out once for a standard error."""
 
 WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
 """Passes of a network just built to warm up, of one that others had a turn after, and timed ones of a turn."""
@@ -186,6 +189,14 @@ def bench_apart(bench: Bench) -> AbstractContextManager[Callable[..., Passes]]:
     return FreshProcess(bench) if bench.device.type == 'cpu' else nullcontext(bench)
 
 
+@dataclass(frozen=True)
+class Round:
+    """Passes of a network and, by turns with them, of the standard."""
+
+    own: list[Passes]
+    standard: list[Passes]
+
+
 def measure_latency(
     build: Callable[[], nn.Module],
     batch_size: int,
@@ -210,10 +221,10 @@ def measure_in_turns(
 
     In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
     for a while, meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
-    long slows both down, so that their ratio is steady where times are not. Latencies are medians over rounds. Networks
-    whose ratios still differ much get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
+    long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise yet
+    get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
     """
-    kept: list[list[tuple[list[Passes], list[Passes]]]] = [[] for _ in builds]
+    kept: list[list[Round]] = [[] for _ in builds]
     benches = [Bench(build, batch_size, img_size, device) for build in builds]
     beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
     order, measured = random.Random(0), []
@@ -226,10 +237,10 @@ def measure_in_turns(
             for group in (due[i : i + ABREAST] for i in range(0, len(due), ABREAST)):
                 *own, of_standard = take_turns([*(benches[i] for i in group), *beside], order) + [[]] * (not standard)
                 for i, passes in zip(group, own, strict=True):
-                    kept[i].append((passes, of_standard))
-            everything = [one for pairs in kept for pair in pairs for passes in pair for one in passes]
+                    kept[i].append(Round(passes, of_standard))
+            everything = [one for own in kept for part in own for one in (*part.own, *part.standard)]
             fastest = fastest_probe(everything)
-            measured = [median_of([_times(*pair, fastest) for pair in pairs], standard) for pairs in kept]
+            measured = [summary_of(own, standard, fastest) for own in kept]
             bar.total = max(rounds, number + 1)
             bar.update()
     return measured, undisturbed_share(everything)
@@ -246,20 +257,20 @@ def take_turns(benches: Sequence[Bench], order: random.Random) -> list[list[Pass
     return passes
 
 
-def _times(own: list[Passes], of_standard: list[Passes], fastest: float) -> tuple[float, float]:
-    """Times of a network and of the standard (nan without one) in one round."""
-    times = [float(typical_parts(passes, fastest).sum()) if passes else math.nan for passes in (own, of_standard)]
-    return times[0], times[1]
+def summary_of(rounds: Sequence[Round], standard: Standard | None, fastest: float) -> Measured:
+    """A latency from the passes of some rounds. Its standard error is that of a jackknife (Tukey 1958)."""
 
+    def total(passes: Iterable[list[Passes]]) -> float:
+        return float(typical_parts([one for some in passes for one in some], fastest).sum())
 
-def median_of(times: Sequence[tuple[float, float]], standard: Standard | None) -> Measured:
-    """A latency from the times of a network and a standard in several rounds. The standard error is that of the median
-    of normal values, whose standard deviation is taken from the quartiles."""
-    own, beside = np.array(times).T
-    values = own / beside * standard.ms if standard else own
-    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(values)) / middle
-    return Measured(middle, error, float(np.median(beside)) / standard.ms if standard else None)
+    def latency(some: Sequence[Round]) -> float:
+        own = total(one.own for one in some)
+        return own / total(one.standard for one in some) * standard.ms if standard else own
+
+    ms, groups = latency(rounds), min(GROUPS, len(rounds)) if len(rounds) > 1 else 0
+    without = [latency([one for i, one in enumerate(rounds) if i % groups != left]) for left in range(groups)]
+    error = math.sqrt((groups - 1) * np.var(without)) / ms if without else math.inf
+    return Measured(ms, error, total(one.standard for one in rounds) / standard.ms if standard else None)
 
 
 class Clock:
