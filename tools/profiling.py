@@ -221,8 +221,8 @@ def measure_in_turns(
 
     In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
     for a while, meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
-    long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise yet
-    get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
+    long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise
+    yet get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
     """
     kept: list[list[Round]] = [[] for _ in builds]
     benches = [Bench(build, batch_size, img_size, device) for build in builds]
