@@ -32,6 +32,7 @@ from tools.profiling import (
     Passes,
     Round,
     Standard,
+    bench_apart,
     device_name,
     fastest_probe,
     measure_latency,
@@ -280,6 +281,13 @@ def test_networks_take_turns_and_are_built_once_a_round():
     own, other = take_turns([Bench(build, 1, 32, torch.device('cpu')) for build in builds], random.Random(0))
     assert len(own) == len(other) == TURNS and {one.parts.shape[0] for one in own + other} == {profiling.PASSES}
     assert len({one.parts.shape[1] for one in own + other}) == 1 and min(one.parts.min() for one in own) > 0
+
+
+def test_networks_on_a_gpu_are_built_anew_each_round():
+    bench = Bench(lambda: torch.nn.Identity(), 1, 32, torch.device('cuda'))
+    bench.__dict__['parts'] = ['built in an earlier round']
+    with bench_apart(bench) as again:
+        assert 'parts' not in again.__dict__ and again.build is bench.build
 
 
 def test_standard_error_by_leaving_rounds_out():

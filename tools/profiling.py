@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -185,8 +185,8 @@ class Bench:
 
 def bench_apart(bench: Bench) -> AbstractContextManager[Callable[..., Passes]]:
     """The bench where it is timed: on a CPU in a process of its own, since in one that has built other networks before,
-    the same network can be a quarter slower; for a GPU here."""
-    return FreshProcess(bench) if bench.device.type == 'cpu' else nullcontext(bench)
+    the same network can be a quarter slower; for a GPU here, a copy that has built nothing yet."""
+    return FreshProcess(bench) if bench.device.type == 'cpu' else nullcontext(replace(bench))
 
 
 @dataclass(frozen=True)
