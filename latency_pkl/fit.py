@@ -70,20 +70,21 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
 
 
 def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace = SPACE) -> Fit:
-    """A table from timed networks, which together should show every key of the space.
+    """A table from timed networks, which together should show the fixed layers and every key of the space. Of a network
+    may be missing what was never timed with an undisturbed core.
 
     Args:
         slowness: how many times as slow as usual the machine was when each of them was timed.
     """
     fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
-    usual, slow = totals / slowness, fixed / np.median(fixed)
+    usual, slow = totals / slowness, np.nan_to_num(fixed / np.nanmedian(fixed), nan=1.0)
     for _ in range(TURNS):
         kept = np.flatnonzero(slow <= np.quantile(slow, KEPT_SHARE))
         curves = _curves([samples[i] for i in kept], slow[kept], img_size, space)
-        base = float(np.median(fixed[kept] / slow[kept]))
-        blocks = np.array([sum(curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples])
-        factor = float(np.median(usual / (base + blocks)))
-        slow = totals / (factor * (base + blocks))
+        base = float(np.nanmedian(fixed[kept] / slow[kept]))
+        predicted = np.array([sample.predicted(base, curves) for sample in samples])
+        factor = float(np.median(usual / predicted))
+        slow = totals / (factor * predicted)
     return Fit(factor * base, {key: factor * curve for key, curve in curves.items()}, factor)
 
 

@@ -3,9 +3,11 @@
 import itertools
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -22,14 +24,23 @@ END_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Sample:
-    """One network's times in ms: of the whole, of the fixed layers (stem, mix layer, pool, classifier), and of each
-    block by its key.
+    """One network's times in ms, as far as they were taken with an undisturbed core: of the fixed layers (stem, mix
+    layer, pool, classifier), nan where one of them never was, and of each block by its key.
     """
 
-    total: float
     fixed: float
     blocks: list[tuple[str, int, float]]
     """(latency key, mid channels, ms)"""
+
+    @property
+    def total(self) -> float:
+        """Time of all that was seen."""
+        return sum(ms for _, _, ms in self.blocks) + (0.0 if math.isnan(self.fixed) else self.fixed)
+
+    def predicted(self, base: float, curves: Mapping[str, np.ndarray]) -> float:
+        """What a table says of that."""
+        blocks = sum(float(curves[key][width - 1]) for key, width, _ in self.blocks)
+        return blocks + (0.0 if math.isnan(self.fixed) else base)
 
 
 def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -> tuple[Arch, Widths]:
@@ -109,9 +120,9 @@ def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: flo
     """The times of a network's parts as a sample.
 
     Args:
-        fastest: the `fastest_probe` of all passes of a table.
+        fastest: the `fastest_probe` of all passes of a table; infinite, where disturbed timings shall count too.
     """
-    stem, *blocks, end = typical_parts([passes], fastest).tolist()
+    stem, *blocks, end = np.where(passes.seen(fastest), typical_parts([passes], fastest), math.nan).tolist()
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]
-    timed = [(key, mid, ms) for (key, mid), ms in zip(keys, blocks, strict=True)]
-    return Sample(stem + sum(blocks) + end, stem + end, timed)
+    timed = [(key, mid, ms) for (key, mid), ms in zip(keys, blocks, strict=True) if not math.isnan(ms)]
+    return Sample(stem + end, timed)

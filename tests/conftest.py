@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latency_pkl.fit import features
 from models.latency import LatencyTable
 from models.search_space import SPACE, Head, Op, SearchSpace, Stage, Stem
 
@@ -53,6 +54,18 @@ def make_table(space: SearchSpace = SPACE, img_size: int = 224, seed: int = 0, b
         for key, (_, high) in space.table_widths(img_size).items()
     }
     return LatencyTable(base, curves, {}, img_size, space)
+
+
+def physical_curves(img_size: int) -> dict[str, np.ndarray]:
+    """Curves of a machine whose blocks take times of a physical kind, each shape up to a tenth more or less."""
+    coefficients = np.array([3e4, 2e4, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0]) / 1e7
+    widths = SPACE.table_widths(img_size)
+    curves = {}
+    for block, op in SPACE.layers(img_size):
+        key = block.key(op)
+        shape = features(block, op, np.arange(1, widths[key][1] + 1)) @ coefficients
+        curves[key] = shape * (1 + 0.1 * np.sin(len(curves)))
+    return curves
 
 
 def random_arch(space: SearchSpace, rng: random.Random):

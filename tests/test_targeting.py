@@ -1,17 +1,20 @@
 """Meeting targets: exact choice against brute force, width fits, curves from timings, estimates of cards."""
 
 import itertools
+import math
+import platform
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, SMALL_SPACE, make_table, random_arch
+from conftest import ROOT, SMALL_SPACE, make_table, physical_curves, random_arch
 from latency_pkl.estimate import CARDS, block_work, estimate
-from latency_pkl.fit import features, fit_table
+from latency_pkl.fit import fit_table
 from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of, standard_of
 from models import targeting
 from models.config import dump_config, load_config, op_spec
@@ -177,14 +180,7 @@ def timed_networks(count, noise, seed, img_size=64):
     """Samples as if timed on a machine whose blocks take a known time, whose clock is noisy, and which neighbours slow
     down by a third every third time."""
     rng, generator = random.Random(seed), np.random.default_rng(seed)
-    truth = {}
-    for block in SPACE.blocks(img_size):
-        for op in SPACE.ops:
-            high = SPACE.table_widths(img_size)[block.key(op)][1]
-            shape = features(block, op, np.arange(1, high + 1)) @ (
-                np.array([3e4, 2e4, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0]) / 1e7
-            )
-            truth[block.key(op)] = shape * (1 + 0.1 * np.sin(len(truth)))
+    truth = physical_curves(img_size)
     samples = []
     for i in range(count):
         slow = 1.35 if i % 3 == 0 else 1.0
@@ -194,18 +190,29 @@ def timed_networks(count, noise, seed, img_size=64):
             for _, spec, key in config.table_keys(img_size)
         ]
         fixed = 0.5 * slow * generator.normal(1, noise)
-        samples.append(Sample(fixed + sum(ms for _, _, ms in blocks), fixed, blocks))
+        samples.append(Sample(fixed, blocks))
     return truth, samples
 
 
-def test_table_recovers_the_truth_behind_disturbances():
+def without_parts(samples, share):
+    """Samples of which some parts were never timed undisturbed."""
+    rng = random.Random(0)
+    return [
+        Sample(math.nan if rng.random() < share else one.fixed, [b for b in one.blocks if rng.random() >= share])
+        for one in samples
+    ]
+
+
+@pytest.mark.parametrize('share', [0.0, 0.3])
+def test_table_recovers_the_truth_behind_disturbances(share):
     truth, samples = timed_networks(200, noise=0.03, seed=0)
+    samples = without_parts(samples, share) if share else samples
     # the reference network, timed now and then, knows of half of the disturbances
     slowness = np.where(np.arange(200) % 6 == 0, 1.35, 1.0)
     fit = fit_table(samples, slowness, 64)
     assert fit.base == pytest.approx(0.5, rel=0.06)
     usual = np.array([sample.total for sample in samples]) / slowness
-    table = [fit.base + sum(fit.curves[key][width - 1] for key, width, _ in sample.blocks) for sample in samples]
+    table = [sample.predicted(fit.base, fit.curves) for sample in samples]
     assert np.mean(usual > table) == pytest.approx(0.5, abs=0.02)
     errors = []
     for key, (low, high) in SPACE.table_widths(64).items():
@@ -360,6 +367,35 @@ def test_blocks_are_timed_where_they_stand():
     assert [(k, m) for k, m, _ in sample.blocks] == [(k, s.mid_channels) for _, s, k in config.table_keys(64)]
     parts = [sample.fixed, *(ms for _, _, ms in sample.blocks)]
     assert all(ms > 0 for ms in parts) and sample.total == pytest.approx(sum(parts))
+
+
+def test_a_sample_has_the_parts_that_were_timed_undisturbed():
+    config = random_config(random.Random(0), ends=True, num_classes=10)
+    keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(64)]
+    count = len(keys) + 2
+    parts = np.tile(np.arange(1.0, count + 1), (3, 1))
+    probes = np.full((3, count + 1), 0.03)
+    probes[:2, 2:4] = 0.05  # in two of three passes, the probes around the second block and beside its neighbours
+    sample = sample_of(config, Passes(parts, probes), 64, 0.03)
+    seen = [(*key, ms) for key, ms in zip(keys, np.arange(2.0, count), strict=True) if ms not in (2, 3, 4)]
+    assert sample == Sample(1.0 + count, seen) and sample.total == parts[0].sum() - 2 - 3 - 4
+    curves = {key: np.full(2000, 10.0) for key, _ in keys}
+    assert sample.predicted(0.5, curves) == pytest.approx(0.5 + 10 * len(seen))
+    probes[:, 0] = 0.05  # before the stem
+    sample = sample_of(config, Passes(parts, probes), 64, 0.03)
+    assert math.isnan(sample.fixed) and sample.total == parts[0].sum() - 2 - 3 - 4 - 1 - count
+    assert sample.predicted(0.5, curves) == pytest.approx(10 * len(seen))
+    assert len(sample_of(config, Passes(parts, probes), 64, math.inf).blocks) == len(keys)
+
+
+def test_a_processor_is_told_from_others_of_its_name(monkeypatch):
+    text = 'processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: a : b\n'
+    monkeypatch.setattr(Path, 'read_text', lambda self: f'{text}\n{text.replace("17", "18")}')
+    assert device_name(torch.device('cpu')) == 'AMD EPYC, family 25, model 17'
+    monkeypatch.setattr(Path, 'read_text', lambda self: 'model name : Some ARM\n')
+    assert device_name(torch.device('cpu')) == 'Some ARM'
+    monkeypatch.setattr(Path, 'read_text', lambda self: 'Features : fp\n')
+    assert device_name(torch.device('cpu')) in (platform.processor(), platform.machine())
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
-"""Calls in new processes, whose heap has no history: what a CPU's timings need to be the same from run to run."""
+"""Calls in new processes, whose heap has no history but a random layout: what a CPU's timings need, so that their means
+are the same from run to run."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tools.memory import keep_freed_memory, use_huge_pages
+from tools.memory import keep_freed_memory, shuffle_heap, use_huge_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,8 +29,9 @@ class FreshProcess:
         with FreshProcess(call) as there:
             there(*args)
 
-    New processes are forked from one that does nothing else: its heap is the same whatever runs here or has run before,
-    and it has no threads that a fork would lose. What is called must be importable from the project's modules.
+    New processes are forked from one that does nothing else: its heap does not depend on what runs here or has run
+    before, and it has no threads that a fork would lose. Where their tensors lie, is drawn anew in each
+    (`tools.memory.shuffle_heap`). What is called must be importable from the project's modules.
     """
 
     def __init__(self, call: Callable):
@@ -89,20 +92,28 @@ def _serve(asked: socket.socket) -> None:
         _, connections, *_ = socket.recv_fds(asked, 1, 1)
         if not connections:
             return
-        if os.fork() == 0:
-            asked.close()
-            _answer(Connection(connections[0]))
-        os.close(connections[0])
+        with Connection(connections[0]) as connection:
+            try:
+                threads, call = connection.recv()  # here, so that the modules it needs are imported once
+            except EOFError:  # nobody asks any more
+                continue
+            except Exception:  # reported here; who asked is told that there is no result
+                traceback.print_exc()
+                continue
+            if os.fork() == 0:
+                asked.close()
+                _answer(connection, threads, call)
 
 
-def _answer(connection: Connection) -> None:
+def _answer(connection: Connection, threads: int, call: Callable) -> None:
     """Send what the calls return, until the other end is closed; end this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    random.seed()
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    use_huge_pages()
+    shuffle_heap()
     try:
-        threads, call = connection.recv()
-        torch.set_num_threads(threads)
-        keep_freed_memory()
-        use_huge_pages()
         while True:
             args = connection.recv()
             try:

@@ -3,6 +3,7 @@
 import math
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -57,13 +58,17 @@ def count_params(net: nn.Module) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor."""
+    """Name of a GPU, or of the processor with its family and model, where the system tells them: virtual machines may
+    call several generations by one name.
+    """
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
+        first = Path('/proc/cpuinfo').read_text().split('\n\n', 1)[0]
+        said = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines() if ':' in line)
+        kind = [f'{word} {said[key]}' for word, key in (('family', 'cpu family'), ('model', 'model')) if key in said]
+        return ', '.join([said['model name'], *kind])
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 
@@ -110,10 +115,19 @@ class Passes:
     parts: np.ndarray
     probes: np.ndarray
 
+    @classmethod
+    def joined(cls, passes: Iterable['Passes']) -> 'Passes':
+        """All passes of one network that were timed at several times."""
+        return cls(*(np.concatenate(a) for a in zip(*((one.parts, one.probes) for one in passes), strict=True)))
+
     @property
     def beside(self) -> np.ndarray:
         """The slower one of the two probes beside each part, [passes, parts]."""
         return np.maximum(self.probes[:, :-1], self.probes[:, 1:])
+
+    def seen(self, fastest: float) -> np.ndarray:
+        """Which parts were timed often enough with an undisturbed core, [parts]; see `typical_parts`."""
+        return (self.beside <= UNDISTURBED * fastest).sum(axis=0) >= LEAST_UNDISTURBED
 
 
 def fastest_probe(passes: Iterable[Passes]) -> float:
@@ -135,7 +149,8 @@ def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
     Args:
         fastest: the `fastest_probe` of all passes that are to be compared.
     """
-    ms, beside = (np.concatenate(arrays) for arrays in zip(*((one.parts, one.beside) for one in passes), strict=True))
+    joined = Passes.joined(passes)
+    ms, beside = joined.parts, joined.beside
     least = np.sort(beside, axis=0)[min(LEAST_UNDISTURBED, len(beside)) - 1]
     kept = np.where(beside <= np.maximum(UNDISTURBED * fastest, least), ms, np.nan)
     return np.nanmean(np.minimum(kept, OUTLIER * np.nanmedian(kept, axis=0)), axis=0)
