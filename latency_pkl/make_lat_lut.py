@@ -34,6 +34,7 @@ from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
 from tools.profiling import (
+    ROUNDS,
     Bench,
     Passes,
     bench_apart,
@@ -80,7 +81,7 @@ def get_args():
     parser.add_argument(
         '--rounds',
         type=count(),
-        default=12,
+        default=ROUNDS,
         help='times that --check builds and times each network; up to twice as many where they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')

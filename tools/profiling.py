@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from tools.fresh import FreshProcess
 
-ROUNDS, MOST_ROUNDS = 12, 24
+ROUNDS, MOST_ROUNDS = 24, 48
 """Times that a network is built anew and timed for one latency: at least, and where the machine is noisy at most."""
 
-TURNS, ABREAST = 8, 10
-"""Turns that networks take in a round, and how many take turns."""
+TURNS, ABREAST = 4, 10
+"""Turns that networks take in a round, and how many take turns beside those of the standard. Few turns in many rounds: a
+network differs more from one layout of its memory to another than from turn to turn."""
 
 PRECISION = 0.005
 """Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
@@ -250,9 +251,11 @@ def measure_in_turns(
                 break
             order.shuffle(due)
             for group in (due[i : i + ABREAST] for i in range(0, len(due), ABREAST)):
-                *own, of_standard = take_turns([*(benches[i] for i in group), *beside], order) + [[]] * (not standard)
-                for i, passes in zip(group, own, strict=True):
-                    kept[i].append(Round(passes, of_standard))
+                times = math.isqrt(len(group))  # what they are all compared with, is worth more builds
+                passes = take_turns([*(benches[i] for i in group), *beside * times], order)
+                of_standard = list(chain.from_iterable(passes[len(group) :]))
+                for i, own in zip(group, passes, strict=False):
+                    kept[i].append(Round(own, of_standard))
             everything = [one for own in kept for part in own for one in (*part.own, *part.standard)]
             fastest = fastest_probe(everything)
             measured = [summary_of(own, standard, fastest) for own in kept]
