@@ -50,6 +50,9 @@ from tools.profiling import (
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
 """Networks of a turn, one of them kept from the fit; how many those are in all turns; how many networks a fit needs."""
 
+SHARING = 2
+"""Networks that share a reference network just built."""
+
 PASSES, UNSEEN_PASSES = 8, 16
 """Timed passes of each network, and of one that tells how good the table is."""
 
@@ -103,16 +106,17 @@ class Turn:
 
 
 def time_turn(rng, unseen, args, device):
-    """Time an unseen network and new ones, each built for that; after each the reference network, built once."""
+    """Time an unseen network and new ones, each built for that; after each the reference network, built several times."""
     setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
     reference = partial(build_network, reference_config(args.num_classes), device, seed=0)
-    configs = [random_config(rng, i % 2 == 0, args.num_classes) for i in range(TURN - 1)]
-    with bench_apart(Bench(reference, *setting)) as beside:
-        for config in [unseen, *configs]:
-            build = partial(build_network, config, device, rng.getrandbits(32))
-            with bench_apart(Bench(build, *setting, by_part=config is not unseen)) as bench:
-                timed.append((config, bench(UNSEEN_PASSES if config is unseen else PASSES)))
-            of_reference.append(beside())
+    configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes) for i in range(TURN - 1))]
+    for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
+        with bench_apart(Bench(reference, *setting)) as beside:
+            for config in some:
+                build = partial(build_network, config, device, rng.getrandbits(32))
+                with bench_apart(Bench(build, *setting, by_part=config is not unseen)) as bench:
+                    timed.append((config, bench(UNSEEN_PASSES if config is unseen else PASSES)))
+                of_reference.append(beside())
     return Turn(timed[1:], timed[0], of_reference)
 
 
