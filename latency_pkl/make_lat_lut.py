@@ -106,7 +106,7 @@ class Turn:
 
 
 def time_turn(rng, unseen, args, device):
-    """Time an unseen network and new ones, each built for that; after each the reference network, built several times."""
+    """Time an unseen network and new ones, each built for that; after each the reference network, often built anew."""
     setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
     reference = partial(build_network, reference_config(args.num_classes), device, seed=0)
     configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes) for i in range(TURN - 1))]

@@ -24,8 +24,8 @@ ROUNDS, MOST_ROUNDS = 24, 48
 """Times that a network is built anew and timed for one latency: at least, and where the machine is noisy at most."""
 
 TURNS, ABREAST = 4, 10
-"""Turns that networks take in a round, and how many take turns beside those of the standard. Few turns in many rounds: a
-network differs more from one layout of its memory to another than from turn to turn."""
+"""Turns that networks take in a round, and how many take turns beside the standard. Few turns in many rounds: a network
+differs more from one layout of its memory to another than from turn to turn."""
 
 PRECISION = 0.005
 """Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
