@@ -27,7 +27,7 @@ from tools.checkpoint import check_target, write_text
 from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.options import Parser, add_arch_args, add_device_arg, class_count, count, image_size, run_script
-from tools.profiling import count_mult_adds, count_params, measure_latency
+from tools.profiling import ROUNDS, count_mult_adds, count_params, measure_latency
 
 USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4
@@ -50,6 +50,12 @@ def get_args():
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
+    )
+    parser.add_argument(
+        '--rounds',
+        type=count(),
+        default=ROUNDS,
+        help='times that a network is built and timed for one latency; up to twice as many where they differ much',
     )
     add_device_arg(parser)
     return parser.parse_args()
@@ -85,7 +91,7 @@ def fit_to_clock(state, widths, table, target, args, device):
     for number in range(1, MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, args)
         build = partial(build_network, config, device, number)
-        measured = measure_latency(build, batch_size, args.img_size, device, standard)
+        measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds)
         print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms')
         own = ratios.setdefault(str(arch), [])
         own.append(measured.ms / predicted)
@@ -129,7 +135,7 @@ def report(path, config, table, args, device):
         for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
             standard = standard_of(table, batch_size, place)
             build = partial(build_network, config, place, 0)
-            measured = measure_latency(build, batch_size, args.img_size, place, standard)
+            measured = measure_latency(build, batch_size, args.img_size, place, standard, args.rounds)
             print(f'Lat_{name} bs={batch_size}: {measured}')
 
 

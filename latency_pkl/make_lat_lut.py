@@ -274,9 +274,7 @@ def check(table, args, device):
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
-    measured, undisturbed = measure_in_turns(
-        builds, args.batch_size, args.img_size, device, standard, args.rounds, 2 * args.rounds
-    )
+    measured, undisturbed = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds)
     pairs = [(table.of_config(config), one.ms) for config, one in zip(configs, measured, strict=True)]
     for predicted, ms in pairs:
         print(f'predicted {predicted:8.3f} ms  measured {ms:8.3f} ms  error {100 * (predicted / ms - 1):+6.2f} %')

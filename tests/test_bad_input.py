@@ -219,7 +219,8 @@ def test_every_numeric_flag_refuses_what_is_no_number_of_its_range(script, monke
         ('train_search.py', 'epochs batch_size T w_lr a_lr grad_clip T_decay num_classes img_size print_freq'),
         ('train_eval.py', 'epochs batch_size lr grad_clip grad_accum max_steps num_classes img_size print_freq'),
         ('test.py', 'batch_size num_classes img_size'),
-        ('latency_pkl/make_lat_lut.py', 'batch_size threads img_size num_classes budget networks'),
+        ('latency_pkl/make_lat_lut.py', 'batch_size threads img_size num_classes budget networks rounds'),
+        ('parsing_model.py', 'num_classes img_size threads rounds'),
     ],
 )
 def test_zero_is_refused_where_it_means_nothing(script, flags, monkeypatch, capsys):

@@ -197,7 +197,8 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
 
 def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_script):
     words = ['parsing_model.py', '--model_path', searched, '--lookup_path', measured[0], *SIZE, '--num_classes', '10']
-    out = run_script(*words, '--save_path', tmp_path / 'n.config', '--target_lat', '40%', '--fit_measured').stdout
+    clock = ['--fit_measured', '--rounds', '4']
+    out = run_script(*words, '--save_path', tmp_path / 'n.config', '--target_lat', '40%', *clock).stdout
     rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+) ms.*, target (\d+\.\d+) ms', out)
     assert [int(number) for number, *_ in rounds] == list(range(1, len(rounds) + 1)) and 1 <= len(rounds) <= 5
     assert re.search(r'Measured latency is within \d+\.\d\d % of the target', out)

@@ -57,7 +57,7 @@ def found(searched, table, tmp_path_factory, run_script):
     """The config of the searched network, and what the parser printed."""
     path = tmp_path_factory.mktemp('found') / 'model.config'
     words = ['--model_path', searched[0] / 'searched_model_01.pth.tar', '--save_path', path, '--lookup_path', table]
-    out = run_script('parsing_model.py', *words, '--print_lat', '--num_classes', '3', *SIZE).stdout
+    out = run_script('parsing_model.py', *words, '--print_lat', '--rounds', '2', '--num_classes', '3', *SIZE).stdout
     return path, out
 
 
@@ -230,6 +230,8 @@ def test_a_space_without_se_needs_edited_rows_only(project_copy, images, run_scr
         '--lookup_path',
         path,
         '--print_lat',
+        '--rounds',
+        '2',
         *SIZE,
     ]
     run_script('parsing_model.py', *words, cwd=project_copy)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from tools.fresh import FreshProcess
 
-ROUNDS, MOST_ROUNDS = 24, 48
-"""Times that a network is built anew and timed for one latency: at least, and where the machine is noisy at most."""
+ROUNDS = 24
+"""Times that a network is built anew and timed for one latency; up to twice as many where the machine is noisy."""
 
 TURNS, ABREAST = 4, 10
 """Turns that networks take in a round, and how many take turns beside the standard. Few turns in many rounds: a network
@@ -219,9 +219,10 @@ def measure_latency(
     img_size: int,
     device: torch.device,
     standard: Standard | None = None,
+    rounds: int = ROUNDS,
 ) -> Measured:
     """Time of one forward pass of the network that `build()` returns: `measure_in_turns` of one network."""
-    return measure_in_turns([build], batch_size, img_size, device, standard)[0][0]
+    return measure_in_turns([build], batch_size, img_size, device, standard, rounds)[0][0]
 
 
 def measure_in_turns(
@@ -231,21 +232,20 @@ def measure_in_turns(
     device: torch.device,
     standard: Standard | None = None,
     rounds: int = ROUNDS,
-    most_rounds: int = MOST_ROUNDS,
 ) -> tuple[list[Measured], float]:
     """Time of one forward pass of each network, and the share of the time in which the core was undisturbed.
 
     In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
     for a while, meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
     long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise
-    yet get more rounds, up to `most_rounds` in all. On a terminal, with a progress bar.
+    yet get more rounds, up to twice as many in all. On a terminal, with a progress bar.
     """
     kept: list[list[Round]] = [[] for _ in builds]
     benches = [Bench(build, batch_size, img_size, device) for build in builds]
     beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
     order, measured = random.Random(0), []
     with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
-        for number in range(most_rounds):
+        for number in range(2 * rounds):
             due = [i for i in range(len(builds)) if number < rounds or measured[i].error > PRECISION]
             if not due or number >= rounds and not standard:
                 break
