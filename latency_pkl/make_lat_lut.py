@@ -150,6 +150,19 @@ def samples_of(turns, img_size, fastest):
     return [sample for sample, _ in pairs], [i for _, i in pairs]
 
 
+def speed_of(turns, fastest):
+    """Ms of the reference network, and how many times as slow as that it was in each turn: by those of its parts that
+    were timed undisturbed then, by the turns before and after where none was."""
+    passes = [Passes.joined(turn.reference) for turn in turns]
+    usual, seen = typical_parts(passes, fastest), np.array([one.seen(fastest) for one in passes])
+    if not seen.any():
+        seen[:] = True
+    own = np.array([typical_parts([one], fastest) for one in passes])
+    known = np.flatnonzero(seen.any(axis=1))
+    slowness = (own * seen).sum(axis=1)[known] / (usual * seen).sum(axis=1)[known]
+    return float(usual.sum()), np.interp(np.arange(len(turns)), known, slowness)
+
+
 def missing(samples, img_size):
     """What a fit lacks, in words; empty where nothing."""
     keys = SPACE.table_widths(img_size).keys()
@@ -193,16 +206,14 @@ def measured_table(args, device):
     if lack := missing(samples, args.img_size):
         raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
     undisturbed = 100 * undisturbed_share([passes for turn in turns for passes in turn.passes])
-    of_reference = np.array([typical_parts(turn.reference, fastest).sum() for turn in turns])
-    reference_ms = float(np.median(of_reference))
-    slowness = of_reference / reference_ms
+    reference_ms, slowness = speed_of(turns, fastest)
     fit = fit_table(samples, slowness[numbers], args.img_size)
     unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
     mean, worst, bias = errors_of(unseen)
-    low, high = np.quantile(of_reference, (0.25, 0.75)) / reference_ms
+    low, high = np.quantile(slowness, (0.25, 0.75))
     print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the median network')
     print(
-        f'Reference network: {reference_ms:.4f} ms, half of its {len(of_reference)} timings from '
+        f'Reference network: {reference_ms:.4f} ms, in half of {len(turns)} turns from '
         f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
     )
     if device.type == 'cpu':

@@ -12,7 +12,7 @@ import torch
 
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut
-from latency_pkl.make_lat_lut import LEAST_SAMPLES, PASSES, TURN, Turn, measured_table, missing, time_turn
+from latency_pkl.make_lat_lut import LEAST_SAMPLES, PASSES, TURN, Turn, measured_table, missing, speed_of, time_turn
 from latency_pkl.sampling import Sample, random_config, reference_config
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
@@ -149,7 +149,29 @@ def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, m
     assert base == pytest.approx(1.0, rel=0.03) and ratios.mean() == pytest.approx(1.0, rel=0.02)
     assert abs(ratios - 1).mean() < 0.04
     assert meta['residual_mean_percent'] < 3 and meta['unseen_networks'] >= 3
+    truth = physical_curves(32)
+    blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10).table_keys(32)]
+    assert meta['reference_ms'] == pytest.approx(sum(blocks) + 0.2, rel=0.01)  # at which a check takes the table
     assert f'mean error {meta["residual_mean_percent"]:.2f} %' in capsys.readouterr().out
+
+
+def test_a_turn_is_as_slow_as_the_reference_was_where_it_was_not_disturbed():
+    parts, quiet = np.array([[3.0, 1.0]] * 4), np.full((4, 3), 0.03)
+    half, busy = np.array([[0.03, 0.03, 0.06]] * 4), np.full((4, 3), 0.06)
+    of_turns = [
+        Passes(parts, quiet),
+        Passes(1.6 * parts, busy),  # nothing seen: midway between the turns beside it
+        Passes(parts * [1.1, 1.5], half),  # its second part was disturbed
+        Passes(1.2 * parts, quiet),
+    ]
+    turns = [Turn([], (None, one), [one]) for one in of_turns]
+    ms, slowness = speed_of(turns, 0.03)
+    first, second = 3 * (1 + 1.1 + 1.2) / 3, (1 + 1.2) / 2
+    assert ms == pytest.approx(first + second)
+    known = [4 / ms, 3.3 / first, 4.8 / ms]
+    assert slowness == pytest.approx([known[0], (known[0] + known[1]) / 2, *known[1:]])
+    ms, slowness = speed_of(turns[1:2], 0.03)
+    assert ms == pytest.approx(1.6 * 4) and slowness == pytest.approx([1.0])
 
 
 def test_a_machine_never_undisturbed_gets_a_table_all_the_same(monkeypatch, capsys):
