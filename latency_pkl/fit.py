@@ -1,9 +1,10 @@
 """From timed networks to a table: a latency curve for every block shape over its widths.
 
 A machine that others share slows networks down, some by a third. How much in a single timing, is told by the network
-itself: its time over what the table says of it. Table and slowness are fitted by turns, and the slowest networks are
-left out. How fast the machine is from minute to minute, is told by a reference network that is timed between the
-others; the table is of its usual speed.
+itself: its time over what the table says of it. Table and slowness are fitted by turns. No network is left out of the
+shapes' curves for being slow: the fast ones are those whose widths and memory happen to suit the machine. How fast it
+is from minute to minute, is told by a reference network that is timed between the others; the table is of its usual
+speed.
 
 A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
 for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
@@ -28,8 +29,8 @@ SHRINK_LEVEL, SHRINK_SLOPE = 0.3, 1.0
 TURNS = 4
 """Times that table and slowness of the networks are fitted by turns."""
 
-KEPT_SHARE = 2 / 3
-"""Share of the networks, those least slowed down, that a table is fitted to."""
+OUTLIER = 0.2
+"""Distance from what the others say, as a share of it, from which a network or a block is an outlier."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Fit:
     base: float
     curves: dict[str, np.ndarray]
     factor: float
-    """What all curves were multiplied by, so that half of the networks take longer than the table says."""
+    """What all curves were multiplied by, so that networks take what the table says, in their mean without outliers."""
 
 
 def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
@@ -79,11 +80,10 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
     fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
     usual, slow = totals / slowness, np.nan_to_num(fixed / np.nanmedian(fixed), nan=1.0)
     for _ in range(TURNS):
-        kept = np.flatnonzero(slow <= np.quantile(slow, KEPT_SHARE))
-        curves = _curves([samples[i] for i in kept], slow[kept], img_size, space)
-        base = float(np.nanmedian(fixed[kept] / slow[kept]))
+        curves = _curves(samples, slow, img_size, space)
+        base = float(np.nanmedian(fixed / slow))
         predicted = np.array([sample.predicted(base, curves) for sample in samples])
-        factor = float(np.median(usual / predicted))
+        factor = _typical(usual / predicted)
         slow = totals / (factor * predicted)
     return Fit(factor * base, {key: factor * curve for key, curve in curves.items()}, factor)
 
@@ -112,6 +112,12 @@ def _curves(
     return curves
 
 
+def _typical(ratios: np.ndarray) -> float:
+    """Mean without outliers."""
+    middle = np.median(ratios)
+    return float(ratios[np.abs(ratios / middle - 1) <= OUTLIER].mean())
+
+
 def _along(widths: np.ndarray, low: int, high: int) -> np.ndarray:
     """Where a width lies in its range: -1 at the fewest, 1 at the most."""
     return 2 * (widths - low) / (high - low) - 1
@@ -127,5 +133,5 @@ def _correction(along: np.ndarray, ratios: np.ndarray) -> tuple[float, float]:
         x = np.stack([np.ones(keep.sum()), along[keep]], axis=1)
         prior = np.diag([SHRINK_LEVEL, SHRINK_SLOPE])
         level, slope = np.linalg.solve(x.T @ x + prior, x.T @ ratios[keep] + prior @ [1.0, 0.0])
-        keep = np.abs(ratios / (level + slope * along) - 1) < 0.2
+        keep = np.abs(ratios / (level + slope * along) - 1) < OUTLIER
     return float(level), float(slope)

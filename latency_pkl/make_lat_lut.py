@@ -211,7 +211,7 @@ def measured_table(args, device):
     unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
     mean, worst, bias = errors_of(unseen)
     low, high = np.quantile(slowness, (0.25, 0.75))
-    print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the median network')
+    print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the mean network')
     print(
         f'Reference network: {reference_ms:.4f} ms, in half of {len(turns)} turns from '
         f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'

@@ -213,7 +213,8 @@ def test_table_recovers_the_truth_behind_disturbances(share):
     assert fit.base == pytest.approx(0.5, rel=0.06)
     usual = np.array([sample.total for sample in samples]) / slowness
     table = [sample.predicted(fit.base, fit.curves) for sample in samples]
-    assert np.mean(usual > table) == pytest.approx(0.5, abs=0.02)
+    known = (np.arange(200) % 3 != 0) | (slowness > 1)
+    assert (usual / table)[known].mean() == pytest.approx(1, abs=0.002)
     errors = []
     for key, (low, high) in SPACE.table_widths(64).items():
         assert len(fit.curves[key]) == high and (np.diff(fit.curves[key]) >= 0).all() and fit.curves[key][0] > 0
