@@ -1,10 +1,10 @@
 """From timed networks to a table: a latency curve for every block shape over its widths.
 
-A machine that others share slows networks down, some by a third. How much in a single timing, is told by the network
-itself: its time over what the table says of it. Table and slowness are fitted by turns. No network is left out of the
-shapes' curves for being slow: the fast ones are those whose widths and memory happen to suit the machine. How fast it
-is from minute to minute, is told by a reference network that is timed between the others; the table is of its usual
-speed.
+A machine that others share slows networks down, some by a third. By how much in a single timing is told by the
+network itself: its time over what the table says of it. Table and slowness are fitted by turns. No network is left out
+of the shapes' curves for being slow: the fast ones are those whose widths and memory happen to suit the machine. How
+fast it is from minute to minute is told by a reference network that is timed between the others; the table is of its
+usual speed.
 
 A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
 for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
@@ -71,8 +71,8 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
 
 
 def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace = SPACE) -> Fit:
-    """A table from timed networks, which together should show the fixed layers and every key of the space. Of a network
-    may be missing what was never timed with an undisturbed core.
+    """A table from timed networks, which together should show the fixed layers and every key of the space. Parts of a
+    network that were never timed with an undisturbed core may be missing.
 
     Args:
         slowness: how many times as slow as usual the machine was when each of them was timed.

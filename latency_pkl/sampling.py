@@ -120,7 +120,7 @@ def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: flo
     """The times of a network's parts as a sample.
 
     Args:
-        fastest: the `fastest_probe` of all passes of a table; infinite, where disturbed timings shall count too.
+        fastest: the `fastest_probe` of all passes of a table; more, where disturbed timings shall count too.
     """
     stem, *blocks, end = np.where(passes.seen(fastest), typical_parts([passes], fastest), math.nan).tolist()
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]

@@ -1,9 +1,11 @@
 """The table maker, its check and estimates, and the parser's targets, from the shell."""
 
+import itertools
 import math
 import random
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,17 @@ import torch
 
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut
-from latency_pkl.make_lat_lut import LEAST_SAMPLES, PASSES, TURN, Turn, measured_table, missing, speed_of, time_turn
+from latency_pkl.make_lat_lut import (
+    LEAST_SAMPLES,
+    PASSES,
+    SHARING,
+    TURN,
+    Turn,
+    measured_table,
+    missing,
+    speed_of,
+    time_turn,
+)
 from latency_pkl.sampling import Sample, random_config, reference_config
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
@@ -20,7 +32,7 @@ from models.latency import load_table, save_table
 from models.parsing import MASKS_KEY
 from models.search_space import SPACE
 from tools.checkpoint import save_checkpoint
-from tools.profiling import Passes
+from tools.profiling import Passes, bench_apart
 
 MAKER = 'latency_pkl/make_lat_lut.py'
 SIZE = ['--img_size', '32']
@@ -104,7 +116,8 @@ def test_what_a_fit_lacks_is_said():
     few = samples[: LEAST_SAMPLES - 1] * 2
     shapes = len({key for one in few for key, _, _ in one.blocks})
     assert shapes < 66 and missing(few, 32) == f'{len(few)} networks showed {shapes} of 66 block shapes'
-    assert missing([replace(one, fixed=math.nan) for one in samples], 32)
+    unfixed = [replace(one, fixed=math.nan) for one in samples]
+    assert missing(unfixed, 32) == f'{len(samples)} networks showed 66 of 66 block shapes and no fixed layers'
 
 
 def disturbed_turns(share, seed):
@@ -131,28 +144,31 @@ def disturbed_turns(share, seed):
     return time_turn
 
 
-def table_of(share, budget, monkeypatch):
-    """What the maker makes of `disturbed_turns`: (base and mean of curves over what is true, meta)."""
+def table_of(share, monkeypatch, budget=1, patience=1000):
+    """What the maker makes of `disturbed_turns` that take a second each: (base and mean of curves over what is true,
+    meta)."""
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=budget)
     monkeypatch.setattr(make_lat_lut, 'time_turn', disturbed_turns(share, seed=0))
+    monkeypatch.setattr(make_lat_lut, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
+    monkeypatch.setattr(make_lat_lut, 'PATIENCE', patience)
     base, curves, meta = measured_table(args, torch.device('cpu'))
     truth, widths = physical_curves(32), SPACE.table_widths(32)
     ratios = [np.mean(curves[key][low - 1 :] / truth[key][low - 1 :]) for key, (low, _) in widths.items()]
     return base / 0.2, np.array(ratios), meta
 
 
-@pytest.mark.parametrize('share', [0.0, 0.8])
+@pytest.mark.parametrize('share', [0.0, 0.7])
 def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, monkeypatch, capsys):
     """What was never timed undisturbed is neither fitted nor compared, and the maker goes on until all shapes were."""
-    monkeypatch.setattr(make_lat_lut, 'PATIENCE', 1e9)
-    base, ratios, meta = table_of(share, 0.001, monkeypatch)
+    base, ratios, meta = table_of(share, monkeypatch)
     assert base == pytest.approx(1.0, rel=0.03) and ratios.mean() == pytest.approx(1.0, rel=0.02)
     assert abs(ratios - 1).mean() < 0.04
     assert meta['residual_mean_percent'] < 3 and meta['unseen_networks'] >= 3
     truth = physical_curves(32)
     blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10).table_keys(32)]
     assert meta['reference_ms'] == pytest.approx(sum(blocks) + 0.2, rel=0.01)  # at which a check takes the table
-    assert f'mean error {meta["residual_mean_percent"]:.2f} %' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f'mean error {meta["residual_mean_percent"]:.2f} %' in out and 'counted too' not in out
 
 
 def test_a_turn_is_as_slow_as_the_reference_was_where_it_was_not_disturbed():
@@ -172,18 +188,26 @@ def test_a_turn_is_as_slow_as_the_reference_was_where_it_was_not_disturbed():
     assert slowness == pytest.approx([known[0], (known[0] + known[1]) / 2, *known[1:]])
     ms, slowness = speed_of(turns[1:2], 0.03)
     assert ms == pytest.approx(1.6 * 4) and slowness == pytest.approx([1.0])
+    turns[2] = Turn([], (None, None), [Passes(parts, half[:, ::-1])])  # only its smaller part was not disturbed
+    ms, slowness = speed_of(turns, 0.03)
+    assert ms == pytest.approx(3 * (1 + 1.2) / 2 + (1 + 1 + 1.2) / 3)
+    assert slowness == pytest.approx(np.linspace(4, 4.8, 4) / ms)
 
 
-def test_a_machine_never_undisturbed_gets_a_table_all_the_same(monkeypatch, capsys):
-    base, ratios, _ = table_of(None, 0.1, monkeypatch)
+def test_a_machine_never_undisturbed_gets_a_table_of_its_least_disturbed_timings(monkeypatch, capsys):
+    base, ratios, meta = table_of(None, monkeypatch, budget=12, patience=1)
     assert base == pytest.approx(1.5, rel=0.03) and ratios.mean() == pytest.approx(1.5, rel=0.03)
-    assert 'With an undisturbed core 0 networks showed 0 of 66' in capsys.readouterr().out
+    assert 'count: 0 %; probes up to 2 times as slow counted too' in capsys.readouterr().out
+    assert meta['probe_slack'] == 2
 
 
-def test_a_turn_times_the_reference_after_each_network():
+def test_a_turn_times_the_reference_after_each_network(monkeypatch):
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32)
     unseen = random_config(random.Random(1), ends=False, num_classes=10)
+    built = []
+    monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
     turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
+    assert len(built) == TURN + TURN // SHARING  # the reference was built anew for every two
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
     reference = sum(map(len, reference_config(10).stages.values())) + 2  # its stem, and what follows its blocks
     assert {one.parts.shape[1] for one in turn.reference} == {reference}
@@ -224,9 +248,10 @@ def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_s
     rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+) ms.*, target (\d+\.\d+) ms', out)
     assert [int(number) for number, *_ in rounds] == list(range(1, len(rounds) + 1)) and 1 <= len(rounds) <= 5
     assert re.search(r'Measured latency is within \d+\.\d\d % of the target', out)
-    if len(rounds) > 1:  # the second aim moves against the first error
+    if len(rounds) > 1:  # the second aim moves against the first error, where that is more than a gap between widths
         (_, first, slow, target), (_, second, *_) = rounds[:2]
-        assert (float(second) < float(first)) == (float(slow) > float(target))
+        error = float(slow) / float(target) - 1
+        assert abs(error) < 0.02 or (float(second) < float(first)) == (error > 0)
 
 
 @pytest.mark.parametrize(

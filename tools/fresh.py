@@ -29,18 +29,22 @@ class FreshProcess:
         with FreshProcess(call) as there:
             there(*args)
 
-    New processes are forked from one that does nothing else: its heap does not depend on what runs here or has run
-    before, and it has no threads that a fork would lose. Where their tensors lie, is drawn anew in each
+    New processes are forked from one that only reads what is to be called: its heap does not depend on what else runs
+    here or has run before, and it has no threads that a fork would lose. Where their tensors lie is drawn anew in each
     (`tools.memory.shuffle_heap`). What is called must be importable from the project's modules.
     """
 
     def __init__(self, call: Callable):
         self._call = call
         self._connection, its = Pipe()
-        with its:
-            socket.send_fds(_forker(), [b'.'], [its.fileno()])
-        with suppress(OSError):  # it has died, which is found out at the first call
-            self._connection.send((torch.get_num_threads(), call))
+        try:
+            with its:
+                socket.send_fds(_forker(), [b'.'], [its.fileno()])
+            with suppress(OSError):  # it has died, which is found out at the first call
+                self._connection.send((torch.get_num_threads(), call))
+        except BaseException:  # the forker would wait for what is to be called
+            self._connection.close()
+            raise
 
     def __enter__(self) -> 'FreshProcess':
         return self
@@ -97,7 +101,7 @@ def _serve(asked: socket.socket) -> None:
                 threads, call = connection.recv()  # here, so that the modules it needs are imported once
             except EOFError:  # nobody asks any more
                 continue
-            except Exception:  # reported here; who asked is told that there is no result
+            except BaseException:  # reported here; who asked is told that there is no result
                 traceback.print_exc()
                 continue
             if os.fork() == 0:

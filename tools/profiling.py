@@ -47,7 +47,8 @@ OUTLIER = 1.5
 """Most that a timing counts, over the median of its part. Means do not depend on how many there are, unlike medians."""
 
 LEAST_UNDISTURBED = 2
-"""Timings of a part that count however disturbed the core was: the least disturbed ones."""
+"""Undisturbed timings that a part needs to be known. A latency of the whole counts as many of the least disturbed ones
+where there are fewer."""
 
 WORTH_SAYING = 0.01
 """Change of the machine's speed that is said."""
@@ -236,13 +237,14 @@ def measure_in_turns(
     """Time of one forward pass of each network, and the share of the time in which the core was undisturbed.
 
     In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
-    for a while, meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
+    for a while meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
     long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise
     yet get more rounds, up to twice as many in all. On a terminal, with a progress bar.
     """
     kept: list[list[Round]] = [[] for _ in builds]
     benches = [Bench(build, batch_size, img_size, device) for build in builds]
     beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
+    times = math.isqrt(min(len(builds), ABREAST))  # what many are compared with is worth more builds
     order, measured = random.Random(0), []
     with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
         for number in range(2 * rounds):
@@ -251,7 +253,6 @@ def measure_in_turns(
                 break
             order.shuffle(due)
             for group in (due[i : i + ABREAST] for i in range(0, len(due), ABREAST)):
-                times = math.isqrt(len(group))  # what they are all compared with, is worth more builds
                 passes = take_turns([*(benches[i] for i in group), *beside * times], order)
                 of_standard = list(chain.from_iterable(passes[len(group) :]))
                 for i, own in zip(group, passes, strict=False):
