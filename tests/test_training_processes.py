@@ -18,6 +18,7 @@ from training_runs import (
     run,
     small_config,
 )
+from training_runs import run_here as train_here
 
 import train_eval_amp
 from dataset.loaders import ImageList, make_loader
@@ -42,8 +43,9 @@ class Numbers(torch.utils.data.Dataset):
         return torch.randn(3, 32, 32, generator=generator), key[1] % 3
 
 
-def one_update(rank, size, port, batch_norm, path):
-    """Train the small network for one update on a batch of 8 over `size` processes, evaluate it; the first saves."""
+def updates(rank, size, port, path):
+    """Train the small network, with batch norms and without, for one update on a batch of 8 over `size` processes,
+    evaluate it; the first saves."""
     torch.set_num_threads(1)
     os.environ |= {
         'RANK': str(rank),
@@ -53,13 +55,20 @@ def one_update(rank, size, port, batch_norm, path):
         'MASTER_PORT': str(port),
     }
     world = join_world('cpu', None)
+    results = [one_update(world, batch_norm) for batch_norm in (True, False)]
+    if world.is_first:
+        torch.save(results, path)
+    leave_world(world)
+
+
+def one_update(world, batch_norm):
     torch.manual_seed(5)
     net = NetworkEval(small_config(batch_norm))
     net.eval().train = lambda mode=True: net
     optimizer = torch.optim.SGD(net.parameters(), 0.5, 0.9, weight_decay=1e-4, fused=True)
     state = TrainState(net, optimizer, Precision(world.device))
     batch = torch.stack([Numbers()[(0, i)][0] for i in range(8)]), torch.arange(8) % 3
-    shard = tuple(part[rank::size] for part in batch)
+    shard = tuple(part[world.rank :: world.size] for part in batch)
     args = Namespace(seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, on_nan='stop')
     train = train_epoch(
         wrap_model(net, world, args),
@@ -73,9 +82,7 @@ def one_update(rank, size, port, batch_norm, path):
         lambda *_: False,
     )
     val = evaluate(net, loader(world), state.precision, world)
-    if world.is_first:
-        torch.save({'weights': net.state_dict(), 'train': train, 'val': val, 'lines': 0}, path)
-    leave_world(world)
+    return {'weights': net.state_dict(), 'train': train, 'val': val}
 
 
 def skip_some(rank, size, port, bad, path):
@@ -114,22 +121,22 @@ def loader(world):
     return torch.utils.data.DataLoader(Numbers(), made.batch_size, sampler=made.sampler)
 
 
-@pytest.mark.parametrize('batch_norm', [True, False])
-def test_an_update_and_an_evaluation_on_two_processes_are_those_of_one(tmp_path, batch_norm):
+def test_an_update_and_an_evaluation_on_two_processes_are_those_of_one(tmp_path):
     results = []
     for size, port in ((1, 0), (2, 29500 + os.getpid() % 2000)):
         path = tmp_path / str(size)
-        mp.spawn(one_update, (size, port, batch_norm, path), nprocs=size)
+        mp.spawn(updates, (size, port, path), nprocs=size)
         results.append(load(path))
-    one, two = results
-    for name, value in one['weights'].items():
-        assert (value - two['weights'][name]).abs().max() <= 1e-6, name
-    for when in ('train', 'val'):
-        assert one[when].keys() == two[when].keys()
-        for number in ('top1', 'top5', 'images'):
-            assert one[when][number] == two[when][number]
-        assert one[when]['loss'] == pytest.approx(two[when]['loss'], abs=1e-6)
-    assert one['val']['images'] == 23
+    for one, two in zip(*results, strict=True):
+        for name, value in one['weights'].items():
+            assert (value - two['weights'][name]).abs().max() <= 1e-6, name
+        for when in ('train', 'val'):
+            assert one[when].keys() == two[when].keys()
+            for number in ('top1', 'top5', 'images'):
+                assert one[when][number] == two[when][number]
+            assert one[when]['loss'] == pytest.approx(two[when]['loss'], abs=1e-6)
+        assert one['val']['images'] == 23
+    assert results[0][0]['weights'].keys() != results[0][1]['weights'].keys()
 
 
 STILL = {'dropout_rate': 0, 'drop_connect_rate': 0, 'max_steps': 1, 'lr': 0.5}
@@ -254,13 +261,12 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
             wrap_model(net, World(torch.device('cuda')), bad)
 
 
-def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path):  # noqa: F811
+def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path, monkeypatch):  # noqa: F811
     output = run('train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True), code=1, processes=2)
     assert 'train_eval_amp.py: error: --sync_bn: ' in output and not (tmp_path / 'save').exists()
-    for name, more in (('with', {'sync_bn': True}), ('without', {})):
-        run('train_eval_amp.py', flags(data, tmp_path / name, epochs=1, **more))
-    paths = (only_run(tmp_path / name) / 'checkpoint.pth.tar' for name in ('with', 'without'))
-    synchronised, plain = (load(path)['state_dict'] for path in paths)
+    both = ({'sync_bn': True}, {})
+    runs = [train_here(monkeypatch, flags(data, tmp_path / str(len(more)), epochs=1, **more)) for more in both]
+    synchronised, plain = (load(run / 'checkpoint.pth.tar')['state_dict'] for run in runs)
     assert differences(synchronised, plain) == []
 
 

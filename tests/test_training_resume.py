@@ -79,6 +79,7 @@ def test_killed_at_random_steps(data, whole, tmp_path):  # noqa: F811
     assert_same_end(only_run(tmp_path), whole(1))
 
 
+@pytest.mark.slow
 def test_two_processes_killed_at_random_steps(data, whole, tmp_path):  # noqa: F811
     seed = random.randrange(1000)
     print('seed', seed)
@@ -106,7 +107,9 @@ def test_torchrun_restarts_by_itself_in_the_same_folder(data, whole, tmp_path): 
     assert_same_end(only_run(tmp_path), whole(2))
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ('number', 'code'), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes_saves_and_prints_the_command_that_resumes(data, whole, tmp_path, number, code):  # noqa: F811
     process = start(command('train_eval_amp.py', flags(data, tmp_path, workers=1)))
     wait_for_steps(process, 4)
