@@ -108,7 +108,7 @@ def test_torchrun_restarts_by_itself_in_the_same_folder(data, whole, tmp_path): 
 
 
 @pytest.mark.parametrize(
-    ('number', 'code'), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ('number', 'code'), [pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)]
 )
 def test_a_signal_to_all_processes_saves_and_prints_the_command_that_resumes(data, whole, tmp_path, number, code):  # noqa: F811
     process = start(command('train_eval_amp.py', flags(data, tmp_path, workers=1)))
