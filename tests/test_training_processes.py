@@ -144,7 +144,10 @@ STILL = {'dropout_rate': 0, 'drop_connect_rate': 0, 'max_steps': 1, 'lr': 0.5}
 
 @pytest.mark.parametrize(
     ('launcher', 'script'),
-    [('torch.distributed.run', 'train_eval.py'), ('torch.distributed.launch', 'train_eval_amp.py')],
+    [
+        ('torch.distributed.launch', 'train_eval.py'),
+        pytest.param('torch.distributed.run', 'train_eval_amp.py', marks=pytest.mark.slow),
+    ],
 )
 def test_the_scripts_on_two_processes_give_the_parameters_of_one(data, tmp_path, launcher, script):  # noqa: F811
     changes = STILL | {'config_path': data / 'plain.config'}
