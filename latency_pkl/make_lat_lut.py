@@ -205,8 +205,9 @@ def unseen_pairs(fit, turns, slowness, img_size, fastest):
 def measured_table(args, device):
     """A latency table of this machine: (base, curves, how it was made)."""
     turns = measure(args, device)
+    probe = fastest_of(turns)
     for slack in SLACKS:
-        fastest = slack * fastest_of(turns)
+        fastest = slack * probe
         samples, numbers = samples_of(turns, args.img_size, fastest)
         lack = missing(samples, args.img_size)
         if not lack:

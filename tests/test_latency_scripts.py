@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import parsing_model
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut
 from latency_pkl.make_lat_lut import (
@@ -29,10 +30,10 @@ from latency_pkl.sampling import Sample, random_config, reference_config
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
-from models.parsing import MASKS_KEY
+from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
 from models.search_space import SPACE
 from tools.checkpoint import save_checkpoint
-from tools.profiling import Passes, bench_apart
+from tools.profiling import Measured, Passes, bench_apart
 
 MAKER = 'latency_pkl/make_lat_lut.py'
 SIZE = ['--img_size', '32']
@@ -157,7 +158,7 @@ def table_of(share, monkeypatch, budget=1, patience=1000):
     return base / 0.2, np.array(ratios), meta
 
 
-@pytest.mark.parametrize('share', [0.0, 0.7])
+@pytest.mark.parametrize('share', [0.0, 0.8])
 def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, monkeypatch, capsys):
     """What was never timed undisturbed is neither fitted nor compared, and the maker goes on until all shapes were."""
     base, ratios, meta = table_of(share, monkeypatch)
@@ -239,6 +240,27 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
         config = load_config(tmp_path / f'net_{share}.config')
         assert all(s.mid_channels % 8 == 0 for blocks in config.stages.values() for s in blocks)
         assert load_table(measured[0], 32).of_config(config) == pytest.approx(latency, abs=1e-4)
+
+
+@pytest.mark.parametrize('slower', [0.9, 1.05, 1.2])
+def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, monkeypatch, capsys):
+    """A network that takes so many times what the table says is fitted to the target over that."""
+    table, args = make_table(img_size=32), SimpleNamespace(num_classes=10, width_divisor=1, img_size=32, rounds=1)
+    measured = []
+
+    def measure_latency(build, *_):
+        measured.append(slower * table.of_config(build.args[0]))
+        return Measured(measured[-1], 0.001)
+
+    monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
+    state, masks, _ = load_search_checkpoint(searched)
+    least, _, most = table.reach()
+    target = (least + most) / 2
+    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, args, torch.device('cpu'))
+    assert measured[0] == pytest.approx(slower * target, rel=0.005)  # fitted to the table
+    assert measured[1:] == pytest.approx([target] * (len(measured) - 1), rel=0.005) and len(measured) in (2, 3)
+    assert slower * table.of_config(config) == measured[-1]
+    assert re.search(r'within 0\.\d\d % of the target', capsys.readouterr().out)
 
 
 def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_script):
