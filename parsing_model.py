@@ -17,17 +17,18 @@ from pathlib import Path
 import torch
 
 from latency_pkl.sampling import build_network, standard_of
+from latency_pkl.timing import ROUNDS, measure_latency
 from models.config import build_config, dump_config
+from models.describe import count_mult_adds, count_params
 from models.elasticity import fit_widths
 from models.latency import load_table
 from models.model_eval import NetworkEval
 from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
 from models.targeting import most_probable
-from tools.checkpoint import check_target, write_text
 from tools.distributed import pick_device
 from tools.errors import BadInput
+from tools.files import check_target, write_text
 from tools.options import Parser, add_arch_args, add_device_arg, class_count, count, image_size, run_script
-from tools.profiling import ROUNDS, count_mult_adds, count_params, measure_latency
 
 USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4

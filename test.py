@@ -23,14 +23,14 @@ from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.checkpoint import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.distributed import World, pick_device
-from tools.engine import evaluate
 from tools.environment import prepare
 from tools.errors import BadInput
 from tools.export import open_onnx, save_onnx, save_program, save_safetensors, time_call
+from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.options import Parser, add_arch_args, add_bad_images_arg, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
+from tools.training import evaluate
 
 LAYOUT = torch.channels_last
 FALLBACK_CLASSES = 1000

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dataset.loaders import make_train_val_loaders
+from latency_pkl.timing import conclude
 from models.config import dump_config
 from models.describe import describe_network
 from models.model_eval import NetworkEval
@@ -21,13 +22,11 @@ from models.parsing import load_architecture
 from tools.distributed import join_world, leave_world, wrap_model
 from tools.environment import prepare
 from tools.errors import BadInput
-from tools.keeper import open_run_folder
-from tools.metrics import run_header
 from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
 from tools.rng import derive_seed
-from tools.snapshot import TRAINING
-from tools.training import conclude, fit, memory_format, start_state
+from tools.run.folder import open_run_folder, run_header
+from tools.training import TRAINING, fit, memory_format, start_state
 
 
 def get_args():

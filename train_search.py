@@ -42,12 +42,8 @@ from models.search_state import (
 )
 from models.search_steps import architecture_step, train_only, weight_step
 from tools.distributed import join_world, leave_world
-from tools.engine import Tally
 from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
-from tools.interrupt import ended_with, outlive_signals
-from tools.keeper import Keeper, open_run_folder
-from tools.metrics import run_header
 from tools.options import (
     Parser,
     add_device_arg,
@@ -65,10 +61,12 @@ from tools.options import (
     process_count,
     run_script,
 )
-from tools.prefetch import to_device
 from tools.rng import derive_seed, generator_for
-from tools.snapshot import find_snapshot
-from tools.watch import Progress
+from tools.run.checkpoint import Keeper
+from tools.run.folder import Progress, open_run_folder, run_header
+from tools.run.resume import find_snapshot
+from tools.run.stop import ended_with, outlive_signals
+from tools.training import Tally, to_device
 
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'

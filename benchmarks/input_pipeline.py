@@ -25,9 +25,9 @@ from dataset.lists import list_folder, read_list
 from dataset.loaders import ImageList, collate
 from dataset.transforms import train_transform
 from tools.distributed import pick_device
+from tools.environment import device_name
 from tools.errors import BadInput
 from tools.options import Parser, add_device_arg, count, image_size, run_script
-from tools.profiling import device_name
 
 QUALITY = 92
 """Of the generated files, which then have about 100 KB, as ImageNet's photographs have."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from tools.profiling import Clock, fastest_probe, typical_parts
+from latency_pkl.timing import Clock, fastest_probe, typical_parts
 
 WARM_UP, REPEATS = 5, 30
 

@@ -16,13 +16,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.isolated import isolated_sum
+from latency_pkl.isolation import in_fresh_process
 from latency_pkl.sampling import build_network, random_config, standard_of
+from latency_pkl.timing import measure_latency
 from models.latency import load_table
-from tools.checkpoint import check_target, write_atomic
 from tools.distributed import pick_device
-from tools.fresh import in_fresh_process
+from tools.files import check_target, write_atomic
 from tools.options import Parser, add_device_arg, count, run_script
-from tools.profiling import measure_latency
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)

@@ -34,14 +34,13 @@ from models.model_search import LOOP, Form, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
 from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
-from tools.checkpoint import save_checkpoint
 from tools.distributed import pick_device
-from tools.environment import prepare
-from tools.keeper import Writer
+from tools.environment import device_name, prepare
+from tools.files import save_checkpoint
 from tools.options import Parser, add_device_arg, add_step_args, count, run_script
 from tools.precision import DTYPES, Precision
-from tools.profiling import device_name
 from tools.rng import generator_for
+from tools.run.checkpoint import Writer
 
 NUM_CLASSES = 100
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760

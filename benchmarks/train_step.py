@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.counting import Rival, Traffic, seconds, take_turns
 from benchmarks.plain_search import plain_swish
 from models.config import load_config
+from models.describe import count_mult_adds
 from models.model_eval import NetworkEval
 from tools.distributed import pick_device
-from tools.engine import Tally
-from tools.environment import prepare
+from tools.environment import device_name, prepare
 from tools.options import Parser, add_device_arg, count, run_script
 from tools.precision import Precision
-from tools.profiling import count_mult_adds, device_name
+from tools.training import Tally
 
 CONFIG = Path(__file__).resolve().parent.parent / 'models' / 'zoo' / 'tf_nas_a.config'
 

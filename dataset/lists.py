@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from tools.checkpoint import write_text
 from tools.errors import BadInput
+from tools.files import write_text
 
 Sample = tuple[str, int]
 """(path relative to the image root, label)"""

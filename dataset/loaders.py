@@ -14,8 +14,8 @@ from dataset.lists import Sample, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.interrupt import outlive_signals
 from tools.rng import derive_seed
+from tools.run.stop import outlive_signals
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.lists import list_folder, read_classes, split_by_class, write_list
-from tools.checkpoint import write_text
 from tools.errors import BadInput
+from tools.files import write_text
 from tools.options import Parser, count, number, run_script
 
 TRAIN_NAMES, VAL_NAMES = ('train', 'training'), ('val', 'valid', 'validation', 'test')

@@ -24,27 +24,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
 from latency_pkl.sampling import build_network, random_config, reference_config, sample_of, standard_of
-from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
-from models.latency import LatencyTable, load_table, save_table
-from models.layers import ConvLayer, MBInvertedResBlock
-from models.search_space import SPACE
-from tools.checkpoint import check_target
-from tools.distributed import pick_device
-from tools.errors import BadInput
-from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
-from tools.profiling import (
+from latency_pkl.timing import (
     ROUNDS,
     Bench,
     Passes,
     bench_apart,
-    count_mult_adds,
-    count_params,
-    device_name,
     fastest_probe,
     measure_in_turns,
     typical_parts,
     undisturbed_share,
 )
+from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
+from models.describe import count_mult_adds, count_params
+from models.latency import LatencyTable, load_table, save_table
+from models.layers import ConvLayer, MBInvertedResBlock
+from models.search_space import SPACE
+from tools.distributed import pick_device
+from tools.environment import device_name
+from tools.errors import BadInput
+from tools.files import check_target
+from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
 """Networks of a turn, one of them kept from the fit; how many those are in all turns; how many networks a fit needs."""

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from latency_pkl.timing import Passes, Standard, typical_parts
 from models.config import NetworkConfig, build_config, parse_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import SPACE, Arch, SearchSpace, Widths
+from tools.environment import device_name
 from tools.errors import BadInput
-from tools.profiling import Passes, Standard, device_name, typical_parts
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import MBSpec, NetworkConfig, build_config
@@ -123,3 +123,16 @@ def _operator(spec: MBSpec, space: SearchSpace) -> Op | None:
             if op.min_width(in_ch) <= spec.mid_channels <= op.max_width(in_ch):
                 return op
     return None
+
+
+def count_params(net: nn.Module) -> float:
+    """Parameters in millions."""
+    return sum(p.numel() for p in net.parameters()) / 1e6
+
+
+def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
+    """Multiply-adds of convolutions and linear layers for one square input, in millions (torch counts two for each)."""
+    device = next(net.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        net.eval()(torch.zeros(1, channels, img_size, img_size, device=device))
+    return counter.get_total_flops() / 2e6

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from models.config import NetworkConfig
 from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths
-from tools.checkpoint import write_atomic
 from tools.errors import BadInput
+from tools.files import write_atomic
 
 ROUNDING = 5e-5
 """Of the ends of the reachable range as they are printed."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.config import NetworkConfig, load_config
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
-from tools.checkpoint import load_weights
+from tools.files import load_weights
 
 
 class NetworkEval(nn.Module):

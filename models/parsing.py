@@ -7,8 +7,8 @@ from torch import Tensor
 
 from models.config import NetworkConfig, build_config, load_config
 from models.search_space import SPACE, Arch, SearchSpace, Widths
-from tools.checkpoint import load_checkpoint, strip_module_prefix
 from tools.errors import BadInput
+from tools.files import load_checkpoint, strip_module_prefix
 
 Masks = dict[str, dict[str, dict[int, Tensor]]]
 """0/1 masks of mid channels, [max width] each: masks[stage name][block name][op index]."""

@@ -20,13 +20,12 @@ from models.model_search import Form, Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
 from models.search_space import SearchSpace
 from models.search_steps import make_optimizers
-from tools.checkpoint import check_weights, save_checkpoint
 from tools.distributed import World
-from tools.engine import cosine_lr
 from tools.errors import BadInput
-from tools.optimizers import begin_momentum, load_moments
+from tools.files import check_weights, save_checkpoint
 from tools.precision import DTYPES, Precision
-from tools.snapshot import RunKind, Snapshot, compare_flags
+from tools.run.resume import RunKind, Snapshot, compare_flags
+from tools.training import begin_momentum, cosine_lr, load_moments
 
 
 def position(checkpoint: dict) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from models.latency import expected_latency
-from tools.optimizers import begin_momentum
+from tools.training import begin_momentum
 
 
 def always(parameters, losses):

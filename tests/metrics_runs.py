@@ -11,7 +11,7 @@ from models.describe import describe_architecture, describe_network, describe_sp
 from models.elasticity import latency_range, scale_widths, start_masks, update_masks
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
-from tools.metrics import Metrics, run_header
+from tools.run.folder import Metrics, run_header
 
 CPU = torch.device('cpu')
 

@@ -15,9 +15,9 @@ from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_
 from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
-from tools.engine import evaluate
 from tools.errors import BadInput
 from tools.precision import Precision
+from tools.training import evaluate
 
 CPU = torch.device('cpu')
 

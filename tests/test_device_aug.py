@@ -16,7 +16,7 @@ from dataset.loaders import Batches, make_loader, transforms
 from dataset.transforms import JITTER, MEAN, STD, train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.prefetch import to_device
+from tools.training import to_device
 
 CPU = torch.device('cpu')
 OPERATIONS = {

@@ -31,7 +31,7 @@ TINY = {
     'parsing_model.py': '--img_size 32 --device cpu',
     'test.py': f'{SMALL} --batch_size 4',
     'latency_pkl/make_lat_lut.py': '--img_size 32 --budget 30',
-    'benchmarks/three_freedoms.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --train_epochs 1 '
+    'experiments/three_freedoms.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --train_epochs 1 '
     '--train_batch_size 4 --seeds 0 --arms full random --random_networks 2 --measured_rounds 1',
 }
 FEW = '--img_size 32 --train_list demo/images/search_val.txt'
@@ -145,7 +145,7 @@ def test_links_and_files_named_in_a_page_are_there(page):
 
 MORE_SCRIPTS = [
     'dataset/make_lists.py',
-    'benchmarks/join_freedoms.py',
+    'experiments/join.py',
     'tools/plots.py',
     'benchmarks/search_step.py',
     'benchmarks/input_pipeline.py',

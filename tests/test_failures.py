@@ -17,12 +17,12 @@ from training_runs import command, data, finish, load, only_run, run, run_here, 
 from training_runs import flags as training_flags
 
 from models.search_state import save_searched_model
-from tools.checkpoint import save_checkpoint
 from tools.distributed import World
-from tools.engine import Tally
 from tools.errors import RunFailed, explain
-from tools.guard import MOST_SKIPS, LossGuard
-from tools.keeper import Writer
+from tools.files import save_checkpoint
+from tools.run.checkpoint import Writer
+from tools.run.stop import MOST_SKIPS, LossGuard
+from tools.training import Tally
 
 CPU = torch.device('cpu')
 NAN, ONE = torch.tensor(float('nan')), torch.tensor(1.0)

@@ -29,8 +29,8 @@ from models.model_search import Network
 from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths, parse_architecture
 from models.search_space import SKIP, SPACE
 from models.targeting import most_probable
-from tools.checkpoint import save_checkpoint
 from tools.errors import BadInput
+from tools.files import save_checkpoint
 from tools.rng import derive_seed
 
 SKIPPING = SMALL_SPACE.with_skip()

@@ -27,13 +27,13 @@ from latency_pkl.make_lat_lut import (
     time_turn,
 )
 from latency_pkl.sampling import Sample, random_config, reference_config
+from latency_pkl.timing import Measured, Passes, bench_apart
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
 from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
 from models.search_space import SPACE
-from tools.checkpoint import save_checkpoint
-from tools.profiling import Measured, Passes, bench_apart
+from tools.files import save_checkpoint
 
 MAKER = 'latency_pkl/make_lat_lut.py'
 SIZE = ['--img_size', '32']

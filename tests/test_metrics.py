@@ -11,9 +11,7 @@ import torch
 from models.config import build_config, load_config
 from models.describe import describe_network, describe_space
 from tools.errors import BadInput
-from tools.logs import make_logger
-from tools.metrics import METRICS, Metrics, read_run, run_header
-from tools.watch import Progress, Watch
+from tools.run.folder import METRICS, Metrics, Progress, Watch, make_logger, read_run, run_header
 
 HEADER = {'kind': 'run', 'version': 1, 'task': 'training'}
 

@@ -10,12 +10,12 @@ from torch import nn
 from conftest import NUM_CLASSES, ROOT, random_arch
 from models import NetworkEval, load_network
 from models.config import MBSpec, build_config, dump_config, load_config, parse_config
+from models.describe import count_mult_adds, count_params
 from models.elasticity import full_weights, start_masks
 from models.layers import MBInvertedResBlock
 from models.parsing import load_architecture, parse_architecture
 from models.search_space import SPACE
-from tools.checkpoint import load_weights, save_checkpoint
-from tools.profiling import count_mult_adds, count_params
+from tools.files import load_weights, save_checkpoint
 
 TF_NAS_A = ROOT / 'models' / 'zoo' / 'tf_nas_a.config'
 

@@ -11,8 +11,8 @@ from bad_files import good_flags, run_here, words_of, write_searched, write_tabl
 from training_runs import make_data, small_config
 
 from models.model_eval import NetworkEval
-from tools.checkpoint import load_checkpoint
 from tools.errors import BadInput
+from tools.files import load_checkpoint
 
 PROTO2, STOP, MARK, TUPLE1, REDUCE, EMPTY_DICT = b'\x80\x02', b'.', b'(', b'\x85', b'R', b'}'
 

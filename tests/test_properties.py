@@ -22,8 +22,8 @@ from models.elasticity import fit_widths, latency_range, scale_widths
 from models.latency import load_table, save_table
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture, load_search_checkpoint
-from tools.checkpoint import load_checkpoint
 from tools.errors import BadInput
+from tools.files import load_checkpoint
 
 quick = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

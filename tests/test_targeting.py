@@ -13,20 +13,11 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL_SPACE, make_table, physical_curves, random_arch
+from latency_pkl import timing as profiling
 from latency_pkl.estimate import CARDS, block_work, estimate
 from latency_pkl.fit import fit_table
 from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of, standard_of
-from models import targeting
-from models.config import dump_config, load_config, op_spec
-from models.elasticity import fit_widths, latency_range, scale_widths
-from models.latency import LatencyTable, load_table
-from models.model_eval import NetworkEval
-from models.parsing import parse_architecture
-from models.search_space import SPACE
-from models.targeting import most_probable
-from tools import profiling
-from tools.errors import BadInput
-from tools.profiling import (
+from latency_pkl.timing import (
     PRECISION,
     ROUNDS,
     TURNS,
@@ -35,7 +26,6 @@ from tools.profiling import (
     Round,
     Standard,
     bench_apart,
-    device_name,
     fastest_probe,
     measure_in_turns,
     measure_latency,
@@ -44,6 +34,16 @@ from tools.profiling import (
     typical_parts,
     undisturbed_share,
 )
+from models import targeting
+from models.config import dump_config, load_config, op_spec
+from models.elasticity import fit_widths, latency_range, scale_widths
+from models.latency import LatencyTable, load_table
+from models.model_eval import NetworkEval
+from models.parsing import parse_architecture
+from models.search_space import SPACE
+from models.targeting import most_probable
+from tools.environment import device_name
+from tools.errors import BadInput
 
 
 def random_state(space, seed, spread=2.0):

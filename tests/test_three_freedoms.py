@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import join_freedoms, three_freedoms
-from benchmarks.freedoms_results import difference, interval, read_numbers
+from experiments import join as join_freedoms
+from experiments import three_freedoms
+from experiments.results import difference, interval, read_numbers
 from tools.errors import BadInput
 
 
@@ -88,7 +89,7 @@ def test_a_step_that_fails_stops_those_beside_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script):
-    patch = (project_copy / 'benchmarks' / 'small_space.patch').read_text()
+    patch = (project_copy / 'experiments' / 'small_space.patch').read_text()
     subprocess.run(['patch', '-p1'], cwd=project_copy, input=patch, text=True, check=True, capture_output=True)
     size = ['--img_size', '32', '--num_classes', '3']
     table, save = tmp_path / 'flops.pkl', tmp_path / 'evidence'
@@ -97,7 +98,7 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
     (tmp_path / 'val.txt').write_text('\n'.join(lines[:8]) + '\n')
     (tmp_path / 'test.txt').write_text('\n'.join(lines[8:]) + '\n')
     words = [
-        'benchmarks/three_freedoms.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list',
+        'experiments/three_freedoms.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list',
         tmp_path / 'val.txt', '--lookup_path', table, '--save', save, *size, '--seeds', '0', '--random_networks', '3',
         '--more_targets', '30%', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1', '--train_epochs', '1',
         '--train_batch_size', '8', '--workers', '0', '--measured_rounds', '1', '--search_flags=--aligned_start',

@@ -19,7 +19,7 @@ from training_runs import (
 )
 
 from models.model_eval import NetworkEval
-from tools.checkpoint import load_weights
+from tools.files import load_weights
 
 pytestmark = [
     pytest.mark.gpu,

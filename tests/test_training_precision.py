@@ -17,9 +17,9 @@ from training_runs import (
 )
 
 from models.model_eval import NetworkEval
-from tools.checkpoint import load_weights
 from tools.distributed import World
 from tools.errors import BadInput
+from tools.files import load_weights
 from tools.options import Parser, add_amp_args
 from tools.precision import ApexPrecision, HalfPrecision, Precision, make_precision
 from tools.training import start_state

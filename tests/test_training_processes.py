@@ -24,12 +24,10 @@ import train_eval_amp
 from dataset.loaders import ImageList, make_loader
 from models.model_eval import NetworkEval
 from tools.distributed import World, join_world, leave_world, wrap_model
-from tools.engine import evaluate, train_epoch
 from tools.errors import BadInput
-from tools.logs import make_logger
 from tools.precision import Precision
-from tools.snapshot import TrainState
-from tools.watch import Watch
+from tools.run.folder import Watch, make_logger
+from tools.training import TrainState, evaluate, train_epoch
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -19,12 +19,9 @@ from training_runs import (
 from dataset.transforms import POLICIES, train_transform
 from models.model_eval import NetworkEval
 from tools.distributed import World
-from tools.engine import train_epoch
-from tools.logs import make_logger
 from tools.precision import Precision
-from tools.snapshot import TrainState
-from tools.training import last_batch, lr_at, make_mix, make_optimizer, memory_format
-from tools.watch import Watch
+from tools.run.folder import Watch, make_logger
+from tools.training import TrainState, last_batch, lr_at, make_mix, make_optimizer, memory_format, train_epoch
 
 CPU = torch.device('cpu')
 

@@ -29,16 +29,14 @@ from training_runs import run_here as train_here
 from conftest import SMALL_SPACE
 from models.model_eval import NetworkEval
 from models.search_state import SEARCH, start_search
-from tools.checkpoint import load_checkpoint, previous_of, save_and_keep_previous
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.keeper import Keeper
-from tools.logs import make_logger
-from tools.metrics import METRICS, Metrics
+from tools.files import load_checkpoint, previous_of, save_and_keep_previous
 from tools.precision import Precision
-from tools.snapshot import TRAINING, find_snapshot
-from tools.training import start_state
-from tools.watch import Watch
+from tools.run.checkpoint import Keeper
+from tools.run.folder import METRICS, Metrics, Watch, make_logger
+from tools.run.resume import find_snapshot
+from tools.training import TRAINING, start_state
 
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
 

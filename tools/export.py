@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from tools.checkpoint import write_atomic
 from tools.errors import BadInput
+from tools.files import write_atomic
 
 
 def need(module: str, package: str, what: str) -> ModuleType:

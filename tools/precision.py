@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
-from tools.optimizers import optimized
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
@@ -214,3 +213,8 @@ def make_precision(args, device: torch.device) -> Precision:
     if getattr(args, 'ema_decay', 0):
         raise BadInput(f'--ema_decay: the half-precision weights of --opt_level {level} hold no average; use O1')
     return HalfPrecision(device, dtype, level == 'O2' if keep is None else keep, level == 'O2', scale)
+
+
+def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer updates."""
+    return [p for group in optimizer.param_groups for p in group['params']]

@@ -1,28 +1,124 @@
 """Training a network from scratch, epoch by epoch, with checkpoints; shared by both training scripts."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from tools.distributed import World
-from tools.engine import cosine_lr, evaluate, set_lr, train_epoch
-from tools.interrupt import ended_with
-from tools.keeper import Keeper
-from tools.optimizers import begin_momentum
+from tools.errors import BadInput
+from tools.files import put_weights, strip_module_prefix
 from tools.precision import Precision
-from tools.prefetch import to_device
-from tools.profiling import device_name, measure_latency
-from tools.snapshot import TRAINING, Snapshot, TrainState, compare_flags, find_snapshot
-from tools.watch import Progress, Watch
+from tools.rng import derive_seed
+from tools.run.checkpoint import Keeper
+from tools.run.folder import Progress, Watch
+from tools.run.resume import NUMBER, RunKind, Snapshot, compare_flags, find_snapshot
+from tools.run.stop import ended_with
+
+TRAINING = RunKind(
+    'training',
+    'eval',
+    ('checkpoint*.pth.tar',),
+    frozenset({'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}),
+    {
+        'epoch': int,
+        'step': int,
+        'state_dict': dict,
+        'flags': dict,
+        'best_acc_top1': NUMBER,
+        'best_acc_top5': NUMBER,
+        'optimizer': dict,
+        'scaler': dict,
+        'sums': list,
+    },
+    lambda checkpoint: (checkpoint['epoch'], checkpoint.get('step', 0)),
+)
+
+
+@dataclass
+class TrainState:
+    """All that training changes.
+
+    `epoch` and `step` say where the run stands: `step` batches of the epoch are done. `sums` are those of
+    `engine.Tally` over these batches, of all processes, and held by the first one. `best` is (top1, top5).
+    """
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    ema: AveragedModel | None = None
+    epoch: int = 0
+    step: int = 0
+    best: tuple[float, float] = (0.0, 0.0)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the optimizer's first parameters."""
+        return self.optimizer.param_groups[0]['lr']
+
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the moving average where there is one."""
+        return self.ema.module if self.ema else self.net
+
+    def to_checkpoint(self, args) -> dict:
+        """The contents of a checkpoint file. `args`: the flags of the run."""
+        checkpoint = {
+            'epoch': self.epoch,
+            'step': self.step,
+            'state_dict': {f'module.{name}': value for name, value in self.precision.weights(self.net).items()},
+            'best_acc_top1': self.best[0],
+            'best_acc_top5': self.best[1],
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.precision.state_dict(),
+            'sums': self.sums,
+            'flags': dict(vars(args)),
+        }
+        if self.ema:
+            checkpoint['state_dict_ema'] = self.ema.state_dict()
+        return checkpoint
+
+    def load(self, checkpoint: dict, where: str | Path, world: World) -> None:
+        """Go on from a checkpoint that `read_snapshot` read from `where`.
+
+        Raises:
+            BadInput: it is of another network.
+        """
+        state = strip_module_prefix(checkpoint['state_dict'])
+        put_weights(self.net, state, f'--snapshot {where}')
+        self.precision.load_weights(self.net, state)
+        try:
+            load_moments(self.optimizer, checkpoint['optimizer'])
+        except ValueError as e:
+            raise BadInput(f'--snapshot {where}: its optimizer is of other flags ({str(e).splitlines()[0]})') from e
+        try:
+            self.precision.load_state_dict(checkpoint.get('scaler', {}))
+            if self.ema and 'state_dict_ema' in checkpoint:
+                self.ema.load_state_dict(checkpoint['state_dict_ema'])
+            elif self.ema:
+                self.ema.module.load_state_dict(self.net.state_dict())
+        except (ValueError, TypeError, AttributeError, RuntimeError) as e:
+            raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
+        self.epoch, self.step = checkpoint['epoch'], checkpoint.get('step', 0)
+        self.best = (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
+        self.sums = checkpoint.get('sums', self.sums) if world.is_first else self.sums
+
 
 WARMUP_EPOCHS = 5
+
+
 LARGE_BATCH = 256
+
+
 RECIPE_BATCH = 512
 """The batch size that the default learning rate belongs to."""
 
@@ -156,6 +252,66 @@ def fit(
     return keeper.exit_code()
 
 
+def train_epoch(
+    model: nn.Module,
+    state: TrainState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    end: int,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    world: World,
+    args,
+    watch: Watch,
+    after_update: Callable[[TrainState, 'Tally'], bool],
+    allows_update: Callable[[TrainState, list[Tensor]], bool] = lambda *_: True,
+) -> dict[str, float] | None:
+    """Train on the rest of an epoch's batches; returns the numbers of `Tally`, or None where it was stopped.
+
+    Args:
+        model: `state.net`, wrapped for many devices.
+        batches: from batch `state.step` of the epoch on.
+        end: the epoch's number of batches.
+        mix: MixUp or CutMix: makes soft labels of images and labels.
+        args: needs seed, label_smooth, grad_accum, grad_clip, print_freq, on_nan.
+        watch: told every print_freq batches.
+        after_update: called after each update; says whether to stop.
+        allows_update: called before each with its losses; says whether to make it.
+    """
+    model.train()
+    losses, buffers = [], list(state.net.buffers()) if args.on_nan == 'skip' else []
+    tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
+    for step, (images, labels) in zip(range(state.step, end), batches, strict=False):
+        group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
+        updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
+        torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
+        if not losses:
+            statistics = [buffer.clone() for buffer in buffers]
+        mixed, targets = mix(images, labels) if mix else (images, labels)
+        with nullcontext() if updates or world.size == 1 else model.no_sync():
+            with state.precision.autocast():
+                logits = model(state.precision.inputs(mixed)).float()
+                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
+            state.precision.backward(loss / group, state.optimizer)
+        losses.append(loss.detach())
+        tally.add(loss, logits, labels)
+        if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
+            log_step(watch, tally, rate, state, step, end, args.batch_size)
+        if updates:
+            if allows_update(state, losses):
+                state.precision.step(state.optimizer, args.grad_clip)
+                if state.ema:
+                    state.ema.update_parameters(state.net)
+            else:
+                state.optimizer.zero_grad(set_to_none=True)
+                state.net.zero_grad(set_to_none=True)  # the optimizer may have copies of its own
+                for buffer, before in zip(buffers, statistics, strict=True):
+                    buffer.copy_(before)
+            losses, state.step = [], step + 1
+            if after_update(state, tally):
+                return None
+    state.sums = tally.total(world)
+    return tally.read(world)
+
+
 def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
     """The two lines at the end of an epoch."""
     watch.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
@@ -164,24 +320,177 @@ def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dic
     watch.write('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])
 
 
-def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -> None:
-    """Where a training has ended and `args.report`: measure the latency of its network, draw pictures and report.
+class Tally:
+    """Running sums of loss, hits and images, kept on the device; read only when printed.
 
     Args:
-        build: makes the network, with any weights.
-        args: report and img_size.
+        start: sums to go on from.
     """
-    if not (args.report and watch.metrics and watch.metrics.ended):
-        return
-    torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = False  # as where tables are made
-    batch_size = 32 if world.device.type == 'cuda' else 1
-    where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
+
+    def __init__(self, device: torch.device, start: list[float] | None = None):
+        self.sums = torch.tensor(start or [0.0] * 4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch, unless its loss is not finite.
+
+        Args:
+            loss: mean over the batch.
+            logits: [N, classes].
+            labels: [N].
+        """
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top == labels[:, None]
+        count = torch.full((), len(labels), device=loss.device)
+        sums = torch.stack([loss.double() * count, hits[:, 0].sum(), hits.sum(), count])
+        self.sums += sums.where(loss.isfinite(), 0.0)
+
+    def total(self, world: World) -> list[float]:
+        """The sums over all processes."""
+        return world.sum(self.sums.clone()).tolist()
+
+    def read(self, world: World | None = None) -> dict[str, float]:
+        """Mean loss, top1 and top5 in per cent, and images; over all processes where `world` is given."""
+        loss, top1, top5, images = self.total(world) if world else self.sums.tolist()
+        images = max(images, 1)
+        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'images': images}
+
+
+class Rate:
+    """Batches a second since the last reading."""
+
+    def __init__(self, step: int):
+        self.step, self.time = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        """`step`: batches done."""
+        now = time.monotonic()
+        rate = (step - self.step) / max(now - self.time, 1e-9)
+        self.step, self.time = step, now
+        return rate
+
+
+def log_step(watch: Watch, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
+    """Tell about the epoch so far. `batch`: images of a batch over all processes."""
+    now = tally.read()
+    numbers = {'lr': state.lr} | {name: now[name] for name in ('loss', 'top1', 'top5')}
+    watch.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
+
+
+@torch.inference_mode()
+def evaluate(
+    net: nn.Module,
+    loader: DataLoader,
+    precision: Precision,
+    world: World,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    stops: Callable[[], bool] = lambda: False,
+    see: Callable[[Tensor], None] | None = None,
+) -> dict[str, float] | None:
+    """Loss and accuracies over all images of a loader, each counted once over all processes.
+
+    Args:
+        net: not wrapped for many processes, which may have different numbers of batches.
+        stops: asked before each batch whether to stop; then the result is None.
+        see: gets the logits of each batch.
+    """
+    net.eval()
+    tally = Tally(world.device)
+    batches = to_device(loader, world.device, memory_format)
+    for _ in range(len(loader)):
+        if stops():
+            return None
+        batch = next(batches, None)
+        if batch is None:  # this process has fewer
+            continue
+        images, labels = batch
+        with precision.autocast():
+            logits = net(precision.inputs(images)).float()
+        tally.add(F.cross_entropy(logits, labels), logits, labels)
+        if see:
+            see(logits)
+    return tally.read(world)
+
+
+def cosine_lr(base: float, epoch: int, epochs: int) -> float:
+    """Cosine decay by epoch, from `base` at epoch 0 towards 0 (Loshchilov & Hutter 2017, without restarts)."""
+    return base * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+
+def begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Set momentum to zero where there is none yet.
+
+    Left to torch 2.14's fused SGD, it is made unset and then written by the first update, but not where a gradient
+    scaler skips that one for an overflow: the second would use whatever the memory held. Nor can parameters that have
+    momentum be updated in one launch with those that do not.
+    """
+    for group in optimizer.param_groups:
+        for p in group['params'] if group['momentum'] else ():
+            if optimizer.state[p].get('momentum_buffer') is None:
+                optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
+    """Load a state dict, but keep this optimizer's learning rate, weight decay and the like: what the flags say now.
+
+    Raises:
+        ValueError: the state dict is malformed, or of other parameters.
+    """
+    asked = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
-        ms = measure_latency(build, batch_size, args.img_size, world.device).ms
-    except RuntimeError as e:  # the training itself is done and saved
-        watch.log('latency not measured: %s', e)
-    else:
-        watch.write('latency', args.epochs, ms=ms, **where)
-        watch.log('measured latency %.4f ms on %s, batch %d', ms, where['device'], batch_size)
-    watch.draw()
+        optimizer.load_state_dict(saved)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f'{type(e).__name__}: {e}') from e
+    for group, values in zip(optimizer.param_groups, asked, strict=True):
+        group.update(values)
+
+
+def to_device(
+    batches: Iterable[tuple | None],
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (images, labels) on the device.
+
+    On a GPU they are one ahead: a batch is copied, and whatever `images.to` does besides is done, on a stream of its
+    own while the batch before it is in use. Neither this process nor the GPU waits, given pinned memory.
+
+    Args:
+        batches: pairs whose parts have `to(device, non_blocking=True)`: tensors, or raw images that it finishes.
+            None, a batch of which no image could be read, is left out.
+    """
+    batches = (batch for batch in batches if batch is not None)
+
+    def move(batch: tuple) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        images = images.to(device, non_blocking=True).to(memory_format=memory_format)
+        return images, labels.to(device, non_blocking=True)
+
+    return _one_ahead(batches, move, device) if device.type == 'cuda' else map(move, batches)
+
+
+def _one_ahead(batches: Iterable[tuple], move, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    side, moved = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            following = move(batch), side.record_event()
+        if moved is not None:
+            yield _hand_over(*moved, device)
+        moved = following
+    if moved is not None:
+        yield _hand_over(*moved, device)
+
+
+def _hand_over(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch for the present stream, once it is copied; its memory is not used again before that stream is done."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+    for tensor in batch:
+        tensor.record_stream(stream)
+    return batch

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.errors import BadInput
-from tools.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
-from tools.metrics import Run
-from tools.plots import save_figure
+from tools.report.draw import save_figure
+from tools.report.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
+from tools.run.folder import Run
 
 SETTING = ('device', 'batch_size', 'threads', 'img_size')
 """What measured latencies must have in common to stand on one axis."""

@@ -1,85 +1,65 @@
-"""Size, multiply-adds and speed of a network."""
+"""How long a network takes."""
 
 import math
-import platform
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tools.fresh import FreshProcess
+from latency_pkl.isolation import FreshProcess
+from tools.distributed import World
+from tools.environment import device_name
+from tools.run.folder import Watch
 
 ROUNDS = 24
 """Times that a network is built anew and timed for one latency; up to twice as many where the machine is noisy."""
+
 
 TURNS, ABREAST = 4, 10
 """Turns that networks take in a round, and how many take turns beside the standard. Few turns in many rounds: a network
 differs more from one layout of its memory to another than from turn to turn."""
 
+
 PRECISION = 0.005
 """Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
+
 
 GROUPS = 6
 """Groups of rounds, of which each is left out once for a standard error."""
 
+
 WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
 """Passes of a network just built to warm up, of one that others had a turn after, and timed ones of a turn."""
 
+
 PROBE = range(2000)
 """Summed, it tells how fast a core is: some 0.03 ms of work that needs neither caches nor memory."""
+
 
 UNDISTURBED = 1.25
 """Time of a probe over that of the fastest ones up to which a core is taken to be undisturbed. A neighbour on
 the core's other thread doubles it; clock rates differ by less."""
 
+
 OUTLIER = 1.5
 """Most that a timing counts, over the median of its part. Means do not depend on how many there are, unlike medians."""
+
 
 LEAST_UNDISTURBED = 2
 """Undisturbed timings that a part needs to be known. A latency of the whole counts as many of the least disturbed ones
 where there are fewer."""
 
+
 WORTH_SAYING = 0.01
 """Change of the machine's speed that is said."""
-
-
-def count_params(net: nn.Module) -> float:
-    """Parameters in millions."""
-    return sum(p.numel() for p in net.parameters()) / 1e6
-
-
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor with its family and model, where the system tells them: virtual machines may
-    call several generations by one name.
-    """
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    try:
-        first = Path('/proc/cpuinfo').read_text().split('\n\n', 1)[0]
-        said = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines() if ':' in line)
-        kind = [f'{word} {said[key]}' for word, key in (('family', 'cpu family'), ('model', 'model')) if key in said]
-        return ', '.join([said['model name'], *kind])
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
-
-
-def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
-    """Multiply-adds of convolutions and linear layers for one square input, in millions (torch counts two for each)."""
-    device = next(net.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        net.eval()(torch.zeros(1, channels, img_size, img_size, device=device))
-    return counter.get_total_flops() / 2e6
 
 
 @dataclass(frozen=True)
@@ -323,3 +303,26 @@ class Clock:
             return Passes(parts, np.zeros((len(parts), parts.shape[1] + 1)))
         spans = 1000 * np.diff(np.array(marks))
         return Passes(spans[:, 1::2], spans[:, 0::2])
+
+
+def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -> None:
+    """Where a training has ended and `args.report`: measure the latency of its network, draw pictures and report.
+
+    Args:
+        build: makes the network, with any weights.
+        args: report and img_size.
+    """
+    if not (args.report and watch.metrics and watch.metrics.ended):
+        return
+    torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = False  # as where tables are made
+    batch_size = 32 if world.device.type == 'cuda' else 1
+    where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
+    try:
+        ms = measure_latency(build, batch_size, args.img_size, world.device).ms
+    except RuntimeError as e:  # the training itself is done and saved
+        watch.log('latency not measured: %s', e)
+    else:
+        watch.write('latency', args.epochs, ms=ms, **where)
+        watch.log('measured latency %.4f ms on %s, batch %d', ms, where['device'], batch_size)
+    watch.draw()

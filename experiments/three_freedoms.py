@@ -1,6 +1,6 @@
 """What each of the three search freedoms is worth: searches with and without it, at one latency target.
 
-python benchmarks/three_freedoms.py --img_root images/train --train_list search_train.txt --val_list search_val.txt \
+python experiments/three_freedoms.py --img_root images/train --train_list search_train.txt --val_list search_val.txt \
     --test_root images/test --test_list test.txt --num_classes 10 --img_size 64 --lookup_path my_table.pkl \
     --save evidence
 
@@ -27,17 +27,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.freedoms_results import Run, report
 from dataset.lists import read_list
+from experiments.results import Run, report
 from latency_pkl.sampling import random_network
 from models.config import build_config, dump_config
 from models.elasticity import fit_widths, latency_range
 from models.latency import load_table
 from models.search_space import FREEDOMS, SPACE
-from tools.checkpoint import write_text
 from tools.errors import BadInput
-from tools.metrics import read_run
+from tools.files import write_text
 from tools.options import Parser, add_device_arg, count, number, run_script
+from tools.run.folder import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ('full', 'operator', 'depth', 'width', 'random', 'targets')
@@ -268,7 +268,7 @@ def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
     for run in runs:
         if run.arm == 'full' and drawn:
             (model,) = (save / run.name).glob('search/*/searched_model_*.pth.tar')
-            words = ['benchmarks/path_accuracy.py', *shared_flags(args), '--model_path', model, '--val_root',
+            words = ['experiments/path_accuracy.py', *shared_flags(args), '--model_path', model, '--val_root',
                      args.img_root, '--val_list', args.val_list, '--batch_size', args.batch_size, '--architectures',
                      *drawn]  # fmt: skip
             scripts.once(save / run.name, 'paths', words, 'supernet top1')

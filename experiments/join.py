@@ -1,6 +1,6 @@
 """Put the results of several experiments of three_freedoms.py, which differ in their seeds, into one table and picture.
 
-python benchmarks/join_freedoms.py one/results.jsonl another/results.jsonl --save both
+python experiments/join.py one/results.jsonl another/results.jsonl --save both
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.freedoms_results import correlation, summarise
+from experiments.results import correlation, summarise
 from tools.errors import BadInput
 from tools.options import Parser, run_script
 

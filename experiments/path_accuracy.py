@@ -1,6 +1,6 @@
 """Accuracy of given architectures with the weights of a searched supernet, without training them.
 
-python benchmarks/path_accuracy.py --model_path searched.pth.tar --architectures a.json b.json \
+python experiments/path_accuracy.py --model_path searched.pth.tar --architectures a.json b.json \
     --val_root images --val_list val.txt --num_classes 10 --img_size 64
 
 An architecture is a JSON file: {"arch": {"stage1": [op indices], ...},
@@ -22,10 +22,10 @@ from models.elasticity import gather, update_masks
 from models.model_search import Network
 from models.parsing import load_search_checkpoint, mask_widths
 from tools.distributed import World, pick_device
-from tools.engine import evaluate
 from tools.errors import BadInput
 from tools.options import Parser, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
+from tools.training import evaluate
 
 
 def get_args():

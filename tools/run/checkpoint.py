@@ -1,7 +1,5 @@
-"""The folder of a run: opened for one run at a time, and checkpoints written into it beside the run."""
+"""Checkpoints written beside a run."""
 
-import fcntl
-import os
 import shutil
 import signal
 import threading
@@ -13,16 +11,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tools.checkpoint import save_and_keep_previous, save_checkpoint, write_text
-from tools.distributed import World, restart_store
-from tools.engine import Tally
+from tools.distributed import World
 from tools.errors import BadInput, RunFailed
-from tools.guard import LossGuard
-from tools.interrupt import EXIT_CODES, StopRequest, resume_command
-from tools.logs import log_flags, make_logger, make_run_folder
-from tools.metrics import Metrics
-from tools.snapshot import CHECKPOINT, RunKind, Snapshot
-from tools.watch import Watch
+from tools.files import save_and_keep_previous, save_checkpoint
+from tools.run.folder import Watch
+from tools.run.resume import CHECKPOINT
+from tools.run.stop import EXIT_CODES, LossGuard, StopRequest, resume_command
 
 Save = Callable[[dict], None]
 """Writes a checkpoint of these contents."""
@@ -41,64 +35,6 @@ class State(Protocol):
 
     def to_checkpoint(self, args) -> dict:
         """The contents of a checkpoint file."""
-
-
-def open_run_folder(
-    args,
-    world: World,
-    kind: RunKind,
-    snapshot: Snapshot,
-    state: State,
-    header: dict,
-    files: dict[str, str] | None = None,
-) -> tuple[Path | None, Watch]:
-    """The folder of a run, and where its numbers go: the snapshot's folder where it goes on from one, else a new one.
-
-    Processes other than the first get None and a silent logger.
-
-    Args:
-        args: save, note and tensorboard, and all else for the head of the log.
-        header: first line of `metrics.jsonl`.
-        files: texts that the folder gets, by name.
-
-    Raises:
-        BadInput: the folder cannot be written to, or another run is writing into it.
-    """
-    if not world.is_first:
-        return None, Watch(make_logger(None))
-    folder = snapshot.folder or make_run_folder(args.save, kind.folders, args.note)
-    _lock(folder)
-    for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
-        leftover.unlink()
-    for name, text in (files or {}).items():
-        write_text(folder / name, text)
-    _, store = restart_store()
-    if store:
-        store.set('folder', str(folder.resolve()))
-    logger = make_logger(folder)
-    log_flags(logger, args)
-    for name, value in header['environment'].items():
-        logger.info('%s: %s', name, value)
-    for note in snapshot.notes:
-        logger.info(note)
-    return folder, Watch(logger, Metrics(folder, header, (state.epoch, state.step), args.tensorboard))
-
-
-def _lock(folder: Path) -> None:
-    """Keep other runs out of a folder until this process ends, in whatever way.
-
-    A lock of this process alone (POSIX): those that load images do not inherit it, and may outlive a kill by seconds.
-    """
-    try:
-        file = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as e:
-        raise BadInput(f'{folder}: cannot be written to ({e.strerror})') from e
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        raise BadInput(f'{folder}: another run is writing into this folder; wait for its end, or stop it') from e
-    except OSError:  # a file system without locks
-        pass
 
 
 class Writer:
@@ -189,7 +125,7 @@ class Keeper:
             self.watch.log('the loss is NaN or infinite at %s: left out', place)
         return allowed
 
-    def after_update(self, state: State, *tallies: Tally) -> bool:
+    def after_update(self, state: State, *tallies) -> bool:
         """Save where `args.save_freq` minutes are over or a signal came; returns whether to stop.
 
         Raises:

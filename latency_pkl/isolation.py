@@ -1,6 +1,8 @@
 """Calls in new processes, whose heap has no history but a random layout: what a CPU's timings need, so that their means
 are the same from run to run."""
 
+import ctypes
+import mmap
 import os
 import random
 import signal
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tools.memory import keep_freed_memory, shuffle_heap, use_huge_pages
+from tools.environment import _libc, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +33,7 @@ class FreshProcess:
 
     New processes are forked from one that only reads what is to be called: its heap does not depend on what else runs
     here or has run before, and it has no threads that a fork would lose. Where their tensors lie is drawn anew in each
-    (`tools.memory.shuffle_heap`). What is called must be importable from the project's modules.
+    (`shuffle_heap`). What is called must be importable from the project's modules.
     """
 
     def __init__(self, call: Callable):
@@ -84,7 +86,7 @@ def _forker() -> socket.socket:
 def _start_forker() -> tuple[subprocess.Popen, socket.socket]:
     ours, its = socket.socketpair()
     with its:
-        command = [sys.executable, '-m', 'tools.fresh', str(its.fileno())]
+        command = [sys.executable, '-m', 'latency_pkl.isolation', str(its.fileno())]
         return subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL), ours
 
 
@@ -128,6 +130,41 @@ def _answer(connection: Connection, threads: int, call: Callable) -> None:
             connection.send(result)
     except (EOFError, OSError):  # nobody asks any more
         os._exit(0)
+
+
+HUGE_HEAP = 2**30
+"""Bytes at the start of the heap that are in huge pages, which are taken only when they are used."""
+
+
+PIECES, SMALLEST, LARGEST = 100, 2**10, 2**22
+"""Pieces that `shuffle_heap` puts into the heap, and their bytes."""
+
+
+def use_huge_pages() -> None:
+    """Ask that what this process allocates from now on is in pages of 2 MB, for timings: with pages of 4 KB, a
+    network's speed depends on where in memory its pages happen to lie, from process to process. To be called after
+    `keep_freed_memory`. No effect without glibc, or where the system has no such pages to give.
+    """
+    libc = _libc()
+    if not libc:
+        return
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    start = libc.malloc(HUGE_HEAP)
+    if start:
+        first_page = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        libc.madvise(first_page, start + HUGE_HEAP - first_page, mmap.MADV_HUGEPAGE)
+        libc.free(start)  # kept as the heap's top, which is handed out next
+
+
+def shuffle_heap() -> None:
+    """Let what this process allocates from now on lie at random places, for timings: by how the addresses of its
+    tensors collide in the caches, a network takes some per cent more or less, and a block of many pixels up to a third.
+    Processes forked from one would all have the same collisions. No effect without glibc.
+    """
+    if libc := _libc():
+        pieces = [libc.malloc(int(SMALLEST * (LARGEST / SMALLEST) ** random.random())) for _ in range(PIECES)]
+        for piece in random.sample(pieces, PIECES // 2):
+            libc.free(piece)
 
 
 if __name__ == '__main__':

@@ -1,34 +1,29 @@
-"""The checkpoint that a run goes on from, and where a training run stands: its state, in and out of checkpoints.
-
-A training's checkpoint holds weights, optimizer, gradient scaler, moving average, best accuracies, sums for the log,
-and the position in the data as epoch and step. It holds no generator state, because there is none: what is drawn for a
-step or an image is seeded by where it happens (see `tools.rng`), also in the workers. The learning rate follows from
-the epoch.
-"""
+"""The checkpoint that a run goes on from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from tools.checkpoint import load_checkpoint, previous_of, put_weights, strip_module_prefix
-from tools.distributed import World, restart_store
+from tools.distributed import restart_store
 from tools.errors import BadInput
-from tools.logs import run_folders
-from tools.metrics import METRICS
-from tools.optimizers import load_moments
-from tools.precision import Precision
+from tools.files import load_checkpoint, previous_of
+from tools.run.folder import METRICS, run_folders
 
 CHECKPOINT = 'checkpoint.pth.tar'
+
+
 HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
     'max_steps', 'tensorboard', 'report', 'on_nan', 'deterministic',
 }  # fmt: skip
+
+
 POSITION = {'batch_size', 'seed', 'grad_accum'}
+
+
 NUMBER = int | float
 
 
@@ -56,95 +51,6 @@ class RunKind:
         """Those in some folders, the newest first."""
         paths = [path for folder in run_folders for files in self.files for path in folder.glob(files)]
         return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-TRAINING = RunKind(
-    'training',
-    'eval',
-    ('checkpoint*.pth.tar',),
-    frozenset({'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'}),
-    {
-        'epoch': int,
-        'step': int,
-        'state_dict': dict,
-        'flags': dict,
-        'best_acc_top1': NUMBER,
-        'best_acc_top5': NUMBER,
-        'optimizer': dict,
-        'scaler': dict,
-        'sums': list,
-    },
-    lambda checkpoint: (checkpoint['epoch'], checkpoint.get('step', 0)),
-)
-
-
-@dataclass
-class TrainState:
-    """All that training changes.
-
-    `epoch` and `step` say where the run stands: `step` batches of the epoch are done. `sums` are those of
-    `engine.Tally` over these batches, of all processes, and held by the first one. `best` is (top1, top5).
-    """
-
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    ema: AveragedModel | None = None
-    epoch: int = 0
-    step: int = 0
-    best: tuple[float, float] = (0.0, 0.0)
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the optimizer's first parameters."""
-        return self.optimizer.param_groups[0]['lr']
-
-    def evaluated(self) -> nn.Module:
-        """The network whose accuracy counts: the moving average where there is one."""
-        return self.ema.module if self.ema else self.net
-
-    def to_checkpoint(self, args) -> dict:
-        """The contents of a checkpoint file. `args`: the flags of the run."""
-        checkpoint = {
-            'epoch': self.epoch,
-            'step': self.step,
-            'state_dict': {f'module.{name}': value for name, value in self.precision.weights(self.net).items()},
-            'best_acc_top1': self.best[0],
-            'best_acc_top5': self.best[1],
-            'optimizer': self.optimizer.state_dict(),
-            'scaler': self.precision.state_dict(),
-            'sums': self.sums,
-            'flags': dict(vars(args)),
-        }
-        if self.ema:
-            checkpoint['state_dict_ema'] = self.ema.state_dict()
-        return checkpoint
-
-    def load(self, checkpoint: dict, where: str | Path, world: World) -> None:
-        """Go on from a checkpoint that `read_snapshot` read from `where`.
-
-        Raises:
-            BadInput: it is of another network.
-        """
-        state = strip_module_prefix(checkpoint['state_dict'])
-        put_weights(self.net, state, f'--snapshot {where}')
-        self.precision.load_weights(self.net, state)
-        try:
-            load_moments(self.optimizer, checkpoint['optimizer'])
-        except ValueError as e:
-            raise BadInput(f'--snapshot {where}: its optimizer is of other flags ({str(e).splitlines()[0]})') from e
-        try:
-            self.precision.load_state_dict(checkpoint.get('scaler', {}))
-            if self.ema and 'state_dict_ema' in checkpoint:
-                self.ema.load_state_dict(checkpoint['state_dict_ema'])
-            elif self.ema:
-                self.ema.module.load_state_dict(self.net.state_dict())
-        except (ValueError, TypeError, AttributeError, RuntimeError) as e:
-            raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
-        self.epoch, self.step = checkpoint['epoch'], checkpoint.get('step', 0)
-        self.best = (checkpoint['best_acc_top1'], checkpoint['best_acc_top5'])
-        self.sums = checkpoint.get('sums', self.sums) if world.is_first else self.sums
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from scipy import stats
 
 from models.search_space import FREEDOMS
-from tools.checkpoint import write_atomic, write_text
-from tools.metrics import read_run
+from tools.files import write_atomic, write_text
+from tools.run.folder import read_run
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.fresh import FreshProcess, in_fresh_process
+from latency_pkl.isolation import FreshProcess, in_fresh_process
 
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
