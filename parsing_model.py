@@ -10,7 +10,6 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from models.elasticity import fit_widths
 from models.latency import load_table
 from models.model_eval import NetworkEval
 from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
+from models.search_space import SPACE
 from models.targeting import most_probable
 from tools.distributed import pick_device
 from tools.errors import BadInput
@@ -67,19 +67,14 @@ def names_config(args):
     return bool(args.config_path) or is_config_file(args.model_path)
 
 
-def fit(state, widths, table, target, args):
-    """The most probable network that meets a latency in the table: (architecture, config, that latency)."""
-    arch = most_probable(state, table, target)
-    config = build_config(
-        arch,
-        fit_widths(arch, widths, table, target, args.width_divisor),
-        args.num_classes,
-        table.space,
-    )
+def fit(state, widths, table, target, num_classes, divisor):
+    """Return the most probable network that meets a latency in the table: (architecture, config, that latency)."""
+    arch = most_probable(state, table, SPACE, target)
+    config = build_config(arch, fit_widths(arch, widths, table, SPACE, target, divisor), num_classes, SPACE)
     return arch, config, table.of_config(config)
 
 
-def fit_to_clock(state, widths, table, target, args, device):
+def fit_to_clock(state, widths, table, target, num_classes, args, device):
     """`fit`, corrected by the measured time of the network until that meets the target; prints each round.
 
     Networks of one architecture differ little from round to round, so what the clock says of them against the table is
@@ -87,10 +82,10 @@ def fit_to_clock(state, widths, table, target, args, device):
     """
     batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
     standard = standard_of(table, batch_size, device)
-    least, _, most = table.reach()
+    least, _, most = table.reach(SPACE)
     aim, ratios = target, {}
     for number in range(1, MEASURED_ROUNDS + 1):
-        arch, config, predicted = fit(state, widths, table, aim, args)
+        arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
         build = partial(build_network, config, device, number)
         measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds)
         print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms')
@@ -105,20 +100,19 @@ def fit_to_clock(state, widths, table, target, args, device):
     return config
 
 
-def fitted_configs(args, table, device):
+def fitted_configs(args, save_path, num_classes, table, device):
     """(path, config) for each target."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
-    state, masks, space = load_search_checkpoint(args.model_path)
-    table = replace(table, space=space)
-    path, targets = Path(args.save_path), [table.target(text) for text in args.target_lat]
+    state, masks = load_search_checkpoint(args.model_path, SPACE)
+    path, widths, targets = Path(save_path), mask_widths(masks), [table.target(text, SPACE) for text in args.target_lat]
     for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
         if args.fit_measured:
-            yield one, fit_to_clock(state, mask_widths(masks), table, target, args, device)
+            yield one, fit_to_clock(state, widths, table, target, num_classes, args, device)
         else:
-            yield one, fit(state, mask_widths(masks), table, target, args)[1]
+            yield one, fit(state, widths, table, target, num_classes, args.width_divisor)[1]
 
 
 def report(path, config, table, args, device):
@@ -144,21 +138,21 @@ def main(args):
     """Read, fit where a target is given, write, print."""
     device = pick_device(args.device)
     is_config = names_config(args)
-    if not is_config:
-        args.save_path, args.num_classes = args.save_path or 'model.config', args.num_classes or USUAL_CLASSES
-    if args.save_path:
-        check_target(args.save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
-    table = load_table(args.lookup_path, args.img_size) if args.print_lat or args.target_lat else None
+    save_path = args.save_path or (None if is_config else 'model.config')
+    num_classes = args.num_classes or (None if is_config else USUAL_CLASSES)
+    if save_path:
+        check_target(save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
+    table = load_table(args.lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
     if args.target_lat:
-        configs = fitted_configs(args, table, device)
+        configs = fitted_configs(args, save_path, num_classes, table, device)
     else:
-        config = load_architecture(args.model_path or args.config_path, args.num_classes)
-        configs = [(args.save_path, config.with_classes(args.num_classes) if args.num_classes else config)]
+        config = load_architecture(args.model_path or args.config_path, num_classes, SPACE)
+        configs = [(save_path, config.with_classes(num_classes) if num_classes else config)]
     for path, config in configs:
         report(path, config, table, args, device)
 

@@ -17,12 +17,13 @@ import torch
 
 from dataset.images import load_rgb
 from dataset.lists import read_list
-from dataset.loaders import make_loader, tell_skipped
+from dataset.loaders import log_skipped, make_loader
 from dataset.transforms import val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
+from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
@@ -69,23 +70,23 @@ def get_args():
 
 
 def load_net(args):
-    """The network in evaluation mode with its weights."""
+    """Return the network in evaluation mode with its weights, and its number of classes."""
     path = args.model_path or args.config_path
     weights, key = read_weights(args.weights, average=not args.no_average)
     in_weights = weights.get('classifier.linear.bias', torch.empty(0)).numel()
+    num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
-        args.num_classes = in_weights or FALLBACK_CLASSES
-        print(f'--num_classes {args.num_classes}: from {args.weights}')
-    config = load_architecture(path, args.num_classes)
-    if config.classifier.out_features != args.num_classes:
-        raise BadInput(f'{path} has {config.classifier.out_features} classes, --num_classes says {args.num_classes}')
+        print(f'--num_classes {num_classes}: from {args.weights}')
+    config = load_architecture(path, num_classes, SPACE)
+    if config.classifier.out_features != num_classes:
+        raise BadInput(f'{path} has {config.classifier.out_features} classes, --num_classes says {num_classes}')
     net = NetworkEval(config)
-    if in_weights and in_weights != args.num_classes:
-        raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes says {args.num_classes}')
+    if in_weights and in_weights != num_classes:
+        raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes says {num_classes}')
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')
-    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval()
+    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval(), num_classes
 
 
 def export_files(path):
@@ -138,23 +139,25 @@ def predictions_csv(samples, probabilities):
 
 
 @torch.inference_mode()
-def classify(net, args, device):
+def classify(net, num_classes, args, device):
     """Print the most probable classes of one image."""
     image = val_transform(args.img_size)(load_rgb(args.image))
-    top = net(image[None].to(device, memory_format=LAYOUT)).softmax(1)[0].topk(min(5, args.num_classes))
+    top = net(image[None].to(device, memory_format=LAYOUT)).softmax(1)[0].topk(min(5, num_classes))
     for place, (probability, label) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
         print(f'{place}. class {label} probability {probability:.4f}')
 
 
-def test(net, args, world):
+def test(net, num_classes, args, world):
     """Print the accuracies on --val_list; write the predictions where asked for."""
-    samples = read_list(args.val_list, args.val_root, args.num_classes)
-    loader = make_loader(args.val_root, samples, val_transform(args.img_size), args, world, False, False, args.val_list)
+    samples = read_list(args.val_list, args.val_root, num_classes)
+    loader = make_loader(
+        args.val_root, samples, val_transform(args.img_size), args, world, args.val_list, for_training=False
+    )
     logits = []
-    result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append)
+    result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append).numbers
     print(f'Val_acc_top1: {result["top1"]:.2f}')
     print(f'Val_acc_top5: {result["top5"]:.2f}')
-    tell_skipped(loader, log=print, world=world)
+    log_skipped(loader, log=print, world=world)
     if args.export_predictions:
         samples = [sample for sample, bad in zip(samples, loader.dataset.bad.tolist(), strict=True) if not bad]
         write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))
@@ -167,11 +170,12 @@ def main(args):
         check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, args.image))
     world = World(pick_device(args.device))
     prepare(world.device)
-    net = load_net(args).to(world.device, memory_format=LAYOUT)
+    net, num_classes = load_net(args)
+    net = net.to(world.device, memory_format=LAYOUT)
     if args.image:
-        classify(net, args, world.device)
+        classify(net, num_classes, args, world.device)
     if args.val_list:
-        test(net, args, world)
+        test(net, num_classes, args, world)
     if args.export:
         export(net, args)
 

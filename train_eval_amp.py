@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \
         --train_list train.txt --val_list val.txt --config_path model.config --opt_level O1 --sync_bn --channels_last
     python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...             (the same, older launcher)
-    torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ...       (a killed process costs minutes at most)
+    torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ... --snapshot auto     (restarts killed processes)
 
 --batch_size and --workers are totals over all processes.
 """
@@ -14,18 +14,23 @@ import torch
 from torch import nn
 
 from dataset.loaders import make_train_val_loaders
-from latency_pkl.timing import conclude
+from latency_pkl.timing import log_latency
 from models.config import dump_config
 from models.describe import describe_network
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture
-from tools.distributed import join_world, leave_world, wrap_model
+from models.search_space import SPACE
+from tools.distributed import join_world, leave_world
 from tools.environment import prepare
 from tools.errors import BadInput
 from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
+from tools.report.draw import draw_at_end
 from tools.rng import derive_seed
-from tools.run.folder import open_run_folder, run_header
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import open_run
+from tools.run.metrics import run_header
+from tools.run.resume import compare_flags, find_snapshot
 from tools.training import TRAINING, fit, memory_format, start_state
 
 
@@ -52,23 +57,28 @@ def main(args):
     precision = make_precision(args, world.device)
     if args.sync_bn:
         check_sync_bn(world)
-    loaders = make_train_val_loaders(args, world)
-    config = load_architecture(args.model_path or args.config_path, args.num_classes).with_classes(args.num_classes)
+    loaders, num_classes = make_train_val_loaders(args, world)
+    flags = vars(args) | {'num_classes': num_classes}
+    config = load_architecture(args.model_path or args.config_path, num_classes, SPACE).with_classes(num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     if args.sync_bn and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    state, snapshot = start_state(net, precision, world, args)
-    model = wrap_model(state.net, world, args)
-    about = {'network': describe_network(config, args.img_size), 'steps_an_epoch': len(loaders[0])}
-    header = run_header('training', args, world.device, **about)
+    snapshot = find_snapshot(args, TRAINING)
+    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags))
+    state, snapshot = start_state(net, precision, snapshot, world, args)
+    network = describe_network(config, args.img_size, SPACE)
+    header = run_header('training', flags, world.device, network=network, steps_an_epoch=len(loaders[0]))
     files = {'model.config': dump_config(config)}
-    folder, watch = open_run_folder(args, world, TRAINING, snapshot, state, header, files)
-    code = fit(model, state, loaders, world, args, folder, watch, header['environment'])
+    logger = open_run(args, world, TRAINING.folders, snapshot, (state.epoch, state.step), header, files)
+    checkpointer = Checkpointer(logger, world, args.save_freq, flags, header['environment'])
+    code = fit(state, loaders, num_classes, world, args, checkpointer, logger)
     leave_world(world)
-    conclude(watch, partial(NetworkEval, config), world, args)
+    if args.report and logger.ended:
+        log_latency(logger, args.epochs, partial(NetworkEval, config), world.device, args.img_size)
+        draw_at_end(logger.folder, logger.log)
     return code
 
 

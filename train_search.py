@@ -25,22 +25,22 @@ import torch
 import torch.nn.functional as F
 
 from dataset.lists import list_folder, read_classes, split_by_class, write_list
-from dataset.loaders import Batches, make_loader, read_train_val, tell_skipped, transforms
+from dataset.loaders import Batches, log_skipped, make_loader, read_train_val, transforms
 from models.describe import describe_architecture, describe_space, describe_table
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
-from models.latency import load_table
+from models.latency import LatencyLoss, load_table
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
 from models.search_state import (
     SEARCH,
     architecture_steps,
-    save_searched_model,
+    remove_old_models,
     searched_model,
     start_search,
     temperature,
     weights_lr,
 )
-from models.search_steps import architecture_step, train_only, weight_step
+from models.search_steps import backward_on_mixture, backward_on_paths, train_only
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
@@ -61,19 +61,19 @@ from tools.options import (
     process_count,
     run_script,
 )
+from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
-from tools.run.checkpoint import Keeper
-from tools.run.folder import Progress, open_run_folder, run_header
-from tools.run.resume import find_snapshot
-from tools.run.stop import ended_with, outlive_signals
-from tools.training import Tally, to_device
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import open_run
+from tools.run.metrics import run_header
+from tools.run.resume import compare_flags, find_snapshot
+from tools.run.stop import ended_with
+from tools.training import PassResult, Tally, to_device
 
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 CLASSES = Path(__file__).parent / 'dataset' / 'imagenet100_classes.txt'
 VALIDATED_EPOCHS = 5
-WORK = 4
-"""What a step takes on average after the warm-up, in steps of the warm-up; for the first estimates of the time left."""
 
 
 def get_args():
@@ -121,7 +121,7 @@ def get_args():
         choices=FREEDOMS,
         default=list(FREEDOMS),
         help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
-        'depth: a skip operator in place of the sinks; without width: the widths of the start are kept',
+        'width: the widths of the start are kept',
     )
     add_device_arg(parser)
     add_rank_arg(parser)
@@ -131,7 +131,7 @@ def get_args():
 
 
 def make_default_lists(args):
-    """Make the default lists where neither of them is there; returns a line for the log."""
+    """Create the default lists if neither exists; returns a line for the log."""
     paths = Path(args.train_list), Path(args.val_list)
     if (args.train_list, args.val_list) != (TRAIN_LIST, VAL_LIST) or any(path.exists() for path in paths):
         return ''
@@ -142,64 +142,57 @@ def make_default_lists(args):
     return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
 
 
-def train_epoch(state, train_loader, val_loader, table, args, world, keeper):
-    """Train on the rest of an epoch's batches: weights only while warming up; then bi-sampled weights, and the
-    architecture on every second step. Returns the epoch's numbers, or None where a signal stopped it."""
-    net, epoch, steps, warming_up = state.net, state.epoch, len(train_loader), state.epoch < args.warmup_epochs
+def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger):
+    """Train on the rest of an epoch's batches: the weights on one path while warming up, then on two (bi-sampling), and
+    on every second step the architecture on the mixture."""
+    net, epoch, warming_up = state.net, state.epoch, state.epoch < args.warmup_epochs
+    train_loader, val_loader = loaders
+    steps = len(train_loader)
     weights, architecture = net.weight_parameters(), net.arch_parameters()
-    table_matrix = table.matrix(net.widths()).to(world.device)
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
-    before_update = partial(average_and_check, state, world, keeper)
+    train_batches = logger.track(to_device(train_loader, world.device), f'epoch {epoch}')
     val_batches = to_device(Batches(val_loader, architecture_steps(epoch, state.step, steps, args)), world.device)
-    batches, work = to_device(train_loader, world.device), 1 if warming_up else WORK
-    batches = keeper.watch.progress.track(batches, f'epoch {epoch}', steps, state.step, work=work)
-    for step, (images, labels) in enumerate(batches, state.step):
+    for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
-        first = net.sample('gumbel', draws)
-        bi_sampling = not warming_up and 'operator' in args.freedoms
-        paths = [first, net.sample('random', draws, exclude=first)] if bi_sampling else [first]
+        paths = [net.sample('gumbel', draws)]
+        if not warming_up and 'operator' in args.freedoms:
+            paths.append(net.sample('random', draws, exclude=paths[0]))
         train_only(weights, architecture)
-        loss, logits = weight_step(
-            net, state.w_optimizer, images, labels, paths, args.grad_clip, state.w_precision, before_update
-        )
-        w_tally.add(loss, logits, labels)
+        losses, logits = backward_on_paths(net, images, labels, paths, state.w_precision)
+        world.average_gradients(weights)
+        if checkpointer.allows_update(state, losses):
+            state.w_precision.step(state.w_optimizer, args.grad_clip)
+        w_tally.add(losses[0], logits, labels)
+
         if not warming_up and step % 2 == 0:
             images, labels = next(val_batches)
             train_only(architecture, weights)
             op_weights = net.mixture_weights(temperature(epoch, args), draws)
-            loss, logits, state.latency = architecture_step(
-                net,
-                state.a_optimizer,
-                images,
-                labels,
-                op_weights,
-                table_matrix,
-                table,
-                args,
-                state.a_precision,
-                before_update,
+            loss, logits, state.latency = backward_on_mixture(
+                net, images, labels, op_weights, latency_loss, state.a_precision
             )
+            world.average_gradients(architecture)
+            if checkpointer.allows_update(state, [loss]):
+                state.a_precision.step(state.a_optimizer, args.grad_clip)
+                net.project_architecture()
             a_tally.add(loss, logits, labels)
+
         if step % args.print_freq == 0 or step == steps - 1:
-            keeper.watch.step(
-                epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up, world)
-            )
+            logger.step(epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up, world))
         state.step = step + 1
-        if keeper.after_update(state, w_tally, a_tally):
-            return None
+        if checkpointer.is_due():
+            state.sums = [*w_tally.total(world), *a_tally.total(world)]
+            state.scatter_to_full()
+            checkpointer.save(state)
+        if checkpointer.signal:
+            return PassResult({}, stopped=True)
     state.sums = [*w_tally.total(world), *a_tally.total(world)]
-    return read_numbers(w_tally, a_tally, state.latency, warming_up, world)
-
-
-def average_and_check(state, world, keeper, parameters, losses):
-    """Average the gradients of a step over all processes; returns whether its losses allow the update."""
-    world.average_gradients(parameters)
-    return keeper.allows_update(state, losses)
+    return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world))
 
 
 def read_numbers(w_tally, a_tally, latency, warming_up, world):
-    """Loss and top-1 of the steps so far, of weights and architecture; the mixture's latency at the last of them."""
+    """Return loss and top-1 of the epoch so far, of weights and architecture, and the last latency of the mixture."""
     tallies = {'w': w_tally.read(world)} | ({} if warming_up else {'a': a_tally.read(world)})
     numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
     return numbers if warming_up else numbers | {'mixture_latency': latency.item()}
@@ -207,21 +200,25 @@ def read_numbers(w_tally, a_tally, latency, warming_up, world):
 
 @torch.no_grad()
 def validate(net, loader, args, epoch, world, stops, precision):
-    """Accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch. None where it `stops`."""
+    """Return the accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch.
+
+    Args:
+        stops: called before each batch; whether to stop.
+    """
     tally = Tally(world.device)
     loader.sampler.set_epoch(0)
     for step, (images, labels) in enumerate(to_device(loader, world.device)):
         if stops():
-            return None
+            return PassResult({}, stopped=True)
         path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
         with precision.autocast():
             logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
-    return tally.read(world)
+    return PassResult(tally.read(world))
 
 
 def log_architecture(net, log):
-    """One line a block with the probabilities of its operators, one line a stage with those of its exits."""
+    """Log the probabilities of each block's operators, and of each stage's exits."""
     for op in net.mixed_ops():
         probabilities = op.log_alphas.detach().softmax(0).tolist()
         log('%s.%s ops %s', op.block.stage, op.block.name, ' '.join(f'{p:.4f}' for p in probabilities))
@@ -229,122 +226,122 @@ def log_architecture(net, log):
         log('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
 
-def scale_to_target(full, masks, table, args, log):
+def scale_to_target(state, table, target, args, log):
     """Elasticity-scaling of the current architecture; returns the new widths, and the latencies for the metrics."""
-    arch, widths = parse_architecture(full, table.space), mask_widths(masks)
+    arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
     scaled = widths
     if 'width' in args.freedoms:
-        scaled = scale_widths(arch, widths, table, args.target_lat, args.width_divisor)
-    for when, values in (('Before', widths), ('After', scaled)):
-        log('%s, the current lat: %.4f, the target lat: %.4f', when, table.total(arch, values), args.target_lat)
-    least, most = latency_range(arch, table)
-    if not least <= args.target_lat <= most:
-        reach = (
+        scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor)
+    before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
+    for when, latency in (('Before', before), ('After', after)):
+        log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
+    least, most = latency_range(arch, table, SPACE)
+    if not least <= target <= most:
+        log(
             'The current architecture reaches %.4f to %.4f with its own operators: not the target. Another one may yet;'
+            ' parsing_model.py --target_lat finds the most probable that does.',
+            least,
+            most,
         )
-        log(f'{reach} parsing_model.py --target_lat finds the most probable that does.', least, most)
-    return scaled, {
-        'target': args.target_lat,
-        'before': table.total(arch, widths),
-        'after': table.total(arch, scaled),
-        'least': least,
-        'most': most,
-    }
+    return scaled, {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
 
 
 def read_table(args, world):
-    """The latency table, and lines for the log; makes a number of ms of `args.target_lat`."""
+    """Return the latency table, the target in its unit, and lines for the log."""
     notes = []
-    space = SPACE if 'depth' in args.freedoms else SPACE.with_skip()
-    table = load_table(args.lookup_path, args.img_size, space, notes.append)
+    table = load_table(args.lookup_path, args.img_size, SPACE, notes.append)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
-    notes.append(reach % (args.lookup_path, *table.reach(), table.unit))
+    notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
         print(notes[-1], flush=True)
-    args.target_lat = table.target(args.target_lat)
-    check_divisor(args.width_divisor, table.space)
-    return table, notes
+    check_divisor(args.width_divisor, SPACE)
+    return table, table.target(args.target_lat, SPACE), notes
 
 
 def make_loaders(args, world, note):
-    """Loaders of the images that train the weights and of those that train the architecture. `note`: for the log."""
-    note(world.first_says(lambda: make_default_lists(args)))
-    train, val = read_train_val((args.train_list, args.val_list), (args.img_root, args.img_root), args, note)
-    for_training, for_validation = transforms(args)
-    more = args, world, True, True
-    train_loader = make_loader(args.img_root, train, for_training, *more, args.train_list, outlive_signals)
-    val_loader = make_loader(args.img_root, val, for_validation, *more, args.val_list, outlive_signals)
-    return train_loader, val_loader
+    """Return the loaders of the images that train the weights and the architecture, and the number of classes."""
+    note(world.from_rank0(lambda: make_default_lists(args)))
+    lists = args.train_list, args.val_list
+    train, val, num_classes = read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
+    train_transform, val_transform = transforms(args)
+    train_loader = make_loader(args.img_root, train, train_transform, args, world, lists[0], for_training=True)
+    val_loader = make_loader(args.img_root, val, val_transform, args, world, lists[1], for_training=True)
+    return (train_loader, val_loader), num_classes
 
 
-def open_run(args, world, snapshot, state, table, steps):
-    """The keeper of this search, with its folder and where its numbers go. `steps`: of an epoch."""
-    latency = {'table': args.lookup_path, 'target': args.target_lat, **describe_table(table)}
-    about = {'space': describe_space(args.img_size, table.space), 'latency': latency, 'steps_an_epoch': steps}
-    header = run_header('search', args, world.device, **about)
+def make_header(flags, table, target, world, args, steps):
+    """Return the first line of metrics.jsonl."""
+    latency = {'table': args.lookup_path, 'target': target, **describe_table(table, SPACE)}
+    about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
+    header = run_header('search', flags, world.device, **about)
     header['environment'] |= {'processes': world.size, 'table': fingerprint(args.lookup_path)}
-    folder, watch = open_run_folder(args, world, SEARCH, snapshot, state, header)
-    work = work_until(args.epochs, 0, steps, args), work_until(state.epoch, state.step, steps, args)
-    watch.progress = Progress(*work, quiet=not world.is_first)
-    return Keeper(folder, watch, world, args, header['environment'])
-
-
-def work_until(epoch, step, steps, args):
-    """Work of a search before a step, in steps of the warm-up. `steps`: of an epoch."""
-    return steps * epoch + step + (WORK - 1) * max(steps * (epoch - args.warmup_epochs) + step, 0)
+    return header
 
 
 def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
     world = join_world(args.device, args.local_rank)
-    table, notes = read_table(args, world)
+    table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    train_loader, val_loader = make_loaders(args, world, notes.append)
+    loaders, num_classes = make_loaders(args, world, notes.append)
+    flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic)
-    state, snapshot = start_search(find_snapshot(args, SEARCH), table.space, world, args)
-    keeper = open_run(args, world, snapshot.noting(*notes), state, table, len(train_loader))
-    watch = keeper.watch
+    snapshot = find_snapshot(args, SEARCH)
+    snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
+    state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
+    header = make_header(flags, table, target, world, args, steps)
+    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header)
+    logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
-    with keeper, ended_with(train_loader, val_loader):
+    with (
+        Checkpointer(logger, world, args.save_freq, flags, header['environment']) as checkpointer,
+        ended_with(*loaders),
+    ):
         while state.epoch < args.epochs:
             epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
             if state.step == 0:
                 state.begin_epoch(args)
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
-            watch.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
-            trained = train_epoch(state, train_loader, val_loader, table, args, world, keeper)
-            if trained is None:
+            logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
+            latency_loss = LatencyLoss(table, state.net.widths(), SPACE, target, args.lambda_lat, world.device)
+            trained = train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
+            if trained.stopped:
                 break
-            state.take_over()
-            state.share(world)
+            state.scatter_to_full()
+            state.broadcast_full(world)
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
-                val = validate(state.net, val_loader, args, epoch, world, keeper.stops, state.w_precision)
-                if val is None:
-                    keeper.save(state)
+                val = validate(
+                    state.net, loaders[1], args, epoch, world, checkpointer.stop_requested, state.w_precision
+                )
+                if val.stopped:
+                    checkpointer.save(state)
                     break
-                watch.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, val['top1'], val['top5'])
-                numbers['val'] = val
+                numbers['val'] = val.numbers
+                top1, top5 = val.numbers['top1'], val.numbers['top5']
+                logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
             if not warming_up:
-                log_architecture(state.net, watch.log)
-                scale = partial(scale_to_target, state.full, state.masks, table, args, watch.log)
-                widths, numbers['latency'] = world.first_says(scale)
+                log_architecture(state.net, logger.log)
+                scale = partial(scale_to_target, state, table, target, args, logger.log)
+                widths, numbers['latency'] = world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
-            found = describe_architecture(state.full, state.masks, table, args.num_classes)
-            watch.write('epoch', epoch, **numbers, **trained, **found)
+            found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
+            logger.record('epoch', epoch, **numbers, **trained.numbers, **found)
             state.end_epoch()
-            keeper.write(state, partial(save_searched_model, folder=keeper.folder, keep=args.keep_checkpoints))
-            tell_skipped(train_loader, val_loader, log=watch.log, world=world)
-        else:
-            keeper.remove_checkpoints()
-            watch.write('end', args.epochs - 1)
-            if keeper.folder:
-                watch.log('searched model: %s', keeper.folder / searched_model(args.epochs - 1))
+            checkpointer.save_as(state, searched_model(epoch))
+            remove_old_models(logger.folder, epoch, args.keep_checkpoints)
+            log_skipped(*loaders, log=logger.log, world=world)
+
+    if not checkpointer.signal:
+        checkpointer.remove_checkpoints()
+        logger.record('end', args.epochs - 1)
+        if logger.folder:
+            logger.log('searched model: %s', logger.folder / searched_model(args.epochs - 1))
     leave_world(world)
-    if args.report:
-        watch.draw()
-    return keeper.exit_code()
+    if args.report and logger.ended:
+        draw_at_end(logger.folder, logger.log)
+    return checkpointer.exit_code()
 
 
 if __name__ == '__main__':

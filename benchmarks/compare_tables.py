@@ -27,7 +27,7 @@ def get_args():
 def main(args):
     """Print the table's errors against the reference, each width of each shape counting as much as any other."""
     table, reference = (load_table(path, args.img_size) for path in (args.table, args.reference))
-    widths = table.space.table_widths(args.img_size)
+    widths = SPACE.table_widths(args.img_size)
     for name, least in (
         ('all widths of a search', {key: low for key, (low, _) in widths.items()}),
         ('widths from half to full', {key: -(-high // 2) for key, (_, high) in widths.items()}),

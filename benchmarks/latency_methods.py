@@ -59,13 +59,13 @@ def main(args):
     if args.plot:
         check_target(args.plot, '--plot')
     device = pick_device(args.device)
-    table = load_table(args.table, args.img_size)
+    table = load_table(args.table, args.img_size, SPACE)
     torch.set_num_threads(table.setting('threads', 1))
     batch_size = table.setting('batch_size', 1)
     rng, standard = random.Random(args.seed), standard_of(table, batch_size, device)
     methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
     for _ in range(args.networks):
-        config = random_config(rng, ends=False, num_classes=1000)
+        config = random_config(rng, ends=False, num_classes=1000, space=SPACE)
         build = partial(build_network, config, device, args.seed)
         whole = measure_latency(build, batch_size, args.img_size, device, standard)
         measured.append(whole.ms)
@@ -81,7 +81,7 @@ def main(args):
             f'{name}: predicted / measured {ratio.min():.3f} to {ratio.max():.3f}, '
             f'mean error {np.abs(errors).mean():.2f} %, worst {np.abs(errors).max():.2f} %, bias {errors.mean():+.2f} %'
         )
-    widths = sum(high for _, high in table.space.table_widths(args.img_size).values())
+    widths = sum(high for _, high in SPACE.table_widths(args.img_size).values())
     blocks = args.networks * 12
     hours = alone_seconds / blocks * widths / 3600
     print(f'Timing all {widths} widths alone would take some {hours:.1f} hours here')

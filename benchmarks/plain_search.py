@@ -81,7 +81,7 @@ def plain_architecture_step(net, optimizer, images, labels, op_weights, table_ma
     train_only(net.arch_parameters(), net.weight_parameters())
     optimizer.zero_grad()
     logits = plain_forward(net, images, op_weights)
-    latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), table.space)
+    latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), SPACE)
     loss = F.cross_entropy(logits, labels)
     (loss + args.lambda_lat * (latency / args.target_lat - 1).abs()).backward()
     nn.utils.clip_grad_norm_(net.arch_parameters(), args.grad_clip, foreach=False)

@@ -30,7 +30,7 @@ from benchmarks.plain_search import (
 )
 from models.elasticity import full_weights, gather, scatter, start_masks, update_masks
 from models.latency import LatencyTable
-from models.model_search import LOOP, Form, Network
+from models.model_search import UNFUSED, ExecutionMode, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
 from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
@@ -166,7 +166,7 @@ def between_epochs(device, plain):
     if not plain:
         prepare(device)
     folder = tempfile.TemporaryDirectory()
-    path, writer, masks = Path(folder.name) / 'checkpoint.pth.tar', Writer(), start_masks()
+    path, writer, masks = Path(folder.name) / 'checkpoint.pth.tar', Writer(), start_masks(SPACE)
     net, full = Network(mask_widths(masks), NUM_CLASSES).to(device), full_weights(NUM_CLASSES, device)
     gather(net, full, masks)
     state = [net, masks]
@@ -208,8 +208,10 @@ def main(args):
     """Time the forms in turns; print a line a step and form."""
     device = pick_device(args.device)
     fused = device.type == 'cuda'
-    kinds = {'plain': (LOOP, True), 'ours': (Form(fused, args.checkpoint_ops, args.compile), False)}
-    kinds |= {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (Form(fused, True, args.compile), False)}
+    kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops, args.compile), False)}
+    kinds |= (
+        {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (ExecutionMode(fused, True, args.compile), False)}
+    )
     rivals = {name: Rival(functions, args, device, *kind) for name, kind in kinds.items()}
     print(f'{device_name(device)}, {torch.get_num_threads()} threads, batch {args.batch_size}, size {args.img_size}')
     times = take_turns(rivals, ['weights', 'architecture'], args.rounds)
@@ -235,7 +237,9 @@ def report_steps(times, kept):
 
 def report_launches(args, device, plain):
     """Launches and reads of the form for GPUs in float32, whatever device this is."""
-    count, reads = launches(make_form(Namespace(**vars(args) | {'amp': None}), device, Form(fused=True), False)[1])
+    count, reads = launches(
+        make_form(Namespace(**vars(args) | {'amp': None}), device, ExecutionMode(fused=True), False)[1]
+    )
     print(
         f'form for GPUs: {count} launches an architecture step, {count / plain:.2f} of plain'
         f' ({plain}); reads {reads}, and one in each draw of paths'

@@ -48,7 +48,7 @@ class ImageList(Dataset):
         by_transform = {TrainPixels: partial(load_pixels, fast=True), ValPixels: load_pixels}
         self.load = by_transform.get(type(transform), load_rgb)
         self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # which were skipped, in any worker
-        self.told: set[int] = set()
+        self.logged: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -82,7 +82,7 @@ class ImageList(Dataset):
             share = f'{count} of {len(self.samples)} images are bad, more than {MOST_BAD:.0%}'
             raise BadInput(f'--bad_images skip: {share}; the last one: {last}')
 
-    def tell_skipped(self, log: Callable[[str], object], world: World) -> None:
+    def log_skipped(self, log: Callable[[str], object], world: World) -> None:
         """Log, with path and reason, the images skipped since it was last asked, in any worker of any process.
 
         All processes must ask together.
@@ -92,18 +92,18 @@ class ImageList(Dataset):
         """
         if not self.skip:
             return
-        world.any(self.bad)
+        world.all_any(self.bad)
         reason = ''
-        fresh = [index for index in self.bad.nonzero().flatten().tolist() if index not in self.told]
+        fresh = [index for index in self.bad.nonzero().flatten().tolist() if index not in self.logged]
         for index in fresh:
             try:
                 self.load(self.root / self.samples[index][0])
             except BadInput as e:
                 reason = str(e)
                 log(f'skipped: {reason}')
-        self.told |= set(fresh)
+        self.logged |= set(fresh)
         if fresh:
-            log(f'--bad_images skip: {len(self.told)} of {len(self.samples)} images skipped so far')
+            log(f'--bad_images skip: {len(self.logged)} of {len(self.samples)} images skipped so far')
             self.check_share(reason)
 
 
@@ -122,9 +122,14 @@ class EpochSampler(DistributedSampler):
     It gives no image twice: where the images do not divide evenly, some processes get one fewer.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, world: World, shuffle: bool, drop_last: bool, seed: int):
+    def __init__(self, dataset: Dataset, batch_size: int, world: World, seed: int, *, for_training: bool):
         super().__init__(
-            dataset, world.size, world.rank, shuffle=shuffle, seed=derive_seed(seed, 'order') >> 1, drop_last=drop_last
+            dataset,
+            world.size,
+            world.rank,
+            shuffle=for_training,
+            seed=derive_seed(seed, 'order') >> 1,
+            drop_last=for_training,
         )
         self.batch_size, self.start_batch = batch_size, 0
 
@@ -146,80 +151,81 @@ def make_loader(
     transform: Callable,
     args,
     world: World,
-    shuffle: bool,
-    drop_last: bool,
-    what: str,
-    start_worker: Callable[[int], None] | None = None,
+    source: str,
+    *,
+    for_training: bool,
 ) -> DataLoader:
-    """A loader of batches (images [N, 3, H, W], labels [N]) for this process. Its `sampler` is an `EpochSampler`.
+    """Return a loader of batches (images [N, 3, H, W], labels [N]) for this process. Its sampler is an `EpochSampler`.
 
     Args:
-        args: batch_size and workers, totals over all processes, seed, and bad_images ('error' where absent).
-        drop_last: for training: only whole batches, and bad images are replaced, not left out.
-        what: names the images in errors.
-        start_worker: called with its number in each process that loads images.
+        args: batch_size and workers, totals over all processes; seed; bad_images ('error' if absent).
+        source: name of the images in error messages.
+        for_training: shuffled, whole batches only, and a bad image is replaced by the next one. Otherwise in order, the
+            last batch of what is left, and bad images are left out.
 
     Raises:
-        BadInput: with `drop_last`, fewer images than one batch, or batches too small for batch norm.
+        BadInput: for training, fewer images than one batch, or batches too small for batch norm.
     """
-    if drop_last and len(samples) < args.batch_size:
-        raise BadInput(f'{what}: {len(samples)} images are fewer than one batch of --batch_size {args.batch_size}')
+    if for_training and len(samples) < args.batch_size:
+        raise BadInput(f'{source}: {len(samples)} images are fewer than one batch of --batch_size {args.batch_size}')
     skip = getattr(args, 'bad_images', 'error') == 'skip'
-    dataset = ImageList(root, samples, transform, args.seed, skip, replace=drop_last)
-    batch_size = world.share(args.batch_size, '--batch_size')
-    if drop_last and batch_size < 2:
+    dataset = ImageList(root, samples, transform, args.seed, skip, replace=for_training)
+    batch_size = world.split_evenly(args.batch_size, '--batch_size')
+    if for_training and batch_size < 2:
         raise BadInput(f'--batch_size {args.batch_size}: batch norm needs two images a process to train on')
     workers = -(-args.workers // world.size)
     return DataLoader(
         dataset,
         batch_size,
-        sampler=EpochSampler(dataset, batch_size, world, shuffle, drop_last, args.seed),
+        sampler=EpochSampler(dataset, batch_size, world, args.seed, for_training=for_training),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=start_worker,
+        worker_init_fn=outlive_signals,
         pin_memory=world.device.type == 'cuda',
-        drop_last=drop_last,
+        drop_last=for_training,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # of worker seeds, which nothing uses; keeps the global generator untouched
     )
 
 
-def make_train_val_loaders(args, world: World) -> tuple[DataLoader, DataLoader]:
-    """The loaders of a training script from its flags (roots, lists, num_classes, img_size, batch_size, workers, seed,
-    auto_augment, device_aug, bad_images). Where num_classes is None, it is set to what the training list names.
+def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLoader], int]:
+    """Return the loaders of a training script (training, validation), and the number of classes.
+
+    Args:
+        args: roots, lists, num_classes, img_size, batch_size, workers, seed, auto_augment, device_aug, bad_images.
 
     Raises:
         BadInput: see `read_list` and `make_loader`.
     """
     warn = partial(print, flush=True) if world.is_first else lambda _: None
-    train, val = read_train_val((args.train_list, args.val_list), (args.train_root, args.val_root), args, warn)
-    for_training, for_validation = transforms(args)
-    start = outlive_signals
-    return (
-        make_loader(args.train_root, train, for_training, args, world, True, True, args.train_list, start),
-        make_loader(args.val_root, val, for_validation, args, world, False, False, args.val_list, start),
-    )
+    lists, roots = (args.train_list, args.val_list), (args.train_root, args.val_root)
+    train, val, num_classes = read_train_val(lists, roots, args.num_classes, warn)
+    train_transform, val_transform = transforms(args)
+    train_loader = make_loader(args.train_root, train, train_transform, args, world, lists[0], for_training=True)
+    val_loader = make_loader(args.val_root, val, val_transform, args, world, lists[1], for_training=False)
+    return (train_loader, val_loader), num_classes
 
 
 def read_train_val(
-    paths: tuple[str, str], roots: tuple[str, str], args, say: Callable[[str], object]
-) -> tuple[list[Sample], list[Sample]]:
-    """Both lists of a run, checked each and against each other. Sets `args.num_classes` where it is None.
+    paths: tuple[str, str], roots: tuple[str, str], num_classes: int | None, warn: Callable[[str], object]
+) -> tuple[list[Sample], list[Sample], int]:
+    """Read both lists of a run and check each, and one against the other: (training, validation, number of classes).
 
     Args:
-        say: called with warnings, and with the number of classes where the training list decides it.
+        num_classes: None: as many as the training list names.
+        warn: called with warnings, and with the number of classes if the training list decides it.
 
     Raises:
         BadInput: see `read_list`.
     """
-    train = read_list(paths[0], roots[0], args.num_classes, say)
-    if args.num_classes is None:
-        args.num_classes = count_classes(train)
-        say(f'--num_classes {args.num_classes}: from the labels in {paths[0]}')
-    val = read_list(paths[1], roots[1], args.num_classes, say)
+    train = read_list(paths[0], roots[0], num_classes, warn)
+    if num_classes is None:
+        num_classes = count_classes(train)
+        warn(f'--num_classes {num_classes}: from the labels in {paths[0]}')
+    val = read_list(paths[1], roots[1], num_classes, warn)
     if Path(roots[0]).resolve() == Path(roots[1]).resolve():
-        warn_of_overlap(train, val, paths, say)
-    return train, val
+        warn_of_overlap(train, val, paths, warn)
+    return train, val, num_classes
 
 
 def transforms(args) -> tuple[Callable, Callable]:
@@ -239,10 +245,10 @@ def transforms(args) -> tuple[Callable, Callable]:
     return train_transform(args.img_size, policy), val_transform(args.img_size)
 
 
-def tell_skipped(*loaders: DataLoader, log: Callable[[str], object], world: World) -> None:
+def log_skipped(*loaders: DataLoader, log: Callable[[str], object], world: World) -> None:
     """Log which images the loaders of `make_loader` skipped, in any process, since they were last asked."""
     for loader in loaders:
-        loader.dataset.tell_skipped(log, world)
+        loader.dataset.log_skipped(log, world)
 
 
 class Batches:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from models.search_space import FREEDOMS
 from tools.files import write_atomic, write_text
-from tools.run.folder import read_run
+from tools.run.metrics import read_run
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
@@ -50,7 +50,7 @@ def result_of(run: Run, args, table) -> dict | None:
     records = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json') if path.stem != 'architecture'}
     if not records.get('test', {}).get('finished'):
         return None
-    target = table.target(run.target)
+    target = table.target(run.target, SPACE)
     result = {'arm': run.arm, 'seed': run.seed, 'target': target, 'unit': table.unit}
     result |= read_numbers(records['test']['output'], top1=r'top1: ([\d.]+)', top5=r'top5: ([\d.]+)')
     parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')

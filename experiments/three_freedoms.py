@@ -37,7 +37,7 @@ from models.search_space import FREEDOMS, SPACE
 from tools.errors import BadInput
 from tools.files import write_text
 from tools.options import Parser, add_device_arg, count, number, run_script
-from tools.run.folder import read_run
+from tools.run.metrics import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ('full', 'operator', 'depth', 'width', 'random', 'targets')
@@ -198,15 +198,15 @@ def train_words(config: Path, save: Path, seed: int, args) -> list:
 
 def draw_network(run: Run, folder: Path, table, args) -> None:
     """Write a random architecture that can meet the target, its widths fitted: architecture.json and drawn.config."""
-    rng, target = random.Random(run.seed), table.target(run.target)
+    rng, target = random.Random(run.seed), table.target(run.target, SPACE)
     while True:
-        arch, widths = random_network(rng, False, table.space)
-        least, most = latency_range(arch, table)
+        arch, widths = random_network(rng, False, SPACE)
+        least, most = latency_range(arch, table, SPACE)
         if least <= target <= most:
             break
-    widths = fit_widths(arch, table.space.start_widths(), table, target)
+    widths = fit_widths(arch, SPACE.start_widths(), table, target)
     write_text(folder / 'architecture.json', json.dumps({'arch': arch, 'widths': widths}) + '\n')
-    write_text(folder / 'drawn.config', dump_config(build_config(arch, widths, args.num_classes, table.space)))
+    write_text(folder / 'drawn.config', dump_config(build_config(arch, widths, args.num_classes, SPACE)))
 
 
 def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
@@ -337,7 +337,7 @@ def main(args):
     write_text(save / 'both.txt', ''.join(f'{path} {label}\n' for part in lists for path, label in part))
     runs, scripts = planned(args), Scripts(args.jobs)
     for run in runs:
-        table.target(run.target)
+        table.target(run.target, SPACE)
         print(f'{run.name}: target {run.target}, freedoms {" ".join(run.freedoms) if run.freedoms else "none, random"}')
     try:
         print(estimate(runs, table, scripts, args), flush=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.config import ConvSpec, MBSpec, fixed_layers, op_spec
-from models.search_space import SPACE, SearchSpace, after_stride
+from models.search_space import SearchSpace, after_stride
 
 BANDWIDTH_SHARE = 0.8931
 DENSE_SHARE = 0.6102
@@ -103,10 +103,10 @@ def block_work(spec: MBSpec, mid, size: int, batch: int) -> Work:
     return work
 
 
-def estimate(card: Card, img_size: int, batch: int, num_classes: int, space: SearchSpace = SPACE):
+def estimate(card: Card, img_size: int, batch: int, num_classes: int, space: SearchSpace):
     """Base and curves (ms by mid channels, from 1 on) of a card."""
     fixed, curves = fixed_layers(num_classes, space), {}
-    for block, op in space.layers(img_size):
+    for block, _, op in space.positions(img_size):
         key = block.key(op)
         high = space.table_widths(img_size)[key][1]
         widths = np.arange(block.in_ch + 1, high + 1)  # with an expansion, as in the whole reach of a search

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from latency_pkl.sampling import Sample
-from models.search_space import SPACE, Block, Op, SearchSpace, after_stride
+from models.search_space import Block, Op, SearchSpace, after_stride
 
 VECTOR = 16
 """Channels that vector units and tensor cores take at once; costs may rise in such steps."""
@@ -70,7 +70,7 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
     )
 
 
-def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace = SPACE) -> Fit:
+def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace) -> Fit:
     """A table from timed networks, which together should show the fixed layers and every key of the space. Parts of a
     network that were never timed with an undisturbed core may be missing.
 
@@ -92,7 +92,7 @@ def _curves(
     samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace
 ) -> dict[str, np.ndarray]:
     """Curves (ms by width, from 1 on) by key."""
-    places = {block.key(op): (block, op) for block, op in space.layers(img_size)}
+    places = {block.key(op): (block, op) for block, _, op in space.positions(img_size)}
     seen: dict[str, list[tuple[int, float]]] = {key: [] for key in places}
     for sample, slow in zip(samples, slowness, strict=True):
         for key, width, ms in sample.blocks:

@@ -112,8 +112,8 @@ class Turn:
 def time_turn(rng, unseen, args, device):
     """Time an unseen network and new ones, each built for that; after each the reference network, often built anew."""
     setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
-    reference = partial(build_network, reference_config(args.num_classes), device, seed=0)
-    configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes) for i in range(TURN - 1))]
+    reference = partial(build_network, reference_config(args.num_classes, SPACE), device, seed=0)
+    configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes, SPACE) for i in range(TURN - 1))]
     for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
         with bench_apart(Bench(reference, *setting)) as beside:
             for config in some:
@@ -128,7 +128,7 @@ def measure(args, device):
     """Time networks turn by turn for `args.budget` seconds, longer where undisturbed timings of block shapes are
     missing."""
     rng, start, turns = random.Random(args.seed), time.monotonic(), []
-    unseen = [random_config(rng, False, args.num_classes) for _ in range(UNSEEN)]
+    unseen = [random_config(rng, False, args.num_classes, SPACE) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
         while True:
             turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, device))
@@ -215,7 +215,7 @@ def measured_table(args, device):
         raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
     undisturbed = 100 * undisturbed_share([passes for turn in turns for passes in turn.passes])
     reference_ms, slowness = speed_of(turns, fastest)
-    fit = fit_table(samples, slowness[numbers], args.img_size)
+    fit = fit_table(samples, slowness[numbers], args.img_size, SPACE)
     unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
     mean, worst, bias = errors_of(unseen)
     low, high = np.quantile(slowness, (0.25, 0.75))
@@ -234,7 +234,7 @@ def measured_table(args, device):
         'batch_size': args.batch_size,
         'threads': args.threads,
         'method': 'blocks timed inside running random networks, fitted to the times of the networks',
-        'reference': dump_config(reference_config(args.num_classes)),
+        'reference': dump_config(reference_config(args.num_classes, SPACE)),
         'reference_ms': reference_ms,
         'samples': len(samples),
         'unseen_networks': len(unseen),
@@ -250,8 +250,8 @@ def measured_table(args, device):
 
 def counted_table(args):
     """A table of multiply-adds or parameters in millions, which are linear in the width: (base, curves, meta)."""
-    fixed = fixed_layers(args.num_classes)
-    sizes = {block.key(op): (block, op) for block, op in SPACE.layers(args.img_size)}
+    fixed = fixed_layers(args.num_classes, SPACE)
+    sizes = {block.key(op): (block, op) for block, _, op in SPACE.positions(args.img_size)}
 
     def amount(layer, in_ch, size):
         return count_params(layer) if args.metric == 'params' else count_mult_adds(layer, size, in_ch)
@@ -278,7 +278,7 @@ def counted_table(args):
 def estimated_table(args):
     """A table of a card that is not at hand: (base, curves, meta)."""
     card = CARDS[args.estimate]
-    base, curves = estimate(card, args.img_size, args.batch_size, args.num_classes)
+    base, curves = estimate(card, args.img_size, args.batch_size, args.num_classes, SPACE)
     method = 'estimated, not measured: a physical model of the card, see latency_pkl/estimate.py'
     return base, curves, {'unit': 'ms', 'device': card.name, 'batch_size': args.batch_size, 'method': method}
 
@@ -293,7 +293,7 @@ def check(table, args, device):
     )
     standard = standard_of(table, args.batch_size, device)
     rng = random.Random(args.seed + 1_000_003)
-    configs = [random_config(rng, False, args.num_classes) for _ in range(args.networks)]
+    configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
     measured, undisturbed = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds)
     pairs = [(table.of_config(config), one.ms) for config, one in zip(configs, measured, strict=True)]
@@ -322,7 +322,7 @@ def main(args):
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
-    table = load_table(args.check, args.img_size) if args.check else None
+    table = load_table(args.check, args.img_size, SPACE) if args.check else None
     usual = 32 if device.type == 'cuda' or args.estimate else 1
     args.batch_size = args.batch_size or (table.setting('batch_size', usual) if table else usual)
     args.threads = args.threads or (table.setting('threads', 1) if table else 1)

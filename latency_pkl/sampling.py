@@ -15,7 +15,7 @@ from latency_pkl.timing import Passes, Standard, typical_parts
 from models.config import NetworkConfig, build_config, parse_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
-from models.search_space import SPACE, Arch, SearchSpace, Widths
+from models.search_space import Arch, SearchSpace, Widths
 from tools.environment import device_name
 from tools.errors import BadInput
 
@@ -44,7 +44,7 @@ class Sample:
         return blocks + (0.0 if math.isnan(self.fixed) else base)
 
 
-def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -> tuple[Arch, Widths]:
+def random_network(rng: random.Random, ends: bool, space: SearchSpace) -> tuple[Arch, Widths]:
     """Depth, operators and widths at random. With `ends`, half of the networks have full depth and some widths are the
     fewest or the most, so that all keys are seen over their whole range; without, all draws are uniform."""
     arch: Arch = {}
@@ -53,7 +53,7 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -
         full = ends and rng.random() < FULL_DEPTH_SHARE
         depth = stage.depth if full else rng.choice(stage.exit_depths)
         own = [block for block in blocks if block.stage == name]
-        arch[name] = [rng.randrange(len(space.ops_of(block))) for block in own[:depth]]
+        arch[name] = [rng.randrange(len(space.ops)) for block in own[:depth]]
     widths = space.start_widths()
     for block, index in space.chosen(arch):
         op = space.ops[index]
@@ -63,7 +63,7 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace = SPACE) -
     return arch, widths
 
 
-def random_config(rng: random.Random, ends: bool, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+def random_config(rng: random.Random, ends: bool, num_classes: int, space: SearchSpace) -> NetworkConfig:
     """The config of a `random_network`."""
     return build_config(*random_network(rng, ends, space), num_classes, space)
 
@@ -90,7 +90,7 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
     return net
 
 
-def reference_config(num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+def reference_config(num_classes: int, space: SearchSpace) -> NetworkConfig:
     """The network that tells how fast the machine is while others are timed: the middle of the search space in depths
     and widths, with its operators by turns. What slows networks of the space down should slow this one as much."""
     depths = [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]

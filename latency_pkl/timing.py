@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latency_pkl.isolation import FreshProcess
-from tools.distributed import World
 from tools.environment import device_name
-from tools.run.folder import Watch
+from tools.run.folder import RunLogger
 
 ROUNDS = 24
 """Times that a network is built anew and timed for one latency; up to twice as many where the machine is noisy."""
@@ -305,24 +304,22 @@ class Clock:
         return Passes(spans[:, 1::2], spans[:, 0::2])
 
 
-def conclude(watch: Watch, build: Callable[[], nn.Module], world: World, args) -> None:
-    """Where a training has ended and `args.report`: measure the latency of its network, draw pictures and report.
+def log_latency(
+    logger: RunLogger, epoch: int, build: Callable[[], nn.Module], device: torch.device, img_size: int
+) -> None:
+    """Measure the latency of a trained network and log it; a failure is a line of the log.
 
     Args:
         build: makes the network, with any weights.
-        args: report and img_size.
     """
-    if not (args.report and watch.metrics and watch.metrics.ended):
-        return
     torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = False  # as where tables are made
-    batch_size = 32 if world.device.type == 'cuda' else 1
-    where = {'device': device_name(world.device), 'batch_size': batch_size, 'threads': 1, 'img_size': args.img_size}
+    torch.backends.cudnn.benchmark = False  # as for tables
+    batch_size = 32 if device.type == 'cuda' else 1
+    setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': 1, 'img_size': img_size}
     try:
-        ms = measure_latency(build, batch_size, args.img_size, world.device).ms
+        ms = measure_latency(build, batch_size, img_size, device).ms
     except RuntimeError as e:  # the training itself is done and saved
-        watch.log('latency not measured: %s', e)
+        logger.log('latency not measured: %s', e)
     else:
-        watch.write('latency', args.epochs, ms=ms, **where)
-        watch.log('measured latency %.4f ms on %s, batch %d', ms, where['device'], batch_size)
-    watch.draw()
+        logger.record('latency', epoch, ms=ms, **setting)
+        logger.log('measured latency %.4f ms on %s, batch %d', ms, setting['device'], batch_size)

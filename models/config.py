@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
+from models.search_space import Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
 from tools.errors import BadInput
 
 ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
@@ -214,7 +214,7 @@ def op_spec(block: Block, op: Op, width: int, affine: bool = True) -> MBSpec:
     )
 
 
-def fixed_layers(num_classes: int, space: SearchSpace = SPACE, affine: bool = True) -> dict:
+def fixed_layers(num_classes: int, space: SearchSpace, affine: bool = True) -> dict:
     """The layers before and behind the stages, by their names in a config."""
     stem, head = space.stem, space.head
     last_ch = space.stages[-1].out_ch
@@ -228,7 +228,7 @@ def fixed_layers(num_classes: int, space: SearchSpace = SPACE, affine: bool = Tr
     }
 
 
-def build_config(arch: Arch, widths: Widths, num_classes: int, space: SearchSpace = SPACE) -> NetworkConfig:
+def build_config(arch: Arch, widths: Widths, num_classes: int, space: SearchSpace) -> NetworkConfig:
     """The config of an architecture with the given mid channels."""
     stages: dict[str, list[MBSpec]] = {name: [] for name in space.stage_names}
     for block, index in space.chosen(arch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.config import NetworkConfig
 from models.model_eval import NetworkEval
@@ -97,19 +97,17 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
 
 
 def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
-    """The same function in evaluation mode, with every batch norm folded into the convolution before it."""
-    fused = NetworkEval(_without_batch_norm(net.config))
+    """Return the same function in evaluation mode, with every batch norm folded into the convolution before it."""
+    fused = NetworkEval(_without_batch_norm(net.config)).eval()
+    layers = dict(net.named_modules())
     state = net.state_dict()
-    for name, layer in net.named_modules():
-        norm = getattr(layer, 'bn', None)
-        if not isinstance(norm, nn.BatchNorm2d):
-            continue
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        weight, bias = fuse_conv_bn_weights(layer.conv.weight, layer.conv.bias, *statistics)
-        state |= {f'{name}.conv.weight': weight.detach(), f'{name}.conv.bias': bias.detach()}
+    for name in layers:
+        if isinstance(getattr(layers[name], 'bn', None), nn.BatchNorm2d):
+            conv = fuse_conv_bn_eval(layers[name].conv, layers[name].bn)
+            state |= {f'{name}.conv.{key}': value for key, value in conv.state_dict().items()}
     # a convolution that had neither batch norm nor bias gets one of zeros
     fused.load_state_dict({key: state.get(key, torch.zeros_like(value)) for key, value in fused.state_dict().items()})
-    return fused.to(next(net.parameters()).device).eval()
+    return fused.to(next(net.parameters()).device)
 
 
 def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:

@@ -10,10 +10,10 @@ from models.config import MBSpec, NetworkConfig, build_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.parsing import Masks, mask_widths, parse_architecture
-from models.search_space import SPACE, Op, SearchSpace, after_stride
+from models.search_space import Op, SearchSpace, after_stride
 
 
-def describe_space(img_size: int, space: SearchSpace = SPACE) -> dict:
+def describe_space(img_size: int, space: SearchSpace) -> dict:
     """Operators, blocks with the least, first and most width of each operator, and exit depths.
 
     Args:
@@ -29,7 +29,7 @@ def describe_space(img_size: int, space: SearchSpace = SPACE) -> dict:
                 'size': block.in_size,
                 'widths': [
                     (op.min_width(block.in_ch), op.start_width(block.in_ch), op.max_width(block.in_ch))
-                    for op in space.ops_of(block)
+                    for op in space.ops
                 ],
             }
             for block in blocks
@@ -39,7 +39,7 @@ def describe_space(img_size: int, space: SearchSpace = SPACE) -> dict:
 
 
 def describe_network(
-    config: NetworkConfig, img_size: int, table: LatencyTable | None = None, space: SearchSpace = SPACE
+    config: NetworkConfig, img_size: int, space: SearchSpace, table: LatencyTable | None = None
 ) -> dict:
     """A network's blocks behind the stem with their shares of multiply-adds, and of latency where there is a table.
 
@@ -90,20 +90,21 @@ def describe_network(
     }
 
 
-def describe_table(table: LatencyTable) -> dict:
+def describe_table(table: LatencyTable, space: SearchSpace) -> dict:
     """What a latency table counts, how it was made, and what networks can reach in it."""
     about = {name: table.meta.get(name) for name in ('device', 'batch_size', 'threads', 'method')}
-    return {'unit': table.unit, 'base': table.base, 'reach': table.reach(), **about}
+    return {'unit': table.unit, 'base': table.base, 'reach': table.reach(space), **about}
 
 
-def describe_architecture(state: Mapping[str, Tensor], masks: Masks, table: LatencyTable, num_classes: int) -> dict:
+def describe_architecture(
+    state: Mapping[str, Tensor], masks: Masks, table: LatencyTable, space: SearchSpace, num_classes: int
+) -> dict:
     """Where a search stands: 'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths'
     ([blocks][ops]), 'network' (the current architecture, see `describe_network`).
 
     Args:
         state: full-width weights, names without `module.`.
     """
-    space = table.space
     widths = mask_widths(masks)
     blocks = space.blocks(table.img_size)
     config = build_config(parse_architecture(state, space), widths, num_classes, space)
@@ -111,7 +112,7 @@ def describe_architecture(state: Mapping[str, Tensor], masks: Masks, table: Late
         'ops': [state[f'{block.stage}.{block.name}.log_alphas'].softmax(0).tolist() for block in blocks],
         'exits': {name: state[f'{name}.betas'].softmax(0).tolist() for name in space.stage_names},
         'widths': [list(widths[block.stage][block.name].values()) for block in blocks],
-        'network': describe_network(config, table.img_size, table, space),
+        'network': describe_network(config, table.img_size, space, table),
     }
 
 

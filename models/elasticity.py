@@ -14,7 +14,7 @@ from models.latency import LatencyTable
 from models.layers import MID_DIMS
 from models.model_search import Network
 from models.parsing import Masks, mask_widths
-from models.search_space import SPACE, Arch, SearchSpace, Widths
+from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 
 CLOSE_ENOUGH = 1e-4
@@ -24,7 +24,9 @@ FILL_STEPS = 32
 """Steps that `fit_widths` may move one block at a time."""
 
 
-def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1) -> Widths:
+def scale_widths(
+    arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+) -> Widths:
     """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
 
     Where it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n; where it is too fast,
@@ -35,29 +37,32 @@ def scale_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float,
         arch: the current architecture.
         widths: mid channels of all operators; those outside `arch` stay as they are.
         table: latency table.
+        space: the search space of `arch`.
         target: ms.
         divisor: all widths stay multiples of it; the paper's rule has 1.
 
     Returns:
         New widths; the argument is not changed.
     """
-    scaler = _Scaler(arch, widths, table, target, divisor)
+    scaler = _Scaler(arch, widths, table, space, target, divisor)
     scaler.scale()
     return scaler.result()
 
 
-def fit_widths(arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1) -> Widths:
+def fit_widths(
+    arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+) -> Widths:
     """`scale_widths`, then single blocks, or two that trade channels, moved to close what is left.
 
     Arguments and result as for `scale_widths`; never above the target where that leaves any choice.
     """
-    scaler = _Scaler(arch, widths, table, target, divisor)
+    scaler = _Scaler(arch, widths, table, space, target, divisor)
     scaler.scale()
     scaler.fill()
     return scaler.result()
 
 
-def check_divisor(divisor: int, space: SearchSpace = SPACE) -> None:
+def check_divisor(divisor: int, space: SearchSpace) -> None:
     """Raise BadInput where some operator has no width that is a multiple of `divisor`."""
     for block, _, op in space.positions():
         if op.max_width(block.in_ch) // divisor * divisor < op.min_width(block.in_ch):
@@ -67,20 +72,22 @@ def check_divisor(divisor: int, space: SearchSpace = SPACE) -> None:
             )
 
 
-def latency_range(arch: Arch, table: LatencyTable) -> tuple[float, float]:
+def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace) -> tuple[float, float]:
     """Latency of an architecture at its least and at its most widths, in ms."""
-    scaler = _Scaler(arch, table.space.start_widths(), table, target=0.0)
+    scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0)
     return scaler.measure(scaler.low), scaler.measure(scaler.high)
 
 
 class _Scaler:
     """The blocks of one architecture as flat lists, and their latency as widths move."""
 
-    def __init__(self, arch: Arch, widths: Widths, table: LatencyTable, target: float, divisor: int = 1):
-        self.start, self.target, self.divisor, self.last_stage = widths, target, divisor, len(table.space.stages)
-        self.picks = table.space.chosen(arch, table.img_size)
-        ops = [table.space.ops[index] for _, index in self.picks]
-        self.stage = [table.space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
+    def __init__(
+        self, arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+    ):
+        self.start, self.target, self.divisor, self.last_stage = widths, target, divisor, len(space.stages)
+        self.picks = space.chosen(arch, table.img_size)
+        ops = [space.ops[index] for _, index in self.picks]
+        self.stage = [space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
         places = [(op, block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
         self.low = [-(-op.min_width(in_ch) // divisor) * divisor for op, in_ch in places]
         self.high = [op.max_width(in_ch) // divisor * divisor for op, in_ch in places]
@@ -176,7 +183,7 @@ class _Scaler:
         return widths
 
 
-def start_masks(space: SearchSpace = SPACE) -> Masks:
+def start_masks(space: SearchSpace) -> Masks:
     """Masks that keep the first channels of every operator, as many as a search starts with."""
     masks: Masks = OrderedDict()
     for block, index, op in space.positions():
@@ -208,21 +215,21 @@ def update_masks(masks: Masks, widths: Widths, full: Mapping[str, Tensor]) -> Ma
     return new
 
 
-def full_weights(num_classes: int, device: torch.device, space: SearchSpace = SPACE) -> dict[str, Tensor]:
+def full_weights(num_classes: int, device: torch.device, space: SearchSpace) -> dict[str, Tensor]:
     """Fresh weights of the supernet with every operator at its maximum width, and its architecture parameters."""
     net = Network(space.max_widths(), num_classes, space)
     return {name: p.detach().to(device) for name, p in net.named_parameters()}
 
 
 @torch.no_grad()
-def align_operators(full: Mapping[str, Tensor], space: SearchSpace = SPACE) -> None:
+def align_operators(full: Mapping[str, Tensor], space: SearchSpace) -> None:
     """Let all operators of a block start from the weights of its largest: the first channels, the middle of kernels.
 
     Not in the paper. Operators that start apart each write features of their own, and the blocks behind them first have
     to learn to read any of them, for which searches of a few thousand steps are too short.
     """
     for block in space.blocks():
-        ops = [(op.kernel, op.expand, op.se, index) for index, op in enumerate(space.ops_of(block)) if not op.is_skip]
+        ops = [(op.kernel, op.expand, op.se, index) for index, op in enumerate(space.ops)]
         names = [f'{block.stage}.{block.name}.m_ops.{index}' for *_, index in sorted(ops, reverse=True)]
         for weight in MID_DIMS:
             source = full.get(f'{names[0]}.{weight}')
@@ -240,17 +247,10 @@ def _middle(weight: Tensor, sizes: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def gather(net: Network, full: Mapping[str, Tensor], masks: Masks, held: Masks | None = None) -> None:
-    """Give `net` the widths of the masks and fill it with the channels that they keep.
-
-    Args:
-        held: masks by which `net` was last filled or scattered, if `full` has not changed since: what they share with
-            `masks` (the same tensor for an operator) is in place already.
-    """
+def gather(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
+    """Give `net` the widths of the masks, and copy the channels that they keep into it."""
     net.set_widths(mask_widths(masks))
     for name, p, mask in _masked(net, masks):
-        if held and ('.m_ops.' not in name or _mask(masks, name) is _mask(held, name)):
-            continue  # an operator of another mask may have been built anew, with all of its weights
         p.copy_(full[name] if mask is None else _kept(full[name], name, mask))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.config import NetworkConfig
-from models.search_space import SPACE, Arch, Block, Op, SearchSpace, Widths
+from models.search_space import Arch, Block, Op, SearchSpace, Widths
 from tools.errors import BadInput
 from tools.files import write_atomic
 
@@ -50,7 +50,6 @@ class LatencyTable:
     """Latency by mid channels: curves[key][width - 1]."""
     meta: dict
     img_size: int
-    space: SearchSpace = SPACE
 
     @property
     def unit(self) -> str:
@@ -69,14 +68,14 @@ class LatencyTable:
         return value
 
     def of(self, block: Block, op: Op, width: int) -> float:
-        """Latency of one operator; `SKIP` takes no time."""
-        return 0.0 if op.is_skip else float(self.curves[block.key(op)][width - 1])
+        """Latency of one operator."""
+        return float(self.curves[block.key(op)][width - 1])
 
-    def total(self, arch: Arch, widths: Widths) -> float:
+    def total(self, arch: Arch, widths: Widths, space: SearchSpace) -> float:
         """Latency of a whole network: base plus its blocks."""
         return self.base + sum(
-            self.of(block, self.space.ops[index], widths[block.stage][block.name][index])
-            for block, index in self.space.chosen(arch, self.img_size)
+            self.of(block, space.ops[index], widths[block.stage][block.name][index])
+            for block, index in space.chosen(arch, self.img_size)
         )
 
     def of_config(self, config: NetworkConfig) -> float:
@@ -92,25 +91,25 @@ class LatencyTable:
             total += float(self.curves[key][spec.mid_channels - 1])
         return total
 
-    def reach(self) -> tuple[float, float, float]:
+    def reach(self, space: SearchSpace) -> tuple[float, float, float]:
         """Latencies that networks of the space can have: (least, least at full depth, most)."""
         least = shallow = most = self.base
-        blocks = self.space.blocks(self.img_size)
-        for name, stage in zip(self.space.stage_names, self.space.stages, strict=True):
+        blocks = space.blocks(self.img_size)
+        for name, stage in zip(space.stage_names, space.stages, strict=True):
             for depth, block in enumerate((b for b in blocks if b.stage == name), start=1):
-                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in self.space.ops_of(block))
+                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in space.ops)
                 least += low if depth <= stage.exit_depths[0] else 0
                 shallow += low
-                most += max(self.of(block, op, op.max_width(block.in_ch)) for op in self.space.ops)
+                most += max(self.of(block, op, op.max_width(block.in_ch)) for op in space.ops)
         return least, shallow, most
 
-    def target(self, text: str) -> float:
+    def target(self, text: str, space: SearchSpace) -> float:
         """The latency that `--target_lat` asks for: a number, or a share such as '60%' of the way from least to most.
 
         Raises:
             BadInput: not a number, or out of reach for every network of the space.
         """
-        least, shallow, most = self.reach()
+        least, shallow, most = self.reach(space)
         try:
             share = text.endswith('%')
             target = float(text.removesuffix('%'))
@@ -124,18 +123,18 @@ class LatencyTable:
             )
         return min(max(target, least), most)
 
-    def matrix(self, widths: Widths) -> Tensor:
-        """Latency of every operator at its present width, [blocks, ops] float32; 0 for those that a block lacks."""
+    def matrix(self, widths: Widths, space: SearchSpace) -> Tensor:
+        """Latency of every operator at its present width, [blocks, ops] float32."""
         return torch.tensor(
             [
-                [self.of(block, op, widths[block.stage][block.name].get(i, 0)) for i, op in enumerate(self.space.ops)]
-                for block in self.space.blocks(self.img_size)
+                [self.of(block, op, widths[block.stage][block.name][i]) for i, op in enumerate(space.ops)]
+                for block in space.blocks(self.img_size)
             ]
         )
 
 
 def expected_latency(
-    base: float, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace = SPACE
+    base: float, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace
 ) -> Tensor:
     """Latency of the mixture (paper, section 3.3), a scalar tensor differentiable in both kinds of weights.
 
@@ -158,8 +157,35 @@ def expected_latency(
     return total
 
 
+class LatencyLoss:
+    """Loss of a mixture's latency: weight * |latency / target - 1| (paper, section 3.1), for the widths of one epoch.
+
+    Args:
+        widths: mid channels of every operator.
+        target: in the table's unit.
+        weight: lambda of the paper.
+    """
+
+    def __init__(
+        self,
+        table: LatencyTable,
+        widths: Widths,
+        space: SearchSpace,
+        target: float,
+        weight: float,
+        device: torch.device,
+    ):
+        self.matrix = table.matrix(widths, space).to(device)
+        self.base, self.space, self.target, self.weight = table.base, space, target, weight
+
+    def __call__(self, op_weights: Tensor, depth_weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss and the latency, scalar tensors. Arguments: see `expected_latency`."""
+        latency = expected_latency(self.base, self.matrix, op_weights, depth_weights, self.space)
+        return self.weight * (latency / self.target - 1).abs(), latency
+
+
 def load_table(
-    path: str | Path, img_size: int = 224, space: SearchSpace = SPACE, log: Callable[[str], object] = print
+    path: str | Path, img_size: int, space: SearchSpace, log: Callable[[str], object] = print
 ) -> LatencyTable:
     """Read and check a table.
 
@@ -189,7 +215,7 @@ def load_table(
     meta = data.get('meta') or {}
     if not isinstance(meta, dict):
         raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict that says how the table was made")
-    table = LatencyTable(float(base), curves, meta, img_size, space)
+    table = LatencyTable(float(base), curves, meta, img_size)
     largest = base + sum(
         max(table.of(b, op, op.max_width(b.in_ch)) for op in space.ops) for b in space.blocks(img_size)
     )

@@ -150,25 +150,6 @@ def _stochastic_depth(p: float) -> nn.Module:
     return StochasticDepth(p, 'row')
 
 
-class Skip(nn.Module):
-    """The operator that does nothing: a residual connection without a branch. Keeps the shape [N, C, H, W].
-
-    Args:
-        spec: of no channels.
-    """
-
-    def __init__(self, spec: MBSpec):
-        super().__init__()
-        self.spec = spec
-
-    def branch(self, x: Tensor) -> Tensor:
-        """What it adds to its input: a zero."""
-        return x.new_zeros(())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 def init_weights(net: nn.Module) -> None:
     """Kaiming-normal convolutions (fan out), normal(0, 0.01) linear layers, zero biases; as for MobileNetV2."""
     for module in net.modules():

@@ -3,29 +3,27 @@
 Paper: operator level (bi-sampling) section 3.2, depth level (sink-connecting) section 3.3.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from models.config import fixed_layers, op_spec
-from models.functions import compiled_norm_act, mix_norms, norm_act, take
+from models.functions import compiled_norm_act, mix_norms, norm_act
 from models.fused import fused_mixture
-from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, Skip, init_weights
-from models.search_space import SPACE, Block, SearchSpace, Stage, Widths
+from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
+from models.search_space import Block, SearchSpace, Stage, Widths
 
 Choice = Sequence[int] | Tensor
 """What a forward pass runs: an op index per block (a path), or mixture weights [blocks, ops]."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a supernet is computed; the result is the same.
+class ExecutionMode:
+    """How a supernet is computed; results differ by rounding only.
 
     Args:
         fused: operators of one kernel size at once, see `fused_mixture`; few launches, which pays on a GPU.
@@ -43,25 +41,24 @@ class Form:
         return compiled_norm_act() if self.compiled else norm_act
 
 
-LOOP = Form()
+UNFUSED = ExecutionMode()
 """One operator after the other."""
 
 
 class MixedOp(nn.Module):
     """All operators of one block and their log-probabilities `log_alphas` [ops]."""
 
-    def __init__(self, space: SearchSpace, block: Block, widths: dict[int, int], form: Form):
+    def __init__(self, space: SearchSpace, block: Block, widths: dict[int, int], mode: ExecutionMode):
         super().__init__()
         self.block = block
-        self.form = form
+        self.mode = mode
         self.space = space
-        self.m_ops = nn.ModuleList(_operator(space, block, index, width, form) for index, width in widths.items())
+        self.m_ops = nn.ModuleList(_operator(space, block, index, width, mode) for index, width in widths.items())
         self.log_alphas = nn.Parameter(torch.full((len(self.m_ops),), 1 / len(self.m_ops)).log())
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
         """Run one operator, or the sum of all weighted by `choice` [ops]: [N, in_ch, H, W] -> [N, out_ch, H', W'].
 
-        Weights of operators that the block does not have are not looked at.
         Mixture weights sum to 1, so the residual connection that all operators share is added once.
         """
         if isinstance(choice, int):
@@ -71,15 +68,14 @@ class MixedOp(nn.Module):
         return x + y if self.block.residual else y
 
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Sum of the operators' branches weighted by `weights` [ops]; those of operators that it lacks are not read."""
-        rows = [row for row, op in enumerate(self.m_ops) if not isinstance(op, Skip)]
-        ops, weights = [self.m_ops[row] for row in rows], take(weights, rows)
-        if self.form.fused and all(op.inverted_bottleneck is not None for op in ops):
+        """Sum of the operators' branches weighted by `weights` [ops]."""
+        ops = list(self.m_ops)
+        if self.mode.fused and all(op.inverted_bottleneck is not None for op in ops):
             return self._kept(fused_mixture, ops, x, weights)
         return mix_norms([self._kept(op.projected, x) for op in ops], weights)
 
     def _kept(self, function: Callable[..., Tensor], *args) -> Tensor:
-        if not self.form.recompute:
+        if not self.mode.recompute:
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -89,7 +85,7 @@ class MixedOp(nn.Module):
             old = self.m_ops[index]
             if old.spec.mid_channels != width:
                 device = old.point_linear.conv.weight.device
-                new = _operator(self.space, self.block, index, width, self.form)
+                new = _operator(self.space, self.block, index, width, self.mode)
                 self.m_ops[index] = new.to(device, memory_format=torch.channels_last)
 
 
@@ -97,13 +93,18 @@ class MixedStage(nn.Module):
     """The blocks of one stage, each joined to the sink, and the sink's log-weights `betas` [exits]."""
 
     def __init__(
-        self, space: SearchSpace, stage: Stage, blocks: list[Block], widths: dict[str, dict[int, int]], form: Form
+        self,
+        space: SearchSpace,
+        stage: Stage,
+        blocks: list[Block],
+        widths: dict[str, dict[int, int]],
+        mode: ExecutionMode,
     ):
         super().__init__()
         self.stage = stage
         self.block_names = [block.name for block in blocks]
         for block in blocks:
-            self.add_module(block.name, MixedOp(space, block, widths[block.name], form))
+            self.add_module(block.name, MixedOp(space, block, widths[block.name], mode))
         self.betas = nn.Parameter(torch.zeros(len(stage.exit_depths)))
 
     def forward(self, x: Tensor, choices: Sequence[int | Tensor]) -> Tensor:
@@ -128,20 +129,20 @@ class Network(nn.Module):
         space: operators and stages.
         widths: mid channels of every operator in this network.
         num_classes: outputs of the classifier.
-        form: how it is computed.
+        mode: how it is computed.
     """
 
-    def __init__(self, widths: Widths, num_classes: int, space: SearchSpace = SPACE, form: Form = LOOP):
+    def __init__(self, widths: Widths, num_classes: int, space: SearchSpace, mode: ExecutionMode = UNFUSED):
         super().__init__()
         self.space = space
         fixed = fixed_layers(num_classes, space, affine=False)
-        self.first_stem = ConvLayer(fixed['first_stem'], form.norm_act)
-        self.second_stem = MBInvertedResBlock(fixed['second_stem'], form.norm_act)
+        self.first_stem = ConvLayer(fixed['first_stem'], mode.norm_act)
+        self.second_stem = MBInvertedResBlock(fixed['second_stem'], mode.norm_act)
         blocks = space.blocks()
         for name, stage in zip(space.stage_names, space.stages, strict=True):
             own = [block for block in blocks if block.stage == name]
-            self.add_module(name, MixedStage(space, stage, own, widths[name], form))
-        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], form.norm_act)
+            self.add_module(name, MixedStage(space, stage, own, widths[name], mode))
+        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], mode.norm_act)
         self.classifier = LinearLayer(fixed['classifier'])
         self.num_blocks = len(blocks)
         init_weights(self)
@@ -185,12 +186,12 @@ class Network(nn.Module):
             return (log_alphas + _gumbel(tuple(log_alphas.shape), generator)).argmax(dim=1).tolist()
         if how != 'random':
             raise ValueError(f"how is {how!r}, should be 'gumbel' or 'random'")
-        counts = torch.tensor([len(op.m_ops) for op in self.mixed_ops()])
-        uniform = torch.rand(len(counts), dtype=torch.float64, generator=generator)
+        count = len(self.space.ops)
+        uniform = torch.rand(self.num_blocks, dtype=torch.float64, generator=generator)
         if exclude is None:
-            return (uniform * counts).long().tolist()
-        others = 1 + (uniform * (counts - 1)).long()
-        return ((torch.tensor(exclude) + others) % counts).tolist()
+            return (uniform * count).long().tolist()
+        others = 1 + (uniform * (count - 1)).long()
+        return ((torch.tensor(exclude) + others) % count).tolist()
 
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
         """Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
@@ -201,9 +202,8 @@ class Network(nn.Module):
         return F.softmax((log_alphas + noise) / temperature, dim=1)
 
     def log_alphas(self) -> Tensor:
-        """All `log_alphas`, stacked [blocks, ops]; -inf for operators that a block does not have."""
-        rows = [op.log_alphas for op in self.mixed_ops()]
-        return pad_sequence(rows, batch_first=True, padding_value=-math.inf)
+        """All `log_alphas`, stacked [blocks, ops]."""
+        return torch.stack([op.log_alphas for op in self.mixed_ops()])
 
     def depth_weights(self) -> list[Tensor]:
         """softmax(betas) [exits] of each stage."""
@@ -221,8 +221,7 @@ class Network(nn.Module):
     @torch.no_grad()
     def project_architecture(self) -> None:
         """Make log_alphas and betas logarithms of probabilities again, by log_softmax."""
-        rows = F.log_softmax(self.log_alphas(), dim=1).unbind()
-        alphas = [row[: len(op.m_ops)] for row, op in zip(rows, self.mixed_ops(), strict=True)]
+        alphas = F.log_softmax(self.log_alphas(), dim=1).unbind()
         betas = [F.log_softmax(stage.betas, dim=0) for stage in self.stages()]
         torch._foreach_copy_(self.arch_parameters(), [*alphas, *betas])
 
@@ -239,10 +238,8 @@ class Network(nn.Module):
             op.set_widths(widths[op.block.stage][op.block.name])
 
 
-def _operator(space: SearchSpace, block: Block, index: int, width: int, form: Form) -> MBInvertedResBlock | Skip:
-    op = space.ops[index]
-    spec = op_spec(block, op, width, affine=False)
-    return Skip(spec) if op.is_skip else MBInvertedResBlock(spec, form.norm_act)
+def _operator(space: SearchSpace, block: Block, index: int, width: int, mode: ExecutionMode) -> MBInvertedResBlock:
+    return MBInvertedResBlock(op_spec(block, space.ops[index], width, affine=False), mode.norm_act)
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.config import NetworkConfig, build_config, load_config
-from models.search_space import SPACE, Arch, SearchSpace, Widths
+from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 from tools.files import load_checkpoint, strip_module_prefix
 
@@ -16,7 +16,7 @@ Masks = dict[str, dict[str, dict[int, Tensor]]]
 MASKS_KEY = 'mc_mask_dddict'
 
 
-def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace = SPACE) -> Arch:
+def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
     """The most probable operator of each block and exit of each stage; blocks behind the exit fall away.
 
     Args:
@@ -50,7 +50,7 @@ def is_config_file(path: str | Path) -> bool:
         raise BadInput(f'{path}: cannot be read ({e.strerror}); expected a searched model or a model.config') from e
 
 
-def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace = SPACE) -> NetworkConfig:
+def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace) -> NetworkConfig:
     """The config of the network in `path`, a searched model or a `model.config`.
 
     Args:
@@ -61,17 +61,12 @@ def load_architecture(path: str | Path, num_classes: int | None, space: SearchSp
     """
     if is_config_file(path):
         return load_config(path)
-    state, masks, space = load_search_checkpoint(path, space)
+    state, masks = load_search_checkpoint(path, space)
     return build_config(parse_architecture(state, space), mask_widths(masks), num_classes, space)
 
 
-def load_search_checkpoint(
-    path: str | Path, space: SearchSpace = SPACE
-) -> tuple[dict[str, Tensor], Masks, SearchSpace]:
-    """Full-width weights (names without `module.`), masks and space of a searched model.
-
-    Args:
-        space: of a search with depth freedom; one without it, by the flags in the file, was in `space.with_skip()`.
+def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:
+    """Full-width weights (names without `module.`) and masks of a searched model.
 
     Raises:
         BadInput: not a search checkpoint, or one of another search space.
@@ -83,15 +78,11 @@ def load_search_checkpoint(
         or MASKS_KEY not in checkpoint
     ):
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
-    flags = checkpoint.get('flags')
-    freedoms = flags.get('freedoms') if isinstance(flags, dict) else None
-    if isinstance(freedoms, list) and 'depth' not in freedoms:
-        space = space.with_skip()
-    return *unpack_search_checkpoint(checkpoint, path, space), space
+    return unpack_search_checkpoint(checkpoint, path, space)
 
 
 def unpack_search_checkpoint(
-    checkpoint: Mapping, path: str | Path, space: SearchSpace = SPACE
+    checkpoint: Mapping, path: str | Path, space: SearchSpace
 ) -> tuple[dict[str, Tensor], Masks]:
     """Full-width weights (names without `module.`) and masks of a searched model that was read from `path`.
 
@@ -102,7 +93,7 @@ def unpack_search_checkpoint(
     for block, index, op in space.positions():
         where = f'{block.stage}.{block.name}'
         alphas = state.get(f'{where}.log_alphas')
-        ops = len(space.ops_of(block))
+        ops = len(space.ops)
         if alphas is None or alphas.shape != (ops,):
             raise BadInput(f'{path}: {where}.log_alphas should be {ops} values; another search space?')
         try:
@@ -110,7 +101,7 @@ def unpack_search_checkpoint(
             good = mask.shape == (op.max_width(block.in_ch),) and bool(((mask == 0) | (mask == 1)).all())
         except (KeyError, IndexError, TypeError, AttributeError):
             good = False
-        if not good or (mask.sum() < 1 and not op.is_skip):
+        if not good or mask.sum() < 1:
             raise BadInput(f'{path}: mask of {where} op {index} is not {op.max_width(block.in_ch)} zeros and ones')
     for name, stage in zip(space.stage_names, space.stages, strict=True):
         if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):

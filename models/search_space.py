@@ -4,7 +4,7 @@ Paper: Hu, Wu, He, "TF-NAS", ECCV 2020, section 3.1 and table 1. To search anoth
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 Arch = dict[str, list[int]]
 """An architecture: op index of each block, by stage name. The length of a list is the depth of that stage."""
@@ -12,8 +12,8 @@ Arch = dict[str, list[int]]
 Widths = dict[str, dict[str, dict[int, int]]]
 """Mid channels in use: widths[stage name][block name][op index]."""
 
-FREEDOMS = ('operator', 'depth', 'width')
-"""The three search freedoms of the paper."""
+FREEDOMS = ('operator', 'width')
+"""Search freedoms that a flag switches off; the third one, depth, is built into the supernet."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,14 @@ class Op:
     @property
     def label(self) -> str:
         """A short readable name, such as 'k5 e6 se'."""
-        return 'skip' if self.is_skip else f'k{self.kernel} e{self.expand}' + (' se' if self.se else '')
-
-    @property
-    def is_skip(self) -> bool:
-        """Whether it is `SKIP`, which does nothing: a block that chooses it falls away."""
-        return self == SKIP
-
-
-SKIP = Op(kernel=0, expand=0, se=False)
-"""The operator that leaves a block out; it stands last, and only blocks with a residual connection have it."""
+        return f'k{self.kernel} e{self.expand}' + (' se' if self.se else '')
 
 
 @dataclass(frozen=True)
 class Stage:
     """A run of blocks of one resolution: the first block has the stride, all blocks share the output channels.
 
-    With `sink`, every block is joined to the stage's sink; without, the last one alone is the stage's output.
+    Every block is connected to the stage's sink.
     """
 
     depth: int
@@ -67,18 +58,17 @@ class Stage:
     out_ch: int
     stride: int
     act: str
-    sink: bool = True
 
     @property
     def input_is_exit(self) -> bool:
         """Whether the sink can also take the stage's input (same shape), which makes a stage of depth 0 possible."""
-        return self.sink and self.stride == 1 and self.in_ch == self.out_ch
+        return self.stride == 1 and self.in_ch == self.out_ch
 
     @property
     def exit_depths(self) -> range:
         """Depth that each entry of `betas` stands for."""
         first = 0 if self.input_is_exit else 1
-        return range(first if self.sink else self.depth, self.depth + 1)
+        return range(first, self.depth + 1)
 
 
 @dataclass(frozen=True)
@@ -133,10 +123,6 @@ class SearchSpace:
     stem: Stem
     head: Head
 
-    def __post_init__(self) -> None:
-        if SKIP in self.ops[:-1]:
-            raise ValueError('SKIP should stand once, as the last operator')
-
     @property
     def stage_names(self) -> list[str]:
         """'stage1', 'stage2', ..."""
@@ -153,31 +139,18 @@ class SearchSpace:
                 in_ch, stride = stage.out_ch, 1
         return blocks
 
-    def with_skip(self) -> 'SearchSpace':
-        """This space with depth left to a skip operator in every mixture, instead of to sinks."""
-        return replace(self, ops=(*self.ops, SKIP), stages=tuple(replace(stage, sink=False) for stage in self.stages))
-
-    def ops_of(self, block: Block) -> tuple[Op, ...]:
-        """The operators that a block chooses from: all, but `SKIP` only where a residual connection takes its place."""
-        return tuple(op for op in self.ops if block.residual or not op.is_skip)
-
     def positions(self, img_size: int = 224) -> Iterator[tuple[Block, int, Op]]:
         """(block, op index, operator) of every operator in the supernet."""
         for block in self.blocks(img_size):
-            for index, op in enumerate(self.ops_of(block)):
+            for index, op in enumerate(self.ops):
                 yield block, index, op
-
-    def layers(self, img_size: int = 224) -> Iterator[tuple[Block, Op]]:
-        """(block, operator) of every operator in the supernet that takes time: all but `SKIP`."""
-        return ((block, op) for block, _, op in self.positions(img_size) if not op.is_skip)
 
     def chosen(self, arch: Arch, img_size: int = 224) -> list[tuple[Block, int]]:
         """(block, op index) of the blocks that `arch` keeps, in the network's order."""
         by_stage: dict[str, list[Block]] = {name: [] for name in self.stage_names}
         for block in self.blocks(img_size):
             by_stage[block.stage].append(block)
-        picks = [pick for name in self.stage_names for pick in zip(by_stage[name], arch[name], strict=False)]
-        return [(block, index) for block, index in picks if not self.ops[index].is_skip]
+        return [pick for name in self.stage_names for pick in zip(by_stage[name], arch[name], strict=False)]
 
     def start_widths(self) -> Widths:
         """Mid channels of every operator at the start of a search."""
@@ -190,7 +163,7 @@ class SearchSpace:
     def table_widths(self, img_size: int = 224) -> dict[str, tuple[int, int]]:
         """(fewest, most) mid channels that a search can look up, by latency key, in the network's order."""
         found: dict[str, tuple[int, int]] = {}
-        for block, op in self.layers(img_size):
+        for block, _, op in self.positions(img_size):
             key, low, high = block.key(op), op.min_width(block.in_ch), op.max_width(block.in_ch)
             old = found.get(key, (low, high))
             found[key] = min(low, old[0]), max(high, old[1])

@@ -1,38 +1,43 @@
-"""Where a search stands: its state, in and out of checkpoints.
+"""The state of a search, in and out of checkpoints.
 
-A search writes `searched_model_NN.pth.tar` after epoch NN, with weights at full width, masks and flags; the next
-epoch needs no more. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the
-log, and the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams
-of images from epoch and batch. No state of a generator is kept, because there is none: nothing uses those of Python,
-NumPy, torch or CUDA, and what is drawn for a step or an image, also in the processes that load images, is seeded by
-where it happens (see `tools.rng`).
+A search writes `searched_model_NN.pth.tar` after epoch NN: weights at full width, masks and flags, all that the next
+epoch needs. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the log,
+and the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams of
+images from epoch and batch. There is no generator state to keep: all that is drawn for a step or an image, in workers
+too, is seeded by its place in the run (see `tools.rng`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.elasticity import align_operators, full_weights, gather, scatter, start_masks
-from models.model_search import Form, Network
+from models.model_search import ExecutionMode, Network
 from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
 from models.search_space import SearchSpace
 from models.search_steps import make_optimizers
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.files import check_weights, save_checkpoint
+from tools.files import check_weights
 from tools.precision import DTYPES, Precision
-from tools.run.resume import RunKind, Snapshot, compare_flags
+from tools.run.resume import RunKind, Snapshot
 from tools.training import begin_momentum, cosine_lr, load_moments
 
 
 def position(checkpoint: dict) -> tuple[int, int]:
-    """(epoch, batches of it that are done) of a search's checkpoint."""
+    """Return (epoch, step) of the next batch to train, from a search's checkpoint; see `published_position`."""
     if 'step' in checkpoint:
         return checkpoint['epoch'], checkpoint['step']
     return checkpoint['epoch'] + 1, 0
+
+
+def published_position(epoch: int, step: int) -> dict[str, int]:
+    """Return what a checkpoint has of the next batch to train: `epoch` alone, the last one done, between two epochs."""
+    return {'epoch': epoch, 'step': step} if step else {'epoch': epoch - 1}
 
 
 SEARCH = RunKind(
@@ -57,17 +62,17 @@ SEARCH = RunKind(
 
 
 def searched_model(epoch: int) -> str:
-    """Name of the file that a search writes after an epoch."""
+    """Return the name of the file that a search writes after an epoch."""
     return f'searched_model_{epoch:02d}.pth.tar'
 
 
 def weights_lr(epoch: int, args) -> float:
-    """Learning rate of the weights in an epoch. `args`: w_lr, epochs."""
+    """Return the learning rate of the weights in an epoch. `args`: w_lr, epochs."""
     return cosine_lr(args.w_lr, epoch, args.epochs)
 
 
 def temperature(epoch: int, args) -> float:
-    """Temperature of the Gumbel softmax in an epoch; it decays once warm-up is over.
+    """Return the temperature of the Gumbel softmax in an epoch; it decays after the warm-up.
 
     Args:
         args: T, T_decay, warmup_epochs.
@@ -76,7 +81,8 @@ def temperature(epoch: int, args) -> float:
 
 
 def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
-    """Architecture steps, one batch each, before a weight step: one at every second weight step once warm-up is over.
+    """Return the number of architecture steps, one batch each, before a weight step: one at every second weight step
+    after the warm-up.
 
     Args:
         args: warmup_epochs.
@@ -86,11 +92,9 @@ def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
     return (epoch - args.warmup_epochs) * -(-steps_an_epoch // 2) + -(-step // 2)
 
 
-def save_searched_model(checkpoint: dict, folder: Path, keep: int | None) -> None:
-    """Write `searched_model_NN.pth.tar`, then remove those of epochs before the last `keep` (None: keep all)."""
-    epoch = checkpoint['epoch']
-    save_checkpoint(checkpoint, folder / searched_model(epoch))
-    for path in folder.glob('searched_model_*.pth.tar') if keep else ():
+def remove_old_models(folder: Path | None, epoch: int, keep: int | None) -> None:
+    """Remove the searched models of epochs before the last `keep` (None: keep all)."""
+    for path in folder.glob('searched_model_*.pth.tar') if folder and keep else ():
         number = path.name.removeprefix('searched_model_').removesuffix('.pth.tar')
         if number.isdigit() and int(number) <= epoch - keep:
             path.unlink()
@@ -100,11 +104,10 @@ def save_searched_model(checkpoint: dict, folder: Path, keep: int | None) -> Non
 class SearchState:
     """All that a search changes.
 
-    `net` has the widths that `masks` keep, and is what steps train; `full` are all weights at full width, which take
-    over those of `net` when the epoch is over or saved. `step` batches of `epoch` are done. `sums` are those of the two
-    `engine.Tally`s over these batches (weights, architecture), of all processes, and held by the first one. `latency`
-    is that of the mixture at the last architecture step, in ms. The optimizers are new in each epoch. `held` are the
-    masks of the weights in `net`, where it has any. Each optimizer has a precision, which keeps its scale of gradients.
+    `net` has the widths that `masks` keep, and is what steps train; `full` are all weights at full width. Batch `step`
+    of `epoch` is the next one to train. `sums` are those of the two `Tally`s over the epoch so far (weights,
+    architecture), of all processes, and held by the first one. `latency` is that of the mixture at the last
+    architecture step, in ms. The optimizers are new in each epoch; each has a precision, with its scale of gradients.
     """
 
     net: Network
@@ -118,7 +121,6 @@ class SearchState:
     latency: Tensor = field(default_factory=lambda: torch.zeros(()))
     w_optimizer: torch.optim.Optimizer | None = None
     a_optimizer: torch.optim.Optimizer | None = None
-    held: Masks | None = None
 
     @property
     def lr(self) -> float:
@@ -131,44 +133,38 @@ class SearchState:
         Args:
             args: flags of both optimizers, and what `weights_lr` needs.
         """
-        gather(self.net, self.full, self.masks, self.held)
-        self.held = self.masks
+        gather(self.net, self.full, self.masks)
         self.sums, self.latency = [0.0] * 8, torch.zeros(())
         self.w_optimizer, self.a_optimizer = make_optimizers(self.net, weights_lr(self.epoch, args), args)
 
-    def take_over(self) -> None:
-        """Write the network's weights into those at full width; what the masks drop keeps its values."""
+    def scatter_to_full(self) -> None:
+        """Copy the network's weights into those at full width; channels that the masks drop keep their values."""
         scatter(self.net, self.full, self.masks)
 
-    def share(self, world: World) -> None:
+    def broadcast_full(self, world: World) -> None:
         """Give all processes the first one's weights at full width."""
-        if world.size > 1:
-            world.same(self.full.values())
-            self.held = None
+        world.broadcast(self.full.values())
 
     def end_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
         self.epoch, self.step = self.epoch + 1, 0
 
-    def to_checkpoint(self, args) -> dict:
-        """The contents of a checkpoint file. `args`: the flags of the run."""
+    def to_checkpoint(self, flags: Mapping[str, Any]) -> dict:
+        """Return the contents of a checkpoint file. The weights are those of the last `scatter_to_full`."""
         checkpoint = {
             MASKS_KEY: self.masks,
-            'epoch': self.epoch - 1,
-            'flags': dict(vars(args)),
+            'flags': dict(flags),
             'scalers': [precision.state_dict() for precision in (self.w_precision, self.a_precision)],
         }
         if self.step:
-            self.take_over()
             checkpoint |= {
-                'epoch': self.epoch,
-                'step': self.step,
                 'w_optimizer': self.w_optimizer.state_dict(),
                 'a_optimizer': self.a_optimizer.state_dict(),
                 'sums': self.sums,
                 'latency': self.latency,
             }
-        return {'state_dict': {f'module.{name}': value for name, value in self.full.items()}, **checkpoint}
+        weights = {f'module.{name}': value for name, value in self.full.items()}
+        return {'state_dict': weights, **published_position(self.epoch, self.step), **checkpoint}
 
     def load(self, checkpoint: Mapping, where: str | Path, world: World, args) -> None:
         """Go on from a checkpoint that `find_snapshot` read from `where`.
@@ -197,23 +193,26 @@ class SearchState:
             raise BadInput(f'--snapshot {where}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
 
 
-def start_search(snapshot: Snapshot, space: SearchSpace, world: World, args) -> tuple[SearchState, Snapshot]:
-    """The state that a search starts from: fresh, or the snapshot's; and the snapshot without it.
+def start_search(
+    snapshot: Snapshot, space: SearchSpace, num_classes: int, world: World, args
+) -> tuple[SearchState, Snapshot]:
+    """Return the state that a search starts from, fresh or the snapshot's, and the snapshot without it.
+
+    Fresh weights are drawn from torch's generator.
 
     Args:
-        args: the flags; torch's generator decides fresh weights.
+        args: aligned_start, checkpoint_ops, compile, amp, and the flags of both optimizers.
 
     Raises:
-        BadInput: the snapshot does not fit the network or the flags.
+        BadInput: the snapshot does not fit the network.
     """
-    full, masks = full_weights(args.num_classes, world.device, space), start_masks(space)
+    full, masks = full_weights(num_classes, world.device, space), start_masks(space)
     if args.aligned_start:
         align_operators(full, space)
-    form = Form(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
-    net = Network(mask_widths(masks), args.num_classes, space, form).to(world.device).train()
+    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
+    net = Network(mask_widths(masks), num_classes, space, mode).to(world.device).train()
     precisions = (Precision(world.device, DTYPES.get(args.amp)) for _ in range(2))
     state = SearchState(net, full, masks, *precisions)
-    differing = compare_flags(snapshot, SEARCH, args)
     if snapshot.checkpoint:
         state.load(snapshot.checkpoint, snapshot.path, world, args)
-    return state, snapshot.taken().noting(differing)
+    return state, snapshot.without_checkpoint()

@@ -1,19 +1,19 @@
-"""The two steps of a search: one trains the weights on paths, the other the architecture on the mixture."""
+"""The two steps of a search: backward passes of the weights on paths, and of the architecture on the mixture."""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from models.latency import expected_latency
+from models.latency import LatencyLoss
+from models.model_search import Network
+from tools.precision import Precision
 from tools.training import begin_momentum
 
 
-def always(parameters, losses):
-    """For `before_update`, in a single process whose losses are taken as they are."""
-    return True
-
-
-def make_optimizers(net, w_lr, args):
-    """Fresh optimizers of the weights (SGD) and of the architecture (Adam), of few launches.
+def make_optimizers(net: Network, w_lr: float, args) -> tuple[torch.optim.SGD, torch.optim.Adam]:
+    """Return fresh optimizers of the weights and of the architecture, with few kernel launches a step.
 
     Args:
         w_lr: learning rate of the weights.
@@ -25,56 +25,55 @@ def make_optimizers(net, w_lr, args):
     return w_optimizer, torch.optim.Adam(net.arch_parameters(), args.a_lr, betas, weight_decay=args.a_wd, fused=True)
 
 
-def weight_step(net, optimizer, images, labels, paths, grad_clip, precision, before_update=always):
-    """Train the weights on some paths, one operator a block each; returns loss and logits of the first.
+def backward_on_paths(
+    net: Network, images: Tensor, labels: Tensor, paths: Sequence[Sequence[int]], precision: Precision
+) -> tuple[list[Tensor], Tensor]:
+    """Add the gradients of the losses on some paths, one operator a block each (paper, section 3.2).
 
-    The stem, which all paths share, is run once, and its backward pass gets the sum of their gradients.
+    All paths share the stem: it runs once, and its backward pass gets the sum of their gradients.
 
     Args:
-        precision: a `tools.precision.Precision` for this optimizer.
-        before_update: gets the parameters, whose gradients it may change, and the losses; says whether to update.
+        precision: of the weights' optimizer.
+
+    Returns:
+        The loss of each path, and the logits [N, classes] of the first.
     """
-    optimizer.zero_grad(set_to_none=True)
     with precision.autocast():
         shared = net.stem(images)
     features = shared.detach().requires_grad_()
-    results = []
+    losses, outputs = [], []
     for path in paths:
         with precision.autocast():
             logits = net.searched(features, path).float()
         loss = F.cross_entropy(logits, labels)
-        precision.backward(loss, optimizer)
-        results.append((loss.detach(), logits.detach()))
+        precision.backward(loss)
+        losses.append(loss.detach())
+        outputs.append(logits.detach())
     shared.backward(features.grad)
-    if before_update(net.weight_parameters(), [loss for loss, _ in results]):
-        precision.step(optimizer, grad_clip)
-    return results[0]
+    return losses, outputs[0]
 
 
-def architecture_step(
-    net, optimizer, images, labels, op_weights, table_matrix, table, args, precision, before_update=always
-):
-    """Train log_alphas and betas on the mixture and its latency; returns loss, logits and latency.
+def backward_on_mixture(
+    net: Network, images: Tensor, labels: Tensor, op_weights: Tensor, latency_loss: LatencyLoss, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradients of log_alphas and betas: cross entropy of the mixture plus the loss of its latency.
 
     Args:
         op_weights: of the mixture [blocks, ops], from `Network.mixture_weights`.
-        table_matrix: latencies [blocks, ops] in the unit of `table`, from `LatencyTable.matrix`.
-        args: lambda_lat, target_lat and grad_clip.
-        precision, before_update: see `weight_step`.
+        precision: of the architecture's optimizer.
+
+    Returns:
+        The cross entropy, the logits [N, classes], and the latency of the mixture.
     """
-    optimizer.zero_grad(set_to_none=True)
     with precision.autocast():
         logits = net(images, op_weights).float()
-    latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), table.space)
     loss = F.cross_entropy(logits, labels)
-    precision.backward(loss + args.lambda_lat * (latency / args.target_lat - 1).abs(), optimizer)
-    if before_update(net.arch_parameters(), [loss]):
-        precision.step(optimizer, args.grad_clip)
-        net.project_architecture()
+    of_latency, latency = latency_loss(op_weights, net.depth_weights())
+    precision.backward(loss + of_latency)
     return loss.detach(), logits.detach(), latency.detach()
 
 
-def train_only(wanted, others):
+def train_only(wanted: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
     """Let gradients be computed for `wanted` and not for `others`."""
     for p in others:
         p.requires_grad_(False)

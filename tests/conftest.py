@@ -53,7 +53,7 @@ def make_table(space: SearchSpace = SPACE, img_size: int = 224, seed: int = 0, b
         key: 0.05 + np.cumsum(rng.uniform(0.0005, 0.0015, high) * rng.uniform(0.5, 2))
         for key, (_, high) in space.table_widths(img_size).items()
     }
-    return LatencyTable(base, curves, {}, img_size, space)
+    return LatencyTable(base, curves, {}, img_size)
 
 
 def physical_curves(img_size: int) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def physical_curves(img_size: int) -> dict[str, np.ndarray]:
     coefficients = np.array([3e4, 2e4, 0, 0, 1, 2, 0, 0, 5, 0, 0, 0]) / 1e7
     widths = SPACE.table_widths(img_size)
     curves = {}
-    for block, op in SPACE.layers(img_size):
+    for block, _, op in SPACE.positions(img_size):
         key = block.key(op)
         shape = features(block, op, np.arange(1, widths[key][1] + 1)) @ coefficients
         curves[key] = shape * (1 + 0.1 * np.sin(len(curves)))

@@ -11,7 +11,7 @@ from models.describe import describe_architecture, describe_network, describe_sp
 from models.elasticity import latency_range, scale_widths, start_masks, update_masks
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
-from tools.run.folder import Metrics, run_header
+from tools.run.metrics import Metrics, run_header
 
 CPU = torch.device('cpu')
 
@@ -22,7 +22,7 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
     draw = torch.Generator().manual_seed(seed)
     table = make_table(space, img_size, base=1.0)
     table.meta.update(device='made-up device', batch_size=1, threads=1, method='made up')
-    target = 0.3 * sum(table.reach()[::2])
+    target = 0.3 * sum(table.reach(SPACE)[::2])
     args = Namespace(epochs=epochs, warmup_epochs=warmup, target_lat=target, note='<made> & "up"')
     latency = {'table': 'made-up.pkl', 'target': args.target_lat, **describe_table(table)}
     about = {'space': describe_space(img_size, space), 'latency': latency, 'steps_an_epoch': steps}

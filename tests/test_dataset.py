@@ -12,7 +12,7 @@ from dataset.demo.unpack import unpack
 from dataset.device_aug import TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
 from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
-from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, tell_skipped
+from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, log_skipped
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
@@ -279,7 +279,7 @@ def test_skipped_images_are_counted_and_named_once(tmp_path, workers):
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
         assert sum(len(labels) for _, labels in loader) == 298  # left out where images are evaluated
-        tell_skipped(loader, log=lines.append, world=World(CPU))
+        log_skipped(loader, log=lines.append, world=World(CPU))
     assert len(lines) == 3 and '3.png: cannot be read as an image (not an image)' in lines[0] and '77.png' in lines[1]
     assert lines[2] == '--bad_images skip: 2 of 300 images skipped so far'
 

@@ -63,7 +63,7 @@ def used(arch, widths, table):
 def test_scaling_agrees_with_a_recomputation(small_space, full_space):
     space = SPACE if full_space else small_space
     table, rng = make_table(space, 64, base=0.3), random.Random(3)
-    _, shallow, most = table.reach()
+    _, shallow, most = table.reach(SPACE)
     for _ in range(60):
         arch, widths = random_arch(space, rng)
         target = rng.uniform(0.5 * shallow, most)

@@ -138,7 +138,7 @@ def test_skipped_blocks_are_dropped_from_the_network():
     assert NetworkEval(config).eval()(torch.randn(2, 3, 32, 32)).shape == (2, NUM_CLASSES)
     # two blocks at their least, the smallest operators there, and three skipped
     low = [min(table.of(b, op, op.min_width(b.in_ch)) for op in SMALL_SPACE.ops) for b in (first, last)]
-    assert table.reach()[0] == table.reach()[1] == pytest.approx(table.base + sum(low))
+    assert table.reach(SMALL_SPACE)[0] == table.reach(SMALL_SPACE)[1] == pytest.approx(table.base + sum(low))
 
 
 def random_state(seed):
@@ -159,7 +159,7 @@ def test_most_probable_architecture_with_skip_equals_brute_force(seed):
         arch = {'stage1': picks[:1], 'stage2': picks[1:3], 'stage3': picks[3:]}
         logp = sum(float(row[pick]) for row, pick in zip(logps, picks, strict=True))
         known.append((logp, *latency_range(arch, table), arch))
-    least, _, most = table.reach()
+    least, _, most = table.reach(SMALL_SPACE)
     for target in np.linspace(least, most, 12):
         fitting = [logp for logp, low, high, _ in known if low <= target <= high]
         if not fitting:

@@ -58,7 +58,7 @@ def test_gradients_of_latency_by_finite_differences(small_space):
 
 def test_reach_brackets_random_networks_and_is_reached(small_space):
     table, rng = make_table(small_space, 32), random.Random(1)
-    least, shallow, most = table.reach()
+    least, shallow, most = table.reach(SPACE)
     assert least < shallow < most
     totals = [table.total(*random_arch(small_space, rng)) for _ in range(300)]
     assert least <= min(totals) and max(totals) <= most

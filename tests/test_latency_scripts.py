@@ -70,7 +70,7 @@ def test_measured_table_covers_the_space_and_tells_how_it_was_made(measured):
         assert name in table.meta
     assert table.meta['batch_size'] == 1 and table.meta['img_size'] == 32 and table.meta['samples'] >= LEAST_SAMPLES
     assert f'Reference network: {table.meta["reference_ms"]:.4f} ms' in out
-    least, shallow, most = table.reach()
+    least, shallow, most = table.reach(SPACE)
     assert 0 < table.base < least < shallow < most
     assert re.search(r'unseen networks: mean error \d+\.\d\d %, worst \d+\.\d\d %, bias [+-]\d+\.\d\d %', out)
     assert not list(path.parent.glob('.*'))  # no temporary file left
@@ -275,7 +275,7 @@ def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, mon
 
     monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
     state, masks, _ = load_search_checkpoint(searched)
-    least, _, most = table.reach()
+    least, _, most = table.reach(SPACE)
     target = (least + most) / 2
     config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, args, torch.device('cpu'))
     assert measured[0] == pytest.approx(slower * target, rel=0.005)  # fitted to the table

@@ -11,7 +11,8 @@ import torch
 from models.config import build_config, load_config
 from models.describe import describe_network, describe_space
 from tools.errors import BadInput
-from tools.run.folder import METRICS, Metrics, Progress, Watch, make_logger, read_run, run_header
+from tools.run.folder import Progress, Watch, make_logger
+from tools.run.metrics import METRICS, Metrics, read_run, run_header
 
 HEADER = {'kind': 'run', 'version': 1, 'task': 'training'}
 

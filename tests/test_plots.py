@@ -14,7 +14,7 @@ from tools.errors import BadInput
 from tools.report.compare import PUBLISHED, _macs_figure, compare_runs, place_names, torchvision_rows
 from tools.report.draw import draw_at_end, draw_run
 from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure
-from tools.run.folder import METRICS, read_run
+from tools.run.metrics import METRICS, read_run
 
 
 @pytest.fixture(scope='module')

@@ -17,13 +17,13 @@ from benchmarks.plain_search import (
 from conftest import NUM_CLASSES, make_table
 from models import functions
 from models.functions import ACTIVATIONS, compiled_norm_act, convolve, mix_norms, norm_act
-from models.model_search import Form, Network
+from models.model_search import ExecutionMode, Network
 from models.search_space import SPACE, Op
 from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
 from tools.precision import Precision
 from tools.rng import generator_for
 
-FORMS = [Form(), Form(recompute=True), Form(fused=True), Form(fused=True, recompute=True)]
+FORMS = [ExecutionMode(), ExecutionMode(recompute=True), ExecutionMode(fused=True), ExecutionMode(fused=True, recompute=True)]
 FULL = Precision(torch.device('cpu'))
 ARGS = SimpleNamespace(lambda_lat=0.1, target_lat=2.0, grad_clip=1e9)
 
@@ -156,7 +156,7 @@ def test_fused_form_serves_spaces_of_other_operators(small_space):
         space = replace(small_space, ops=ops)
         x, _ = batch()
         weights = torch.rand(5, len(ops)).softmax(1)
-        plain, net = make_plain(make_net(space)), make_net(space, Form(fused=True))
+        plain, net = make_plain(make_net(space)), make_net(space, ExecutionMode(fused=True))
         assert close(net(x, weights), plain_forward(plain, x, weights))
 
 
@@ -179,14 +179,14 @@ def test_costs_of_an_architecture_step_of_the_whole_space():
         weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
         return saved_megabytes(lambda: forward(net, x, weights))
 
-    plain, fused = make_plain(make_net(SPACE)), make_net(SPACE, Form(fused=True))
+    plain, fused = make_plain(make_net(SPACE)), make_net(SPACE, ExecutionMode(fused=True))
     (plain_calls, _), (fused_calls, reads) = run(plain, plain_architecture_step), run(fused, architecture_step)
     assert fused_calls <= 0.4 * plain_calls
     assert reads == 0
     plain_kept = kept(plain, plain_forward)
     assert kept(make_net(SPACE), Network.__call__) <= 0.6 * plain_kept
     assert kept(fused, Network.__call__) <= 0.6 * plain_kept
-    assert kept(make_net(SPACE, Form(recompute=True)), Network.__call__) <= 0.2 * plain_kept
+    assert kept(make_net(SPACE, ExecutionMode(recompute=True)), Network.__call__) <= 0.2 * plain_kept
     train_only(fused.weight_parameters(), fused.arch_parameters())
     with host_reads(
         ['cpu']
@@ -199,7 +199,7 @@ def test_costs_of_an_architecture_step_of_the_whole_space():
     assert (transfers[0], reads[0]) == (1, 0)
 
 
-@pytest.mark.parametrize('form', [Form(), Form(fused=True)])
+@pytest.mark.parametrize('form', [ExecutionMode(), ExecutionMode(fused=True)])
 def test_mixed_precision_stays_close_to_full(small_space, form):
     table, (x, labels) = make_table(small_space, 32), batch(64, 16)
     half, results = Precision(torch.device('cpu'), torch.bfloat16), []

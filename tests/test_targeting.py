@@ -81,7 +81,7 @@ def test_most_probable_architecture_equals_brute_force(seed):
     table, state = make_table(SMALL_SPACE, 32, seed, base=0.1), random_state(SMALL_SPACE, seed)
     known = [(logp(a, state, SMALL_SPACE), *latency_range(a, table)) for a in all_architectures(SMALL_SPACE)]
     assert len(known) == 3 * 13 * 12
-    least, _, most = table.reach()
+    least, _, most = table.reach(SMALL_SPACE)
     for target in np.linspace(least, most, 25):
         fitting = [p for p, low, high in known if low <= target <= high]
         if not fitting:
@@ -131,7 +131,7 @@ def tied_state(space, seed, values):
 def test_many_architectures_of_the_same_probability_are_told_apart_soon(values, share, monkeypatch):
     """Prices find none that meets these targets; without one, hundreds of thousands are kept and compared."""
     table = load_table(ROOT / 'latency_pkl/latency_gpu.pkl', 224)
-    least, _, most = table.reach()
+    least, _, most = table.reach(SMALL_SPACE)
     target, state, sizes = least + share * (most - least), tied_state(SPACE, 1, values), []
 
     def counted(front, bounded, call=targeting._undominated):
@@ -148,7 +148,7 @@ def test_many_architectures_of_the_same_probability_are_told_apart_soon(values, 
 def test_ties_equal_brute_force(values):
     table, state = make_table(SMALL_SPACE, 32, 1, base=0.1), tied_state(SMALL_SPACE, 1, values)
     known = [(logp(a, state, SMALL_SPACE), *latency_range(a, table)) for a in all_architectures(SMALL_SPACE)]
-    least, _, most = table.reach()
+    least, _, most = table.reach(SMALL_SPACE)
     for target in np.linspace(least, most, 25)[1:-1]:
         found = most_probable(state, table, float(target))
         fitting = [p for p, low, high in known if low <= target <= high]
@@ -355,7 +355,7 @@ def test_the_reference_network_is_the_middle_of_the_space(space):
     assert depths == [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]
     seen = {(s.kernel_size, s.se_channels > 0) for specs in config.stages.values() for s in specs}
     assert seen == {(op.kernel, op.se) for op in space.ops}
-    least, _, most = table.reach()
+    least, _, most = table.reach(SMALL_SPACE)
     assert least + (most - least) / 4 < table.of_config(config) < most - (most - least) / 4
 
 
@@ -458,4 +458,4 @@ def test_estimated_titan_rtx_gives_tf_nas_a_its_published_time():
     assert table.of_config(load_config(ROOT / 'models' / 'zoo' / 'tf_nas_a.config')) == pytest.approx(18.0, rel=0.02)
     assert all((np.diff(curve) >= 0).all() and curve[0] > 0 for curve in curves.values())
     faster = LatencyTable(*estimate(CARDS['a100'], 224, 32, 1000), {}, 224)
-    assert faster.reach()[2] < table.reach()[2]
+    assert faster.reach()[2] < table.reach(SMALL_SPACE)[2]

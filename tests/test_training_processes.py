@@ -23,11 +23,11 @@ from training_runs import run_here as train_here
 import train_eval_amp
 from dataset.loaders import ImageList, make_loader
 from models.model_eval import NetworkEval
-from tools.distributed import World, join_world, leave_world, wrap_model
+from tools.distributed import World, join_world, leave_world
 from tools.errors import BadInput
 from tools.precision import Precision
 from tools.run.folder import Watch, make_logger
-from tools.training import TrainState, evaluate, train_epoch
+from tools.training import TrainState, evaluate, train_epoch, wrap_model
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -92,8 +92,8 @@ def skip_some(rank, size, port, bad, path):
     for index in bad[rank]:
         images.note_bad(index, BadInput('bad'))
     try:
-        images.tell_skipped(lines.append, world)
-        images.tell_skipped(lines.append, world)
+        images.log_skipped(lines.append, world)
+        images.log_skipped(lines.append, world)
     except BadInput as e:
         lines.append(f'error: {e}')
     torch.save(lines, path / str(rank))

@@ -34,7 +34,8 @@ from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of, save_and_keep_previous
 from tools.precision import Precision
 from tools.run.checkpoint import Keeper
-from tools.run.folder import METRICS, Metrics, Watch, make_logger
+from tools.run.folder import Watch, make_logger
+from tools.run.metrics import METRICS, Metrics
 from tools.run.resume import find_snapshot
 from tools.training import TRAINING, start_state
 

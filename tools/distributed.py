@@ -38,7 +38,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, *values: int) -> list[int]:
+    def all_max(self, *values: int) -> list[int]:
         """The largest of each value over all processes, to take decisions together; without waiting for a GPU."""
         if self.size == 1:
             return list(values)
@@ -61,20 +61,20 @@ class World:
         averages = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
         torch._foreach_copy_(gradients, averages)
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's values."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def first_says(self, decide: Callable[[], Value]) -> Value:
+    def from_rank0(self, decide: Callable[[], Value]) -> Value:
         """What `decide()` returns in the first process, in all of them; the others do not call it."""
         values = [decide() if self.is_first else None]
         if self.size > 1:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def any(self, flags: Tensor) -> None:
+    def all_any(self, flags: Tensor) -> None:
         """Set each flag that is set in any process, in place.
 
         Args:
@@ -85,11 +85,11 @@ class World:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
             flags |= numbers.bool()
 
-    def same_buffers(self, *modules: nn.Module) -> None:
+    def broadcast_buffers(self, *modules: nn.Module) -> None:
         """Give all processes the first one's buffers (the running statistics of batch norm)."""
-        self.same(buffer for module in modules for buffer in module.buffers())
+        self.broadcast(buffer for module in modules for buffer in module.buffers())
 
-    def share(self, count: int, what: str) -> int:
+    def split_evenly(self, count: int, what: str) -> int:
         """This process's part of a total such as the batch size.
 
         Raises:
@@ -139,42 +139,14 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
     if size == 1:
         return World(device)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
-    restarts, store = restart_store()
-    if store:  # by default a restarted process may read the addresses of its dead predecessors
-        attempt = dist.PrefixStore(f'attempt {restarts}', store)
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # without the prefix, a process that torchrun restarted may read the addresses of its dead predecessors
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+        attempt = dist.PrefixStore(f'attempt {_from_environment("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend)
     return World(device, rank, size)
-
-
-def wrap_model(net: nn.Module, world: World, args) -> nn.Module:
-    """The network on all devices of the run: one a process, or all visible GPUs where there is a single process.
-
-    Each process keeps its own running statistics of batch norm; `World.same_buffers` evens them out before they matter.
-
-    Raises:
-        BadInput: flags that torch's DataParallel does not hand on to its threads.
-    """
-    if world.size > 1:
-        devices = [world.device] if world.device.type == 'cuda' else None
-        return nn.parallel.DistributedDataParallel(net, devices, forward_sync_buffers=False)
-    if world.gpus > 1:
-        bad = ['--compile'] if args.compile else []
-        bad += ['--amp_dtype bfloat16'] if getattr(args, 'amp_dtype', None) == 'bfloat16' else []
-        if bad:
-            each = f'torchrun --nproc_per_node={world.gpus} ...'
-            raise BadInput(f'{bad[0]} on {world.gpus} GPUs needs a process each: {each}')
-        return nn.DataParallel(net)
-    return net
-
-
-def restart_store() -> tuple[int, dist.Store | None]:
-    """How often torchrun has restarted this run, and a store that outlives restarts (None without torchrun)."""
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
-        return 0, None
-    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
-    return _from_environment('TORCHELASTIC_RESTART_COUNT', 0), dist.PrefixStore('tf-nas', store)
 
 
 def leave_world(world: World) -> None:

@@ -205,19 +205,14 @@ def add_snapshot_args(parser: Parser) -> None:
     """How often a run saves where it stands, and what it goes on from."""
     parser.add_argument(
         '--snapshot',
-        help='a checkpoint to go on from, in its run folder; auto: the newest good one of this --note under --save',
+        help='a checkpoint to resume from, in its run folder; auto: the newest good one of this --note under --save, '
+        'also right for runs that torchrun restarts (--max-restarts)',
     )
     parser.add_argument(
         '--save_freq',
         type=number(float, 0),
         default=10.0,
         help='minutes between two checkpoints within an epoch; 0: after each step',
-    )
-    parser.add_argument(
-        '--on_nan',
-        choices=('stop', 'skip'),
-        default='stop',
-        help='at a loss that is NaN or infinite: stop the run, or leave the update out (waits for the GPU at each)',
     )
     parser.add_argument(
         '--deterministic', action='store_true', help='only kernels that give the same bits each time; slower on GPUs'
@@ -266,7 +261,7 @@ def add_amp_args(parser: Parser) -> None:
     parser.add_argument(
         '--opt_level',
         choices=('O0', 'O1', 'O2', 'O3'),
-        help='O0: float32 (default); O1: autocast; O2: half network, float32 master weights and batch norm; O3: half',
+        help='O0: float32 (default); O1: autocast; O2, O3: of apex, with --amp_backend apex',
     )
     parser.add_argument(
         '--amp_dtype', choices=('float16', 'bfloat16'), help='default: float16 on GPUs, bfloat16 on CPUs'

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.options import Parser, run_script
 from tools.report.draw import draw_run
-from tools.run.folder import read_run
+from tools.run.metrics import read_run
 
 
 def get_args():

@@ -1,4 +1,4 @@
-"""Training a network from scratch, epoch by epoch, with checkpoints; shared by both training scripts."""
+"""Training a network from scratch, for both training scripts: the run, its epochs, their steps, evaluation."""
 
 import math
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,15 @@ from tools.errors import BadInput
 from tools.files import put_weights, strip_module_prefix
 from tools.precision import Precision
 from tools.rng import derive_seed
-from tools.run.checkpoint import Keeper
-from tools.run.folder import Progress, Watch
-from tools.run.resume import NUMBER, RunKind, Snapshot, compare_flags, find_snapshot
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import RunLogger
+from tools.run.resume import NUMBER, RunKind, Snapshot
 from tools.run.stop import ended_with
+
+WARMUP_EPOCHS = 5
+LARGE_BATCH = 256
+RECIPE_BATCH = 512
+"""The batch size that the default learning rate belongs to."""
 
 TRAINING = RunKind(
     'training',
@@ -48,11 +54,16 @@ TRAINING = RunKind(
 class TrainState:
     """All that training changes.
 
-    `epoch` and `step` say where the run stands: `step` batches of the epoch are done. `sums` are those of
-    `engine.Tally` over these batches, of all processes, and held by the first one. `best` is (top1, top5).
+    `model` is `net`, wrapped for many devices. Batch `step` of `epoch` is the next one to train. `sums` are those of
+    `Tally` over the epoch so far, of all processes, and held by the first one. `best` is (top1, top5).
+
+    The checkpoint has weights, optimizer, gradient scaler, moving average, best accuracies, sums for the log, and the
+    position in the data. There is no generator state to keep: all that is drawn for a step or an image is seeded by its
+    place in the run (see `tools.rng`). The learning rate follows from the epoch.
     """
 
     net: nn.Module
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
     ema: AveragedModel | None = None
@@ -67,21 +78,21 @@ class TrainState:
         return self.optimizer.param_groups[0]['lr']
 
     def evaluated(self) -> nn.Module:
-        """The network whose accuracy counts: the moving average where there is one."""
+        """Return the network whose accuracy counts: the moving average if there is one."""
         return self.ema.module if self.ema else self.net
 
-    def to_checkpoint(self, args) -> dict:
-        """The contents of a checkpoint file. `args`: the flags of the run."""
+    def to_checkpoint(self, flags: Mapping[str, Any]) -> dict:
+        """Return the contents of a checkpoint file."""
         checkpoint = {
             'epoch': self.epoch,
             'step': self.step,
-            'state_dict': {f'module.{name}': value for name, value in self.precision.weights(self.net).items()},
+            'state_dict': {f'module.{name}': value for name, value in self.net.state_dict().items()},
             'best_acc_top1': self.best[0],
             'best_acc_top5': self.best[1],
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.precision.state_dict(),
             'sums': self.sums,
-            'flags': dict(vars(args)),
+            'flags': dict(flags),
         }
         if self.ema:
             checkpoint['state_dict_ema'] = self.ema.state_dict()
@@ -93,9 +104,7 @@ class TrainState:
         Raises:
             BadInput: it is of another network.
         """
-        state = strip_module_prefix(checkpoint['state_dict'])
-        put_weights(self.net, state, f'--snapshot {where}')
-        self.precision.load_weights(self.net, state)
+        put_weights(self.net, strip_module_prefix(checkpoint['state_dict']), f'--snapshot {where}')
         try:
             load_moments(self.optimizer, checkpoint['optimizer'])
         except ValueError as e:
@@ -113,211 +122,36 @@ class TrainState:
         self.sums = checkpoint.get('sums', self.sums) if world.is_first else self.sums
 
 
-WARMUP_EPOCHS = 5
-
-
-LARGE_BATCH = 256
-
-
-RECIPE_BATCH = 512
-"""The batch size that the default learning rate belongs to."""
-
-
-def lr_at(epoch: int, args) -> float:
-    """Learning rate of an epoch: cosine, and for large batches a linear warm-up before it.
-
-    Args:
-        args: lr, lr_scale, epochs, batch_size, grad_accum.
-    """
-    batch = args.batch_size * args.grad_accum
-    lr = args.lr * batch / RECIPE_BATCH if args.lr_scale == 'linear' else args.lr
-    if batch > LARGE_BATCH and epoch < WARMUP_EPOCHS:
-        return lr * (epoch + 1) / WARMUP_EPOCHS
-    return cosine_lr(lr, epoch, args.epochs)
-
-
-def last_batch(epoch: int, batches: int, args) -> int:
-    """How many of an epoch's batches to train on before `args.max_steps` updates are made."""
-    if args.max_steps is None:
-        return batches
-    updates_left = args.max_steps - epoch * math.ceil(batches / args.grad_accum)
-    return min(batches, max(updates_left, 0) * args.grad_accum)
-
-
-def memory_format(args, device: torch.device) -> torch.memory_format:
-    """Layout of images and weights: channels last where asked for, and by default where it is known to be faster.
-
-    Args:
-        args: channels_last, and opt_level where there is mixed precision.
-    """
-    half = getattr(args, 'opt_level', None) not in (None, 'O0')
-    chosen = args.channels_last if args.channels_last is not None else half or device.type == 'cpu'
-    return torch.channels_last if chosen else torch.contiguous_format
-
-
-def make_optimizer(net: nn.Module, args) -> torch.optim.SGD:
-    """SGD over all parameters, without weight decay on batch norm where `args.no_weight_decay_bn`."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    spared = {p for module in norms for p in module.parameters()} if args.no_weight_decay_bn else set()
-    groups = [{'params': [p for p in net.parameters() if p not in spared], 'weight_decay': args.weight_decay}]
-    if spared:
-        groups.append({'params': [p for p in net.parameters() if p in spared], 'weight_decay': 0.0})
-    return torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
-
-
-def make_mix(args) -> Callable | None:
-    """MixUp, CutMix or a random choice of them; None where both are off."""
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=args.num_classes)] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=args.num_classes)] if args.cutmix else []
-    return v2.RandomChoice(mixes) if mixes else None
-
-
-def start_state(net: nn.Module, precision: Precision, world: World, args) -> tuple[TrainState, Snapshot]:
-    """The state that training starts from: fresh, or the snapshot's that the flags or a restart ask for.
+def start_state(
+    net: nn.Module, precision: Precision, snapshot: Snapshot, world: World, args
+) -> tuple[TrainState, Snapshot]:
+    """Return the state that training starts from, fresh or the snapshot's, and the snapshot without it.
 
     Args:
         net: on its device, in its memory format.
 
     Raises:
-        BadInput: a snapshot that is bad, or does not fit the network or the flags.
+        BadInput: the snapshot does not fit the network.
     """
-    snapshot = find_snapshot(args, TRAINING)
     net, optimizer = precision.prepare(net, make_optimizer(net, args))
     average = get_ema_multi_avg_fn(args.ema_decay)
     ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None
-    state = TrainState(net, optimizer, precision, ema)
+    state = TrainState(net, net, optimizer, precision, ema)
     if snapshot.checkpoint:
-        differing = compare_flags(snapshot, TRAINING, args)
         state.load(snapshot.checkpoint, snapshot.path, world)
-        snapshot = snapshot.taken().noting(differing)
     begin_momentum(state.optimizer)
     if args.compile:
         state.net.compile()
-    return state, snapshot
+    state.model = wrap_model(state.net, world, args)
+    return state, snapshot.without_checkpoint()
 
 
-def fit(
-    model: nn.Module,
-    state: TrainState,
-    loaders: tuple[DataLoader, DataLoader],
-    world: World,
-    args,
-    folder: Path | None,
-    watch: Watch,
-    environment: dict,
-) -> int:
-    """Train until `args.epochs` epochs or `args.max_steps` updates are done, evaluating and saving after each epoch.
+@dataclass(frozen=True)
+class PassResult:
+    """Outcome of a pass over batches: `numbers` of its `Tally`, and whether a signal stopped it before its end."""
 
-    SIGTERM and SIGINT stop it after the next update, with a checkpoint. Returns the exit code.
-
-    Args:
-        model: `state.net`, wrapped for many devices.
-        loaders: of training and validation images.
-        folder: gets `checkpoint.pth.tar`, and `model_best.pth.tar` for the best top-1; None where nothing is written.
-        environment: what the run is made with, for the checkpoints.
-    """
-    layout, mix = memory_format(args, world.device), make_mix(args)
-    train_loader, val_loader = loaders
-    steps = len(train_loader)
-    work = sum(last_batch(epoch, steps, args) for epoch in range(args.epochs))
-    watch.progress = Progress(work, state.epoch * steps + state.step, not world.is_first)
-    with Keeper(folder, watch, world, args, environment) as keeper, ended_with(*loaders):
-        while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
-            set_lr(state.optimizer, lr_at(state.epoch, args))
-            train_loader.sampler.set_epoch(state.epoch, state.step)
-            batches = to_device(train_loader, world.device, layout)
-            batches = watch.progress.track(batches, f'epoch {state.epoch}', end, state.step)
-            keeping = keeper.after_update, keeper.allows_update
-            train = train_epoch(model, state, batches, end, mix, world, args, watch, *keeping)
-            if train is None:
-                break
-            world.same_buffers(state.net, *filter(None, [state.ema]))
-            val = evaluate(state.evaluated(), val_loader, state.precision, world, layout, keeper.stops)
-            if val is None:
-                keeper.save(state)
-                break
-            is_best = val['top1'] > state.best[0] or state.epoch == 0
-            state.best = max(state.best, (val['top1'], val['top5']))
-            log_epoch(watch, state, train, val)
-            if end == steps:
-                state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
-            keeper.save(state, is_best)
-            for loader in loaders:
-                loader.dataset.tell_skipped(watch.log, world)
-            if state.step:
-                break
-    if not keeper.signal:
-        watch.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
-        watch.write('end', state.epoch, best_top1=state.best[0])
-    return keeper.exit_code()
-
-
-def train_epoch(
-    model: nn.Module,
-    state: TrainState,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    end: int,
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    world: World,
-    args,
-    watch: Watch,
-    after_update: Callable[[TrainState, 'Tally'], bool],
-    allows_update: Callable[[TrainState, list[Tensor]], bool] = lambda *_: True,
-) -> dict[str, float] | None:
-    """Train on the rest of an epoch's batches; returns the numbers of `Tally`, or None where it was stopped.
-
-    Args:
-        model: `state.net`, wrapped for many devices.
-        batches: from batch `state.step` of the epoch on.
-        end: the epoch's number of batches.
-        mix: MixUp or CutMix: makes soft labels of images and labels.
-        args: needs seed, label_smooth, grad_accum, grad_clip, print_freq, on_nan.
-        watch: told every print_freq batches.
-        after_update: called after each update; says whether to stop.
-        allows_update: called before each with its losses; says whether to make it.
-    """
-    model.train()
-    losses, buffers = [], list(state.net.buffers()) if args.on_nan == 'skip' else []
-    tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
-    for step, (images, labels) in zip(range(state.step, end), batches, strict=False):
-        group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
-        updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
-        torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
-        if not losses:
-            statistics = [buffer.clone() for buffer in buffers]
-        mixed, targets = mix(images, labels) if mix else (images, labels)
-        with nullcontext() if updates or world.size == 1 else model.no_sync():
-            with state.precision.autocast():
-                logits = model(state.precision.inputs(mixed)).float()
-                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
-            state.precision.backward(loss / group, state.optimizer)
-        losses.append(loss.detach())
-        tally.add(loss, logits, labels)
-        if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
-            log_step(watch, tally, rate, state, step, end, args.batch_size)
-        if updates:
-            if allows_update(state, losses):
-                state.precision.step(state.optimizer, args.grad_clip)
-                if state.ema:
-                    state.ema.update_parameters(state.net)
-            else:
-                state.optimizer.zero_grad(set_to_none=True)
-                state.net.zero_grad(set_to_none=True)  # the optimizer may have copies of its own
-                for buffer, before in zip(buffers, statistics, strict=True):
-                    buffer.copy_(before)
-            losses, state.step = [], step + 1
-            if after_update(state, tally):
-                return None
-    state.sums = tally.total(world)
-    return tally.read(world)
-
-
-def log_epoch(watch: Watch, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
-    """The two lines at the end of an epoch."""
-    watch.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
-    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
-    watch.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
-    watch.write('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])
+    numbers: dict[str, float]
+    stopped: bool = False
 
 
 class Tally:
@@ -370,11 +204,122 @@ class Rate:
         return rate
 
 
-def log_step(watch: Watch, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
-    """Tell about the epoch so far. `batch`: images of a batch over all processes."""
+def fit(
+    state: TrainState,
+    loaders: tuple[DataLoader, DataLoader],
+    num_classes: int,
+    world: World,
+    args,
+    checkpointer: Checkpointer,
+    logger: RunLogger,
+) -> int:
+    """Train until `args.epochs` epochs or `args.max_steps` updates are done, evaluating and saving after each epoch.
+
+    SIGTERM and SIGINT stop it after the next update, with a checkpoint. Returns the exit code.
+
+    Args:
+        loaders: of training and validation images.
+    """
+    layout, mix = memory_format(args, world.device), make_mix(args, num_classes)
+    train_loader, val_loader = loaders
+    steps = len(train_loader)
+    total = sum(last_batch(epoch, steps, args) for epoch in range(args.epochs))
+    logger.start_progress(total, state.epoch * steps + state.step)
+    with checkpointer, ended_with(*loaders):
+        while state.epoch < args.epochs and (end := last_batch(state.epoch, steps, args)):
+            set_lr(state.optimizer, lr_at(state.epoch, args))
+            train = train_epoch(state, train_loader, mix, world, args, checkpointer, logger)
+            if train.stopped:
+                break
+            world.broadcast_buffers(state.net, *filter(None, [state.ema]))
+            val = evaluate(
+                state.evaluated(), val_loader, state.precision, world, layout, stops=checkpointer.stop_requested
+            )
+            if val.stopped:
+                checkpointer.save(state)
+                break
+            is_best = val.numbers['top1'] > state.best[0] or state.epoch == 0
+            state.best = max(state.best, (val.numbers['top1'], val.numbers['top5']))
+            log_epoch(logger, state, train.numbers, val.numbers)
+            if end == steps:
+                state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
+            if is_best:
+                checkpointer.save_as(state, 'model_best.pth.tar')
+            checkpointer.save(state)
+            for loader in loaders:
+                loader.dataset.log_skipped(logger.log, world)
+            if state.step:
+                break
+    if not checkpointer.signal:
+        logger.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+        logger.record('end', state.epoch, best_top1=state.best[0])
+    return checkpointer.exit_code()
+
+
+def train_epoch(
+    state: TrainState,
+    loader: DataLoader,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    world: World,
+    args,
+    checkpointer: Checkpointer,
+    logger: RunLogger,
+) -> PassResult:
+    """Train on the rest of an epoch's batches.
+
+    Args:
+        mix: MixUp or CutMix: makes soft labels of images and labels.
+        args: batch_size, seed, label_smooth, grad_accum, grad_clip, max_steps, print_freq, and the memory format.
+    """
+    state.model.train()
+    end, losses = last_batch(state.epoch, len(loader), args), []
+    tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
+    loader.sampler.set_epoch(state.epoch, state.step)
+    batches = to_device(loader, world.device, memory_format(args, world.device))
+    batches = logger.track(zip(range(state.step, end), batches, strict=False), f'epoch {state.epoch}')
+    for step, (images, labels) in batches:
+        group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
+        updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
+        torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
+        mixed, targets = mix(images, labels) if mix else (images, labels)
+        with nullcontext() if updates or world.size == 1 else state.model.no_sync():
+            with state.precision.autocast():
+                logits = state.model(mixed).float()
+                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
+            state.precision.backward(loss / group)  # with many processes this averages their gradients
+        losses.append(loss.detach())
+        tally.add(loss, logits, labels)
+        if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
+            log_step(logger, tally, rate, state, step, end, args.batch_size)
+        if not updates:
+            continue
+        if checkpointer.allows_update(state, losses):
+            state.precision.step(state.optimizer, args.grad_clip)
+            if state.ema:
+                state.ema.update_parameters(state.net)
+        losses, state.step = [], step + 1
+        if checkpointer.is_due():
+            state.sums = tally.total(world)
+            checkpointer.save(state)
+        if checkpointer.signal:
+            return PassResult({}, stopped=True)
+    state.sums = tally.total(world)
+    return PassResult(tally.read(world))
+
+
+def log_step(logger: RunLogger, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
+    """Log the epoch so far. `batch`: images of a batch over all processes."""
     now = tally.read()
     numbers = {'lr': state.lr} | {name: now[name] for name in ('loss', 'top1', 'top5')}
-    watch.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
+    logger.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
+
+
+def log_epoch(logger: RunLogger, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
+    """The two lines at the end of an epoch."""
+    logger.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
+    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
+    logger.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
+    logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])
 
 
 @torch.inference_mode()
@@ -383,33 +328,47 @@ def evaluate(
     loader: DataLoader,
     precision: Precision,
     world: World,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    layout: torch.memory_format = torch.contiguous_format,
+    *,
     stops: Callable[[], bool] = lambda: False,
     see: Callable[[Tensor], None] | None = None,
-) -> dict[str, float] | None:
-    """Loss and accuracies over all images of a loader, each counted once over all processes.
+) -> PassResult:
+    """Return loss and accuracies over all images of a loader, each counted once over all processes.
 
     Args:
         net: not wrapped for many processes, which may have different numbers of batches.
-        stops: asked before each batch whether to stop; then the result is None.
-        see: gets the logits of each batch.
+        stops: called before each batch; whether to stop.
+        see: called with the logits of each batch.
     """
     net.eval()
     tally = Tally(world.device)
-    batches = to_device(loader, world.device, memory_format)
+    batches = to_device(loader, world.device, layout)
     for _ in range(len(loader)):
         if stops():
-            return None
+            return PassResult({}, stopped=True)
         batch = next(batches, None)
         if batch is None:  # this process has fewer
             continue
         images, labels = batch
         with precision.autocast():
-            logits = net(precision.inputs(images)).float()
+            logits = net(images).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
         if see:
             see(logits)
-    return tally.read(world)
+    return PassResult(tally.read(world))
+
+
+def lr_at(epoch: int, args) -> float:
+    """Learning rate of an epoch: cosine, and for large batches a linear warm-up before it.
+
+    Args:
+        args: lr, lr_scale, epochs, batch_size, grad_accum.
+    """
+    batch = args.batch_size * args.grad_accum
+    lr = args.lr * batch / RECIPE_BATCH if args.lr_scale == 'linear' else args.lr
+    if batch > LARGE_BATCH and epoch < WARMUP_EPOCHS:
+        return lr * (epoch + 1) / WARMUP_EPOCHS
+    return cosine_lr(lr, epoch, args.epochs)
 
 
 def cosine_lr(base: float, epoch: int, epochs: int) -> float:
@@ -421,6 +380,63 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group['lr'] = lr
+
+
+def last_batch(epoch: int, batches: int, args) -> int:
+    """How many of an epoch's batches to train on before `args.max_steps` updates are made."""
+    if args.max_steps is None:
+        return batches
+    updates_left = args.max_steps - epoch * math.ceil(batches / args.grad_accum)
+    return min(batches, max(updates_left, 0) * args.grad_accum)
+
+
+def memory_format(args, device: torch.device) -> torch.memory_format:
+    """Layout of images and weights: channels last where asked for, and by default where it is known to be faster.
+
+    Args:
+        args: channels_last, and opt_level where there is mixed precision.
+    """
+    half = getattr(args, 'opt_level', None) not in (None, 'O0')
+    chosen = args.channels_last if args.channels_last is not None else half or device.type == 'cpu'
+    return torch.channels_last if chosen else torch.contiguous_format
+
+
+def make_optimizer(net: nn.Module, args) -> torch.optim.SGD:
+    """SGD over all parameters, without weight decay on batch norm where `args.no_weight_decay_bn`."""
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    spared = {p for module in norms for p in module.parameters()} if args.no_weight_decay_bn else set()
+    groups = [{'params': [p for p in net.parameters() if p not in spared], 'weight_decay': args.weight_decay}]
+    if spared:
+        groups.append({'params': [p for p in net.parameters() if p in spared], 'weight_decay': 0.0})
+    return torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
+
+
+def make_mix(args, num_classes: int) -> Callable | None:
+    """Return MixUp, CutMix or a random choice of them; None if both are off. `args`: mixup, cutmix (their alphas)."""
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def wrap_model(net: nn.Module, world: World, args) -> nn.Module:
+    """Return the network on all devices of the run: one a process, or all visible GPUs for a single process.
+
+    Each process has its own running statistics of batch norm until `World.broadcast_buffers`.
+
+    Raises:
+        BadInput: flags that torch's DataParallel does not hand on to its threads.
+    """
+    if world.size > 1:
+        devices = [world.device] if world.device.type == 'cuda' else None
+        return nn.parallel.DistributedDataParallel(net, devices, forward_sync_buffers=False)
+    if world.gpus > 1:
+        bad = ['--compile'] if args.compile else []
+        bad += ['--amp_dtype bfloat16'] if getattr(args, 'amp_dtype', None) == 'bfloat16' else []
+        if bad:
+            each = f'torchrun --nproc_per_node={world.gpus} ...'
+            raise BadInput(f'{bad[0]} on {world.gpus} GPUs needs a process each: {each}')
+        return nn.DataParallel(net)
+    return net
 
 
 def begin_momentum(optimizer: torch.optim.SGD) -> None:

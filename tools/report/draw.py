@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.files import write_atomic, write_text
-from tools.run.folder import read_run
+from tools.run.metrics import read_run
 
 
 def draw_run(path: str | Path, out: str | Path | None = None) -> list[Path]:

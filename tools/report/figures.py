@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tools.run.folder import Run
+from tools.run.metrics import Run
 
 BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#000000', '#8C8C8C'
 SHADES = matplotlib.colormaps['cividis']

@@ -4,24 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
+from typing import Any
 
 from torch import Tensor
 
-from tools.distributed import restart_store
 from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of
-from tools.run.folder import METRICS, run_folders
+from tools.run.folder import run_folders
+from tools.run.metrics import METRICS
 
 CHECKPOINT = 'checkpoint.pth.tar'
 
 
 HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
-    'max_steps', 'tensorboard', 'report', 'on_nan', 'deterministic',
+    'max_steps', 'tensorboard', 'report', 'deterministic',
 }  # fmt: skip
+"""Flags that may change within an epoch."""
 
 
 POSITION = {'batch_size', 'seed', 'grad_accum'}
+"""Flags that the position within an epoch depends on."""
 
 
 NUMBER = int | float
@@ -62,21 +65,20 @@ class Snapshot:
     checkpoint: dict | None = None
     notes: tuple[str, ...] = ()
 
-    def noting(self, *notes: str) -> 'Snapshot':
+    def with_notes(self, *notes: str) -> 'Snapshot':
         """The same with more notes for the log, those that are not empty."""
         return replace(self, notes=(*self.notes, *filter(None, notes)))
 
-    def taken(self) -> 'Snapshot':
+    def without_checkpoint(self) -> 'Snapshot':
         """The same without the checkpoint, which is in use now."""
         return replace(self, checkpoint=None)
 
 
 def find_snapshot(args, kind: RunKind) -> Snapshot:
-    """The newest good checkpoint that the flags and a launcher's restart ask for.
+    """Return the newest good checkpoint that the flags ask for.
 
-    After a restart by torchrun, a run goes on in its own folder. Otherwise `--snapshot auto` takes the newest good
-    checkpoint of a run with the same `--note` under `--save`, and `--snapshot PATH` that file, or the one before it in
-    its folder where it is damaged.
+    `--snapshot auto` takes the newest good checkpoint of a run with the same `--note` under `--save`; `--snapshot PATH`
+    takes that file, or if it is damaged the one before it in its folder.
 
     Args:
         args: snapshot, save and note.
@@ -85,13 +87,6 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
     Raises:
         BadInput: no good file at `--snapshot PATH`.
     """
-    restarts, store = restart_store()
-    if restarts and store.check(['folder']):
-        folder = Path(store.get('folder').decode())
-        found = _first_good(kind.checkpoints(folder), kind)
-        if found.path or not args.snapshot:
-            note = f'restart {restarts} of this run goes on from {found.path or "the start"}'
-            return Snapshot(folder, found.path, found.checkpoint, (*found.notes, note))
     if not args.snapshot:
         return Snapshot()
     if args.snapshot == 'auto':
@@ -157,7 +152,7 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
     )
 
 
-def compare_flags(snapshot: Snapshot, kind: RunKind, args) -> str:
+def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -> str:
     """One line that names the flags which differ from those the snapshot was made with; empty where none does.
 
     Raises:
@@ -165,7 +160,7 @@ def compare_flags(snapshot: Snapshot, kind: RunKind, args) -> str:
     """
     if not snapshot.checkpoint:
         return ''
-    before, now = snapshot.checkpoint.get('flags', {}), vars(args)
+    before, now = snapshot.checkpoint.get('flags', {}), flags
     names = sorted(before.keys() & now.keys() - HARMLESS)
     differ = {name: f'--{name} {before[name]}, now {now[name]}' for name in names if before[name] != now[name]}
     if kind.position(snapshot.checkpoint)[1] and (lost := differ.keys() & POSITION):
