@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.elasticity import full_weights, latency_range, start_masks
 from models.latency import load_table
 from models.parsing import MASKS_KEY, parse_architecture
+from models.search_space import SPACE
 from tools.files import save_checkpoint
 from tools.options import Parser, count, number, run_script
 

@@ -20,6 +20,7 @@ from latency_pkl.isolation import in_fresh_process
 from latency_pkl.sampling import build_network, random_config, standard_of
 from latency_pkl.timing import measure_latency
 from models.latency import load_table
+from models.search_space import SPACE
 from tools.distributed import pick_device
 from tools.files import check_target, write_atomic
 from tools.options import Parser, add_device_arg, count, run_script

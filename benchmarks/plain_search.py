@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.latency import expected_latency
 from models.layers import ConvLayer
 from models.search_steps import train_only
 
@@ -61,8 +60,8 @@ def plain_paths(net, generator):
     return first, second
 
 
-def plain_weight_step(net, optimizer, images, labels, paths, grad_clip, precision):
-    """`search_steps.weight_step`."""
+def plain_weight_step(net, optimizer, images, labels, paths, grad_clip):
+    """Train the weights on some paths; returns loss and logits of the first."""
     train_only(net.weight_parameters(), net.arch_parameters())
     optimizer.zero_grad()
     results = []
@@ -76,15 +75,15 @@ def plain_weight_step(net, optimizer, images, labels, paths, grad_clip, precisio
     return results[0]
 
 
-def plain_architecture_step(net, optimizer, images, labels, op_weights, table_matrix, table, args, precision):
-    """`search_steps.architecture_step`."""
+def plain_architecture_step(net, optimizer, images, labels, op_weights, latency_loss, grad_clip):
+    """Train the architecture on the mixture; returns loss, logits and latency."""
     train_only(net.arch_parameters(), net.weight_parameters())
     optimizer.zero_grad()
     logits = plain_forward(net, images, op_weights)
-    latency = expected_latency(table.base, table_matrix, op_weights, net.depth_weights(), SPACE)
+    of_latency, latency = latency_loss(op_weights, net.depth_weights())
     loss = F.cross_entropy(logits, labels)
-    (loss + args.lambda_lat * (latency / args.target_lat - 1).abs()).backward()
-    nn.utils.clip_grad_norm_(net.arch_parameters(), args.grad_clip, foreach=False)
+    (loss + of_latency).backward()
+    nn.utils.clip_grad_norm_(net.arch_parameters(), grad_clip, foreach=False)
     optimizer.step()
     with torch.no_grad():
         for p in net.arch_parameters():

@@ -6,9 +6,8 @@
 
 The plain form is that of `benchmarks/plain_search.py`. All forms take turns, each in a process of its own, and the
 medians are printed. Kept memory is what autograd holds between forward and backward pass; launches are dispatched
-operators that compute; reads are those that make the host wait for a GPU. Between two epochs the plain form builds a
-network and writes the checkpoint before it goes on; the project's refills the operators whose width changed and writes
-beside the run, which costs a copy of the weights.
+operators that compute; reads are those that make the host wait for a GPU. Between two epochs the plain form builds
+a new network; the project's rebuilds the operators whose width changed. Both save the checkpoint.
 """
 
 import sys
@@ -29,20 +28,19 @@ from benchmarks.plain_search import (
     plain_weight_step,
 )
 from models.elasticity import full_weights, gather, scatter, start_masks, update_masks
-from models.latency import LatencyTable
+from models.latency import LatencyLoss, LatencyTable
 from models.model_search import UNFUSED, ExecutionMode, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
-from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
+from models.search_steps import backward_on_mixture, backward_on_paths, make_optimizers, train_only
 from tools.distributed import pick_device
 from tools.environment import device_name, prepare
 from tools.files import save_checkpoint
 from tools.options import Parser, add_device_arg, add_step_args, count, run_script
 from tools.precision import DTYPES, Precision
 from tools.rng import generator_for
-from tools.run.checkpoint import Writer
 
-NUM_CLASSES = 100
+NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT = 100, 5.0, 0.1, 15.0
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760
 """Of the paper's search: 90 epochs of 3,193 steps, 10 of them without architecture steps."""
 
@@ -53,9 +51,6 @@ FLAGS = Namespace(
     a_beta1=0.5,
     a_beta2=0.999,
     a_wd=5e-4,
-    grad_clip=5.0,
-    lambda_lat=0.1,
-    target_lat=15.0,
 )
 
 
@@ -74,7 +69,7 @@ def straight_table(img_size):
     """A latency table whose curves are straight lines; the numbers do not change what a step costs."""
     curves = {key: torch.arange(1, high + 1).double().numpy() * 1e-3 for key, (_, high) in
               SPACE.table_widths(img_size).items()}  # fmt: skip
-    return LatencyTable(1.0, curves, {}, img_size, SPACE)
+    return LatencyTable(1.0, curves, {}, img_size)
 
 
 def make_net(form, plain, device):
@@ -90,7 +85,8 @@ def make_net(form, plain, device):
 def make_steps(net, plain, images, labels, table, dtype):
     """The weight step (draws included), the architecture step, and the forward pass of a mixture, as functions."""
     device, draws = images.device, generator_for(0, 'benchmark')
-    matrix = table.matrix(net.widths()).to(device)
+    latency_loss = LatencyLoss(table, net.widths(), SPACE, TARGET_LAT, LAMBDA_LAT, device)
+    weight_params, arch_params = net.weight_parameters(), net.arch_parameters()
     precision = Precision(device, None if plain else dtype)
     if plain:
         w_optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=1e-5, foreach=False)
@@ -101,18 +97,24 @@ def make_steps(net, plain, images, labels, table, dtype):
     images = images.to(memory_format=layout)
 
     def train_weights():
-        train_only(net.weight_parameters(), net.arch_parameters())
         if plain:
-            plain_weight_step(net, w_optimizer, images, labels, plain_paths(net, draws), 5.0, precision)
-        else:
-            first = net.sample('gumbel', draws)
-            paths = [first, net.sample('random', draws, exclude=first)]
-            weight_step(net, w_optimizer, images, labels, paths, 5.0, precision)
+            plain_weight_step(net, w_optimizer, images, labels, plain_paths(net, draws), GRAD_CLIP)
+            return
+        first = net.sample('gumbel', draws)
+        paths = [first, net.sample('random', draws, exclude=first)]
+        train_only(weight_params, arch_params)
+        backward_on_paths(net, images, labels, paths, precision)
+        precision.step(w_optimizer, GRAD_CLIP)
 
     def train_architecture():
-        train_only(net.arch_parameters(), net.weight_parameters())
-        step = plain_architecture_step if plain else architecture_step
-        step(net, a_optimizer, images, labels, net.mixture_weights(5.0, draws), matrix, table, FLAGS, precision)
+        op_weights = net.mixture_weights(5.0, draws)
+        if plain:
+            plain_architecture_step(net, a_optimizer, images, labels, op_weights, latency_loss, GRAD_CLIP)
+            return
+        train_only(arch_params, weight_params)
+        backward_on_mixture(net, images, labels, op_weights, latency_loss, precision)
+        precision.step(a_optimizer, GRAD_CLIP)
+        net.project_architecture()
 
     def mixture():
         train_only(net.arch_parameters(), net.weight_parameters())
@@ -166,8 +168,8 @@ def between_epochs(device, plain):
     if not plain:
         prepare(device)
     folder = tempfile.TemporaryDirectory()
-    path, writer, masks = Path(folder.name) / 'checkpoint.pth.tar', Writer(), start_masks(SPACE)
-    net, full = Network(mask_widths(masks), NUM_CLASSES).to(device), full_weights(NUM_CLASSES, device)
+    path, masks = Path(folder.name) / 'checkpoint.pth.tar', start_masks(SPACE)
+    net, full = Network(mask_widths(masks), NUM_CLASSES, SPACE).to(device), full_weights(NUM_CLASSES, device, SPACE)
     gather(net, full, masks)
     state = [net, masks]
 
@@ -184,7 +186,7 @@ def between_epochs(device, plain):
         scatter(net, full, masks)
         new = changed(masks)
         save_checkpoint({'state_dict': full, 'masks': new}, path)
-        net = Network(mask_widths(new), NUM_CLASSES).to(device)
+        net = Network(mask_widths(new), NUM_CLASSES, SPACE).to(device)
         gather(net, full, new)
         state[:] = net, new
 
@@ -192,16 +194,11 @@ def between_epochs(device, plain):
         net, masks = state
         scatter(net, full, masks)
         new = changed(masks)
-        writer.write({'state_dict': full, 'masks': new}, lambda data: save_checkpoint(data, path))
-        gather(net, full, new, held=masks)
+        save_checkpoint({'state_dict': full, 'masks': new}, path)
+        gather(net, full, new)
         state[:] = net, new
 
-    def timed():
-        took = seconds(plain_work if plain else work, device)
-        writer.finish()  # before the next one
-        return took
-
-    return {'work': timed, 'close': folder.cleanup}
+    return {'work': lambda: seconds(plain_work if plain else work, device), 'close': folder.cleanup}
 
 
 def main(args):

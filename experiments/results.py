@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from models.search_space import FREEDOMS
+from models.search_space import FREEDOMS, SPACE
 from tools.files import write_atomic, write_text
 from tools.run.metrics import read_run
 

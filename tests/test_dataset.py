@@ -12,7 +12,7 @@ from dataset.demo.unpack import unpack
 from dataset.device_aug import TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
 from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
-from dataset.loaders import Batches, EpochSampler, make_loader, read_train_val, log_skipped
+from dataset.loaders import Batches, EpochSampler, log_skipped, make_loader, read_train_val
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput

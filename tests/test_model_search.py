@@ -23,7 +23,7 @@ def net(small_space):
 
 def test_state_dict_names_are_those_of_published_checkpoints():
     with torch.device('meta'):
-        state = Network(SPACE.max_widths(), 100).state_dict()
+        state = Network(SPACE.max_widths(), 100, SPACE).state_dict()
     op = r'm_ops\.[0-7]\.'
     layers = [
         r'inverted_bottleneck\.conv\.weight', r'depth_conv\.conv\.weight', r'point_linear\.conv\.weight',
@@ -44,7 +44,7 @@ def test_state_dict_names_are_those_of_published_checkpoints():
 
 def test_architecture_parameters_start_uniform():
     with torch.device('cpu'):
-        net = Network(SPACE.start_widths(), 10)
+        net = Network(SPACE.start_widths(), 10, SPACE)
     assert torch.allclose(net.log_alphas(), torch.full((18, 8), 1 / 8).log())
     assert all(torch.equal(stage.betas, torch.zeros_like(stage.betas)) for stage in net.stages())
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -3,7 +3,6 @@
 import os
 import random
 import socket
-from argparse import Namespace
 
 import pytest
 import torch
@@ -13,14 +12,15 @@ from search_runs import EPOCHS, assert_same_search, begin, kill_at, search, smal
 from training_runs import load, only_run
 
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
+from models.latency import LatencyLoss
 from models.model_search import Network
-from models.search_steps import architecture_step, train_only, weight_step
+from models.search_steps import backward_on_mixture, backward_on_paths, train_only
 from tools.distributed import join_world, leave_world
 from tools.precision import Precision
 from tools.rng import generator_for
 
 FULL = Precision(torch.device('cpu'))
-ARGS = Namespace(lambda_lat=0.1, target_lat=3.0, grad_clip=0.1)
+GRAD_CLIP = 0.1
 
 
 def halves(same):
@@ -32,7 +32,7 @@ def halves(same):
 
 
 def both_steps(net, batch, before_weights, before_architecture, optimizers=None):
-    """One step of the weights on two paths, and one of the architecture."""
+    """One step of the weights on two paths, and one of the architecture; without an update if `before_...` is false."""
     torch.manual_seed(0)
     weights, architecture = net.weight_parameters(), net.arch_parameters()
     table = make_table(SMALL_SPACE, 32)
@@ -41,11 +41,17 @@ def both_steps(net, batch, before_weights, before_architecture, optimizers=None)
     first = net.sample('gumbel', draws)
     paths = [first, net.sample('random', draws, exclude=first)]
     train_only(weights, architecture)
-    weight_step(net, w_optimizer, *batch, paths, ARGS.grad_clip, FULL, before_weights)
+    backward_on_paths(net, *batch, paths, FULL)
+    if before_weights(weights):
+        FULL.step(w_optimizer, GRAD_CLIP)
     train_only(architecture, weights)
     op_weights = net.mixture_weights(2.0, draws)
-    matrix = table.matrix(net.widths())
-    architecture_step(net, a_optimizer, *batch, op_weights, matrix, table, ARGS, FULL, before_architecture)
+    latency_loss = LatencyLoss(table, net.widths(), SMALL_SPACE, 3.0, 0.1, torch.device('cpu'))
+    backward_on_mixture(net, *batch, op_weights, latency_loss, FULL)
+    if before_architecture(architecture):
+        FULL.step(a_optimizer, GRAD_CLIP)
+        net.project_architecture()
+    net.zero_grad(set_to_none=True)
 
 
 def fresh():
@@ -68,7 +74,7 @@ def in_a_process(rank, port, same, path):
     dist.all_reduce = lambda tensor, *more: transfers.append(tensor.numel()) or all_reduce(tensor, *more)
     net, optimizers = fresh()
 
-    def before_update(parameters, _losses):
+    def before_update(parameters):
         world.average_gradients(parameters)
         return True
 
@@ -102,11 +108,11 @@ def one_process(same):
         return net.state_dict()
     kept = {}
 
-    def keep(parameters, _losses):
+    def keep(parameters):
         kept.update({p: p.grad.clone() for p in parameters if p.grad is not None})
         return False
 
-    def average(parameters, _losses):
+    def average(parameters):
         for p in parameters:
             if p.grad is not None:
                 p.grad = (p.grad + kept[p]) / 2

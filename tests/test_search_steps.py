@@ -17,25 +17,53 @@ from benchmarks.plain_search import (
 from conftest import NUM_CLASSES, make_table
 from models import functions
 from models.functions import ACTIVATIONS, compiled_norm_act, convolve, mix_norms, norm_act
+from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, Network
 from models.search_space import SPACE, Op
-from models.search_steps import architecture_step, make_optimizers, train_only, weight_step
+from models.search_steps import backward_on_mixture, backward_on_paths, make_optimizers, train_only
 from tools.precision import Precision
 from tools.rng import generator_for
 
-FORMS = [ExecutionMode(), ExecutionMode(recompute=True), ExecutionMode(fused=True), ExecutionMode(fused=True, recompute=True)]
+MODES = [
+    ExecutionMode(),
+    ExecutionMode(recompute=True),
+    ExecutionMode(fused=True),
+    ExecutionMode(fused=True, recompute=True),
+]
 FULL = Precision(torch.device('cpu'))
-ARGS = SimpleNamespace(lambda_lat=0.1, target_lat=2.0, grad_clip=1e9)
 
 
-def make_net(space, form=FORMS[0]):
-    """A supernet of an architecture that is not uniform; the same in every form."""
+def make_net(space, mode=MODES[0]):
+    """A supernet of an architecture that is not uniform; the same in every mode."""
     torch.manual_seed(0)
-    net = Network(space.start_widths(), NUM_CLASSES, space, form).train()
+    net = Network(space.start_widths(), NUM_CLASSES, space, mode).train()
     with torch.no_grad():
         for p in net.arch_parameters():
             p.copy_(torch.randn_like(p).log_softmax(0))
     return net
+
+
+def make_loss(net, img_size):
+    """Latency loss of a made-up table: weight 0.1, target 2."""
+    table = make_table(net.space, img_size)
+    return LatencyLoss(table, net.widths(), net.space, 2.0, 0.1, torch.device('cpu'))
+
+
+def architecture_step(net, optimizer, images, labels, op_weights, latency_loss, grad_clip, precision=FULL):
+    """The architecture step of a search, as `train_search.py` makes it."""
+    train_only(net.arch_parameters(), net.weight_parameters())
+    result = backward_on_mixture(net, images, labels, op_weights, latency_loss, precision)
+    precision.step(optimizer, grad_clip)
+    net.project_architecture()
+    return result
+
+
+def weight_step(net, optimizer, images, labels, paths, grad_clip, precision=FULL):
+    """The weight step of a search, as `train_search.py` makes it."""
+    train_only(net.weight_parameters(), net.arch_parameters())
+    losses, logits = backward_on_paths(net, images, labels, paths, precision)
+    precision.step(optimizer, grad_clip)
+    return losses[0], logits
 
 
 def batch(size=32, images=6):
@@ -85,38 +113,36 @@ def test_mix_norms_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda w, *x: mix_norms(list(x), w), (weights, *inputs))
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_architecture_step_equals_the_plain_one(small_space, form):
+@pytest.mark.parametrize('mode', MODES)
+def test_architecture_step_equals_the_plain_one(small_space, mode):
     x, labels = batch()
-    table = make_table(small_space, 32)
     results = []
     for net, step in [
         (make_plain(make_net(small_space)), plain_architecture_step),
-        (make_net(small_space, form), architecture_step),
+        (make_net(small_space, mode), architecture_step),
     ]:
         train_only(net.arch_parameters(), net.weight_parameters())
         weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
         optimizer = torch.optim.SGD(net.arch_parameters(), 1.0)
-        matrix = table.matrix(net.widths())
-        loss, logits, latency = step(net, optimizer, x, labels, weights, matrix, table, ARGS, FULL)
+        loss, logits, latency = step(net, optimizer, x, labels, weights, make_loss(net, 32), 1e9)
         assert not any(p.grad is not None for p in net.weight_parameters())
         results.append((logits, latency, loss, torch.cat(net.arch_parameters())))
     for plain, ours in zip(*results, strict=True):
         assert close(ours, plain)
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_weight_step_equals_the_plain_one(small_space, form):
+@pytest.mark.parametrize('mode', MODES)
+def test_weight_step_equals_the_plain_one(small_space, mode):
     x, labels = batch()
     paths = [[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]]
     results = []
     for net, step in [
         (make_plain(make_net(small_space)), plain_weight_step),
-        (make_net(small_space, form), weight_step),
+        (make_net(small_space, mode), weight_step),
     ]:
         train_only(net.weight_parameters(), net.arch_parameters())
         optimizer = torch.optim.SGD(net.weight_parameters(), 1.0)
-        loss, logits = step(net, optimizer, x, labels, paths, 1e9, FULL)
+        loss, logits = step(net, optimizer, x, labels, paths, 1e9)
         results.append((logits, loss, torch.cat([p.detach().flatten() for p in net.weight_parameters()])))
     for plain, ours in zip(*results, strict=True):
         assert close(ours, plain)
@@ -131,23 +157,23 @@ def test_steps_on_changing_paths_equal_the_plain_ones_under_momentum(small_space
     plain_optimizer = torch.optim.SGD(plain.weight_parameters(), 0.1, 0.9, weight_decay=1e-3, foreach=False)
     train_only(net.weight_parameters(), net.arch_parameters())
     for paths in ([[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]], [[2, 1, 1, 0, 0], [0, 0, 0, 1, 2]], [[0, 1, 2, 0, 1]]):
-        plain_weight_step(plain, plain_optimizer, x, labels, paths, 5.0, FULL)
-        weight_step(net, optimizer, x, labels, paths, 5.0, FULL)
+        plain_weight_step(plain, plain_optimizer, x, labels, paths, 5.0)
+        weight_step(net, optimizer, x, labels, paths, 5.0)
     for p, q in zip(net.weight_parameters(), plain.weight_parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_mixture_gives_weights_their_gradients_where_they_want_them(small_space, form):
+@pytest.mark.parametrize('mode', MODES)
+def test_mixture_gives_weights_their_gradients_where_they_want_them(small_space, mode):
     x, _ = batch()
-    plain, net = make_plain(make_net(small_space)), make_net(small_space, form)
+    plain, net = make_plain(make_net(small_space)), make_net(small_space, mode)
     weights = torch.rand(5, 3).softmax(1)
     plain_forward(plain, x, weights).square().sum().backward()
     net(x, weights).square().sum().backward()
     assert close(gradients(net.parameters()), gradients(plain.parameters()))
 
 
-def test_fused_form_serves_spaces_of_other_operators(small_space):
+def test_fused_mode_serves_spaces_of_other_operators(small_space):
     for ops in [
         (Op(3, 2, True), Op(5, 4, True)),
         (Op(7, 3, False), Op(3, 3, True), Op(7, 3, True)),
@@ -162,16 +188,16 @@ def test_fused_form_serves_spaces_of_other_operators(small_space):
 
 def test_costs_of_an_architecture_step_of_the_whole_space():
     """The countable bars: 0.4 of the plain calls, 0.6 and 0.2 of the kept memory, no reads and at most one."""
-    table, (x, labels) = make_table(SPACE, 64), batch(112, 4)
+    x, labels = batch(112, 4)
 
     def run(net, step):
         train_only(net.arch_parameters(), net.weight_parameters())
         weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
         optimizer = torch.optim.Adam(net.arch_parameters(), fused=step is architecture_step)
-        matrix = table.matrix(net.widths())
-        step(net, optimizer, x, labels, weights, matrix, table, ARGS, FULL)
+        latency_loss = make_loss(net, 64)
+        step(net, optimizer, x, labels, weights, latency_loss, 1e9)
         with Calls() as calls, host_reads() as reads:
-            step(net, optimizer, x, labels, net.mixture_weights(5.0, generator_for(0)), matrix, table, ARGS, FULL)
+            step(net, optimizer, x, labels, net.mixture_weights(5.0, generator_for(0)), latency_loss, 1e9)
         return calls.count, reads[0]
 
     def kept(net, forward):
@@ -195,25 +221,24 @@ def test_costs_of_an_architecture_step_of_the_whole_space():
         paths = [first, fused.sample('random', generator_for(1), exclude=first)]
     optimizer = torch.optim.SGD(fused.weight_parameters(), 0.1, fused=True)
     with host_reads() as reads:
-        weight_step(fused, optimizer, x, labels, paths, 5.0, FULL)
+        weight_step(fused, optimizer, x, labels, paths, 5.0)
     assert (transfers[0], reads[0]) == (1, 0)
 
 
-@pytest.mark.parametrize('form', [ExecutionMode(), ExecutionMode(fused=True)])
-def test_mixed_precision_stays_close_to_full(small_space, form):
-    table, (x, labels) = make_table(small_space, 32), batch(64, 16)
+@pytest.mark.parametrize('mode', [ExecutionMode(), ExecutionMode(fused=True)])
+def test_mixed_precision_stays_close_to_full(small_space, mode):
+    x, labels = batch(64, 16)
     half, results = Precision(torch.device('cpu'), torch.bfloat16), []
     for precision in (FULL, half):
-        net = make_net(small_space, form)
+        net = make_net(small_space, mode)
         train_only(net.arch_parameters(), net.weight_parameters())
         weights = net.mixture_weights(5.0, generator_for(0, 'draws', 0, 0))
         optimizer = torch.optim.SGD(net.arch_parameters(), 1.0)
-        matrix = table.matrix(net.widths())
-        architecture_step(net, optimizer, x, labels, weights, matrix, table, ARGS, precision)
+        architecture_step(net, optimizer, x, labels, weights, make_loss(net, 32), 1e9, precision)
         train_only(net.weight_parameters(), net.arch_parameters())
         optimizer = torch.optim.SGD(net.weight_parameters(), 1.0)
         loss, _ = weight_step(net, optimizer, x, labels, [[0, 1, 2, 0, 1]], 1e9, precision)
-        stem = net.first_stem.conv.weight.detach() - make_net(small_space, form).first_stem.conv.weight.detach()
+        stem = net.first_stem.conv.weight.detach() - make_net(small_space, mode).first_stem.conv.weight.detach()
         results.append((torch.cat(net.arch_parameters()).detach(), loss, stem.flatten()))
     (full_arch, full_loss, full_stem), (arch, loss, stem) = results
     assert torch.allclose(arch, full_arch, atol=0.02) and not torch.equal(arch, full_arch)
