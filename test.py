@@ -77,12 +77,9 @@ def load_net(args):
     num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
         print(f'--num_classes {num_classes}: from {args.weights}')
-    config = load_architecture(path, num_classes, SPACE)
-    if config.classifier.out_features != num_classes:
-        raise BadInput(f'{path} has {config.classifier.out_features} classes, --num_classes says {num_classes}')
-    net = NetworkEval(config)
     if in_weights and in_weights != num_classes:
-        raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes says {num_classes}')
+        raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes is {num_classes}')
+    net = NetworkEval(load_architecture(path, num_classes, SPACE).with_classes(num_classes))
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')

@@ -16,7 +16,7 @@ from dataset.loaders import make_train_val_loaders
 from latency_pkl.timing import log_latency
 from models.config import dump_config
 from models.describe import describe_network
-from models.model_eval import NetworkEval
+from models.model_eval import NetworkEval, start_from_weights
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from tools.distributed import join_world, leave_world
@@ -48,9 +48,10 @@ def main(args):
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
+    start = start_from_weights(net, args.weights) if args.weights else ''
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     snapshot = find_snapshot(args, TRAINING)
-    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags))
+    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start)
     state, snapshot = start_state(net, Precision(world.device), snapshot, world, args)
     network = describe_network(config, args.img_size, SPACE)
     header = run_header('training', flags, world.device, network=network, steps_an_epoch=len(loaders[0]))

@@ -1,4 +1,4 @@
-"""Search a network of a target latency; writes search-<time>-<note>/searched_model_NN.pth.tar, one an epoch.
+"""Search a network of a target latency; writes search-<time>-<note>/searched_model_NN.pth.tar after NN epochs.
 
 The paper's search, on a GPU with its latency table:
 
@@ -329,15 +329,15 @@ def main(args):
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
             logger.record('epoch', epoch, **numbers, **trained.numbers, **found)
             state.end_epoch()
-            checkpointer.save_as(state, searched_model(epoch))
-            remove_old_models(logger.folder, epoch, args.keep_checkpoints)
+            checkpointer.save_as(state, searched_model(state.epoch))
+            remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)
             log_skipped(*loaders, log=logger.log, world=world)
 
     if not checkpointer.signal:
         checkpointer.remove_checkpoints()
         logger.record('end', args.epochs - 1)
         if logger.folder:
-            logger.log('searched model: %s', logger.folder / searched_model(args.epochs - 1))
+            logger.log('searched model: %s', logger.folder / searched_model(args.epochs))
     leave_world(world)
     if args.report and logger.ended:
         draw_at_end(logger.folder, logger.log)

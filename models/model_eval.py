@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models.config import NetworkConfig, load_config
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
-from tools.files import load_weights
+from tools.files import put_weights, read_weights
 
 
 class NetworkEval(nn.Module):
@@ -91,7 +90,7 @@ def load_network(
 
     Args:
         weights: a checkpoint, a state dict or safetensors; None: initial weights.
-        num_classes: None: as the config says.
+        num_classes: None: as in the config. A classifier of another size in the weights is left out, and initial.
 
     Raises:
         BadInput: a file that cannot be read, or weights of another network.
@@ -99,5 +98,23 @@ def load_network(
     config = load_config(config_path)
     net = NetworkEval(config.with_classes(num_classes) if num_classes else config)
     if weights is not None:
-        load_weights(net, weights, device=torch.device('cpu'))
+        start_from_weights(net, weights)
     return net.eval()
+
+
+def start_from_weights(net: NetworkEval, path: str | Path) -> str:
+    """Load the weights in a file, all but a classifier of another number of classes; returns a line about it.
+
+    Raises:
+        BadInput: unreadable, or weights of another network.
+    """
+    weights, key = read_weights(path)
+    own = net.state_dict()
+    left_out = [
+        name
+        for name, value in weights.items()
+        if name.startswith('classifier.') and name in own and value.shape != own[name].shape
+    ]
+    put_weights(net, weights | {name: own[name] for name in left_out}, path)
+    source = f'{path} ({key})' if key else str(path)
+    return f'weights of {source}' + (f'; left out: {", ".join(left_out)}, of other classes' if left_out else '')

@@ -1,6 +1,6 @@
 """The state of a search, in and out of checkpoints.
 
-A search writes `searched_model_NN.pth.tar` after epoch NN: weights at full width, masks and flags, all that the next
+A search writes `searched_model_NN.pth.tar` after NN epochs: weights at full width, masks and flags, all that the next
 epoch needs. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the log,
 and the number of batches done. Learning rate and temperature follow from the epoch, the positions in both streams of
 images from epoch and batch. There is no generator state to keep: all that is drawn for a step or an image, in workers
@@ -61,9 +61,9 @@ SEARCH = RunKind(
 )
 
 
-def searched_model(epoch: int) -> str:
-    """Return the name of the file that a search writes after an epoch."""
-    return f'searched_model_{epoch:02d}.pth.tar'
+def searched_model(epochs_done: int) -> str:
+    """Return the name of the file that a search writes after so many epochs, as the release numbers it."""
+    return f'searched_model_{epochs_done:02d}.pth.tar'
 
 
 def weights_lr(epoch: int, args) -> float:
@@ -92,11 +92,11 @@ def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
     return (epoch - args.warmup_epochs) * -(-steps_an_epoch // 2) + -(-step // 2)
 
 
-def remove_old_models(folder: Path | None, epoch: int, keep: int | None) -> None:
-    """Remove the searched models of epochs before the last `keep` (None: keep all)."""
+def remove_old_models(folder: Path | None, epochs_done: int, keep: int | None) -> None:
+    """Remove the searched models of all but the last `keep` epochs (None: keep all)."""
     for path in folder.glob('searched_model_*.pth.tar') if folder and keep else ():
         number = path.name.removeprefix('searched_model_').removesuffix('.pth.tar')
-        if number.isdigit() and int(number) <= epoch - keep:
+        if number.isdigit() and int(number) <= epochs_done - keep:
             path.unlink()
 
 

@@ -102,5 +102,5 @@ def steps_logged(text):
 
 def assert_same_search(folder_a, folder_b, epochs=EPOCHS):
     """Both searches ended with bit-identical weights and masks."""
-    name = f'searched_model_{epochs - 1:02d}.pth.tar'
+    name = f'searched_model_{epochs:02d}.pth.tar'
     assert differences(load(folder_a / name), load(folder_b / name)) == []

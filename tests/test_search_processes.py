@@ -158,5 +158,5 @@ def test_two_processes_search_are_killed_and_resume(project):
     assert kill_at(process, r'epoch 2 step \d+', skip=rng.randrange(3), delay=rng.random() * 0.05) is not None
     assert 'goes on from' in search(project, save, processes=2, snapshot='auto')
     assert_same_search(only_run(save), only_run(project / 'whole'))
-    state = load(only_run(save) / f'searched_model_{EPOCHS - 1:02d}.pth.tar')
+    state = load(only_run(save) / f'searched_model_{EPOCHS:02d}.pth.tar')
     assert state['environment']['processes'] == 2

@@ -41,7 +41,7 @@ def whole(project):
 def parsed(project, folder, epochs):
     """The config of the network that a search found, as text."""
     path = folder / 'model.config'
-    words = ['--model_path', folder / f'searched_model_{epochs - 1:02d}.pth.tar', '--save_path', path]
+    words = ['--model_path', folder / f'searched_model_{epochs:02d}.pth.tar', '--save_path', path]
     finish(start(command('parsing_model.py', [*words, '--num_classes', 3, '--img_size', 32]), cwd=project))
     return path.read_text()
 
@@ -126,21 +126,21 @@ def test_a_signal_during_validation_keeps_the_epoch(project, whole):
 def test_a_search_goes_on_from_a_searched_model_after_damage_to_later_ones(project, whole):
     save = project / 'damaged'
     shutil.copytree(whole, save / whole.name)
-    for name in ('searched_model_03.pth.tar', 'searched_model_02.pth.tar'):
+    for name in ('searched_model_04.pth.tar', 'searched_model_03.pth.tar'):
         path = save / whole.name / name
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     output = search(project, save, snapshot='auto')
     assert output.count('cannot be read as a checkpoint') == 2
-    assert f'goes on from {save / whole.name / "searched_model_01.pth.tar"}: epoch 2 step 0' in output
+    assert f'goes on from {save / whole.name / "searched_model_02.pth.tar"}: epoch 2 step 0' in output
     assert_same_search(only_run(save), whole)
 
 
 def test_a_finished_search_is_over(project, whole):
     output = search(project, whole.parent, snapshot='auto')
     assert 'goes on from' in output and ' step 1/' not in output
-    assert f'searched model: {whole}/searched_model_{EPOCHS - 1:02d}.pth.tar\n' in output
+    assert f'searched model: {whole}/searched_model_{EPOCHS:02d}.pth.tar\n' in output
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,8 @@
-"""Which device and which of how many processes this is."""
+"""The device of this process, and its place among the processes of a run."""
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tools.errors import BadInput
+
+USE_TORCHRUN = 'start the processes with: torchrun --nproc_per_node=N SCRIPT ...'
+
+FIRST_PORT, PORTS = 20000, 20000
+"""Range of the port at which the processes of srun or mpirun meet."""
 
 Value = TypeVar('Value')
 
@@ -24,7 +31,7 @@ class World:
 
     @property
     def gpus(self) -> int:
-        """GPUs that this process trains on: all visible ones where it is alone and has not been given one."""
+        """Number of GPUs that this process trains on: all visible ones if it is alone and was not given one."""
         return torch.cuda.device_count() if self.device == torch.device('cuda') else int(self.device.type == 'cuda')
 
     @property
@@ -39,7 +46,7 @@ class World:
         return tensor
 
     def all_max(self, *values: int) -> list[int]:
-        """The largest of each value over all processes, to take decisions together; without waiting for a GPU."""
+        """Return the largest of each value over all processes, so that they decide alike. Does not wait for a GPU."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values)
@@ -68,7 +75,7 @@ class World:
                 dist.broadcast(tensor, 0)
 
     def from_rank0(self, decide: Callable[[], Value]) -> Value:
-        """What `decide()` returns in the first process, in all of them; the others do not call it."""
+        """Return what `decide()` returns in the first process; the others do not call it."""
         values = [decide() if self.is_first else None]
         if self.size > 1:
             dist.broadcast_object_list(values, 0)
@@ -90,7 +97,7 @@ class World:
         self.broadcast(buffer for module in modules for buffer in module.buffers())
 
     def split_evenly(self, count: int, what: str) -> int:
-        """This process's part of a total such as the batch size.
+        """Return this process's part of a total such as the batch size.
 
         Raises:
             BadInput: the processes cannot share it evenly.
@@ -100,11 +107,92 @@ class World:
         return count // self.size
 
 
-def pick_device(choice: str) -> torch.device:
-    """The device of `--device`, with one line to stdout where 'auto' finds no GPU.
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process among those that a launcher started. `command`: what starts them, without the script."""
+
+    rank: int
+    size: int
+    local_rank: int
+    command: tuple[str, ...]
+
+
+def find_launch(local_rank: int | None = None) -> Launch | None:
+    """Return how this process was launched, by the environment: torchrun, srun, mpirun. None if it was started alone.
+
+    After srun or mpirun, MASTER_ADDR and MASTER_PORT are set if they are missing.
+
+    Args:
+        local_rank: of the command line, for launchers that pass it; the environment's LOCAL_RANK goes first.
 
     Raises:
-        BadInput: 'cuda' where there is none.
+        BadInput: the environment is inconsistent, or does not say how the processes find each other.
+    """
+    if 'WORLD_SIZE' in os.environ or 'LOCAL_RANK' in os.environ:
+        launch = _torchrun_launch(local_rank)
+    elif 'SLURM_STEP_NUM_TASKS' in os.environ:  # set by srun, for each process of a step
+        launch = Launch(_number('SLURM_PROCID', 0), _number('SLURM_STEP_NUM_TASKS', 1), _number('SLURM_LOCALID', 0),
+                        ('srun', sys.executable))  # fmt: skip
+        _set_master(_first_host(os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_JOB_NODELIST', ''))))
+    elif 'OMPI_COMM_WORLD_SIZE' in os.environ:
+        size, local_size = _number('OMPI_COMM_WORLD_SIZE', 1), _number('OMPI_COMM_WORLD_LOCAL_SIZE', 1)
+        command = ('mpirun', '-n', str(size), sys.executable)
+        launch = Launch(_number('OMPI_COMM_WORLD_RANK', 0), size, _number('OMPI_COMM_WORLD_LOCAL_RANK', 0), command)
+        _set_master('127.0.0.1' if local_size == size else '')
+    elif 'PMI_SIZE' in os.environ:
+        size, here = _number('PMI_SIZE', 1), 'MPI_LOCALRANKID' in os.environ
+        rank, command = _number('PMI_RANK', 0), ('mpirun', '-n', str(size), sys.executable)
+        launch = Launch(rank, size, _number('MPI_LOCALRANKID', rank), command)
+        _set_master('127.0.0.1' if here and _number('MPI_LOCALNRANKS', 0) == size else '')
+    else:
+        return None
+    if not 0 <= launch.rank < launch.size:
+        raise BadInput(f'this is process {launch.rank} of {launch.size}, by the environment; {USE_TORCHRUN}')
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if launch.size > 1 and missing:
+        raise BadInput(
+            f'{launch.size} processes, but {" and ".join(missing)} not set in the environment; {USE_TORCHRUN}'
+        )
+    return launch
+
+
+def _torchrun_launch(local_rank: int | None) -> Launch:
+    size, rank = _number('WORLD_SIZE', 1), _number('RANK', 0)
+    if size > 1 and 'RANK' not in os.environ:
+        raise BadInput(f'WORLD_SIZE is {size} but RANK is not set; {USE_TORCHRUN}')
+    command = [sys.executable]
+    if size > 1:
+        command += ['-m', 'torch.distributed.run', f'--nproc_per_node={_number("LOCAL_WORLD_SIZE", 1)}']
+        nodes = _number('GROUP_WORLD_SIZE', 1)
+        command += [f'--nnodes={nodes}'] if nodes > 1 else []
+    return Launch(rank, size, _number('LOCAL_RANK', local_rank if local_rank is not None else rank), tuple(command))
+
+
+def launch_command() -> list[str]:
+    """Return the words that start the processes of this run, without the script."""
+    launch = find_launch()
+    return list(launch.command) if launch else [sys.executable]
+
+
+def _set_master(address: str) -> None:
+    """Set where the processes meet, if it is not set: a port that follows from the job."""
+    if address:
+        os.environ.setdefault('MASTER_ADDR', address)
+        job = os.environ.get('SLURM_JOB_ID', '0')
+        os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + (int(job) if job.isdigit() else 0) % PORTS))
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first host of a list of SLURM's, such as 'gpu[03-05,07],login' -> 'gpu03'."""
+    found = re.match(r'([^,\[]+)(?:\[(\d+))?', nodes)
+    return found[1] + (found[2] or '') if found else ''
+
+
+def pick_device(choice: str) -> torch.device:
+    """Return the device of `--device`, with one line to stdout if 'auto' finds no GPU.
+
+    Raises:
+        BadInput: 'cuda' without a GPU.
     """
     if choice == 'cuda' and not torch.cuda.is_available():
         raise BadInput('--device cuda: no CUDA GPU is available here; use --device auto or --device cpu')
@@ -116,37 +204,38 @@ def pick_device(choice: str) -> torch.device:
 
 
 def join_world(device_choice: str, local_rank: int | None) -> World:
-    """Join the process group that torchrun or torch.distributed.launch describes in the environment; alone without one.
+    """Join the process group that a launcher describes in the environment; alone without one. See `find_launch`.
 
     Args:
-        device_choice: see `pick_device`; each process that was launched takes the GPU of its local rank, or the CPU
-            with gloo. One that was not has all GPUs: its device is 'cuda' without a number.
-        local_rank: of the command line, for launchers that pass it; the environment's LOCAL_RANK goes first.
+        device_choice: see `pick_device`. A launched process takes the GPU of its local rank, or the CPU with gloo. Any
+            other has all GPUs: its device is 'cuda' without a number.
+        local_rank: of the command line, for launchers that pass it.
     """
-    size, rank = _from_environment('WORLD_SIZE', 1), _from_environment('RANK', 0)
-    launched = size > 1 or 'LOCAL_RANK' in os.environ  # by torchrun, also with a single process
-    if not launched:
+    launch = find_launch(local_rank)
+    if launch is None:
         return World(pick_device(device_choice))
-    if size > 1 and 'RANK' not in os.environ or not 0 <= rank < size:
-        raise BadInput(f'WORLD_SIZE is {size} but RANK is {os.environ.get("RANK")}: start the processes with torchrun')
-    local_rank = _from_environment('LOCAL_RANK', local_rank if local_rank is not None else rank)
-    device = pick_device(device_choice if rank == 0 or device_choice != 'auto' or torch.cuda.is_available() else 'cpu')
+    silent = launch.rank > 0 and device_choice == 'auto' and not torch.cuda.is_available()
+    device = pick_device('cpu' if silent else device_choice)
     if device.type == 'cuda':
-        if local_rank >= torch.cuda.device_count():
-            raise BadInput(f'local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible')
-        device = torch.device('cuda', local_rank)
+        gpus = torch.cuda.device_count()
+        # srun with a GPU bound to each task shows every process one GPU
+        index = 0 if gpus == 1 and launch.command[0] == 'srun' else launch.local_rank
+        if index >= gpus:
+            raise BadInput(f'local rank {launch.local_rank} has no GPU: {gpus} are visible')
+        device = torch.device('cuda', index)
         torch.cuda.set_device(device)
-    if size == 1:
+    if launch.size == 1:
         return World(device)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    options = {'rank': launch.rank, 'world_size': launch.size}
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # without the prefix, a process that torchrun restarted may read the addresses of its dead predecessors
         store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
-        attempt = dist.PrefixStore(f'attempt {_from_environment("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        attempt = dist.PrefixStore(f'attempt {_number("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(backend, store=attempt, **options)
     else:
-        dist.init_process_group(backend)
-    return World(device, rank, size)
+        dist.init_process_group(backend, **options)
+    return World(device, launch.rank, launch.size)
 
 
 def leave_world(world: World) -> None:
@@ -155,7 +244,7 @@ def leave_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _from_environment(name: str, default: int) -> int:
+def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise BadInput(

@@ -1,6 +1,9 @@
 """Exceptions that end a script in one line on stderr."""
 
 import errno
+import os
+import select
+from typing import TextIO
 
 import torch
 
@@ -15,6 +18,20 @@ class BadInput(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that cannot go on though its input was good, such as for want of disk space: one line, exit code 1."""
+
+
+def silence(stream: TextIO) -> None:
+    """Send all further output of stdout or stderr nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def has_no_reader(stream: TextIO) -> bool:
+    """Whether stdout or stderr is a pipe or terminal that nothing reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

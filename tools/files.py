@@ -1,6 +1,9 @@
 """Files that are written whole or not at all, and checkpoints that cannot run code."""
 
+import argparse
+import errno
 import os
+import re
 import secrets
 import warnings
 import zipfile
@@ -8,13 +11,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
 
-WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
-"""Where checkpoints of ours and of common training scripts hold the weights, the moving average first."""
+AVERAGE_KEYS = ('state_dict_ema', 'model_ema')
+WEIGHT_KEYS = ('state_dict', 'model', 'net', 'model_state_dict', 'weights')
+"""Keys of the moving average and of the weights in checkpoints of ours and of common training scripts."""
+
+WRAPPERS = re.compile(r'^((module|_orig_mod|model)\.)+')
+"""What data parallelism, torch.compile and Lightning put before each name."""
 
 
 def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
@@ -32,11 +40,19 @@ def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent or Path('.'), os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Sync a folder to disk, so that a new name in it survives a power cut; not all file systems can."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None] = ()) -> None:
@@ -105,8 +121,11 @@ def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
     save_checkpoint(data, path, keep)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any:
+def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu', whole: bool = True) -> Any:
     """Read a checkpoint of tensors and plain values; nothing in the file is executed.
+
+    Args:
+        whole: check all of the file for damage. Without, tensors stay in the file until they are used.
 
     Raises:
         BadInput: no such file, damaged, or it holds other objects than tensors, numbers, strings and containers.
@@ -114,16 +133,46 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any
     try:
         if Path(path).suffix == '.safetensors':
             return _read_safetensors(path, device)
-        if zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
+        if whole and zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f'{damaged} is damaged')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of torch, on pickles that are none
-            return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
+            warnings.simplefilter('ignore')  # of torch, on files that are no pickles
+            return torch.load(path, map_location=device, weights_only=True, mmap=not whole and zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file can raise anything at all
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        if found := re.search(r'Unsupported (?:global|class|type)\S* (?:GLOBAL )?([\w.]+)', str(e)):
+            reason = f'it holds a {found[1]}; only tensors, numbers, strings and containers of them are read'
+        else:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
+
+
+class _NumpyDtype:
+    """Stand-in for numpy.dtype, as far as scalars of checkpoints need it."""
+
+    def __init__(self, code: str, *_):
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes | str) -> bool | int | float:
+    """Stand-in for NumPy's function of that name: the number alone."""
+    kind = np.dtype(dtype.order.replace('|', '') + dtype.code)
+    if kind.kind not in 'biuf':
+        raise ValueError(f'a NumPy scalar of type {dtype.code} is no number')
+    return np.frombuffer(data.encode('latin1') if isinstance(data, str) else data, kind)[0].item()
+
+
+STAND_INS = [
+    argparse.Namespace,
+    (_NumpyDtype, 'numpy.dtype'),
+    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
+    (_numpy_scalar, 'numpy.core.multiarray.scalar'),
+]
+"""Types that other programs store beside the weights; none of them runs anything of the file."""
 
 
 def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -139,8 +188,8 @@ def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str,
 
 
 def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without the `module.` that data-parallel wrappers put before each name."""
-    return {name.removeprefix('module.'): value for name, value in state.items()}
+    """Return the state dict without the names of wrappers, such as `module.`, before each name."""
+    return {WRAPPERS.sub('', name): value for name, value in state.items()}
 
 
 def read_weights(
@@ -155,7 +204,7 @@ def read_weights(
         BadInput: unreadable, or without weights.
     """
     checkpoint = load_checkpoint(path, device)
-    keys = WEIGHT_KEYS if average else WEIGHT_KEYS[2:]
+    keys = (*AVERAGE_KEYS, *WEIGHT_KEYS) if average else WEIGHT_KEYS
     key = next((key for key in keys if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)), '')
     state = checkpoint[key] if key else checkpoint
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
@@ -182,7 +231,10 @@ def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path
     Raises:
         BadInput: of another network; the message counts and names what does not fit.
     """
-    check_weights(model.state_dict(), state, where)
+    own = model.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith('num_batches_tracked')}
+    state = counters | dict(state)  # old checkpoints lack them
+    check_weights(own, state, where)
     model.load_state_dict(state)
 
 

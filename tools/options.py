@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from tools.errors import BadInput, explain
+from tools.errors import BadInput, explain, has_no_reader, silence
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -53,13 +53,19 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     Input that cannot be used ends in one line on stderr and exit code 2, a run that cannot go on in one line and exit
     code 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace')  # a console of few characters, such as Latin-1, shows ? for others
     try:
         code = main(args)
+        sys.stdout.flush()
     except BadInput as e:
         message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without a traceback of a process that loads images
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
     except (OSError, EOFError, RuntimeError, MemoryError) as e:
+        if isinstance(e, BrokenPipeError) and has_no_reader(sys.stdout):  # such as by `| head`
+            silence(sys.stdout)
+            sys.exit(0)
         message = explain(e, args)
         if not message:
             raise
@@ -170,6 +176,7 @@ def add_training_args(parser: Parser) -> None:
     parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
     parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
     add_eval_data_args(parser, batch_size=512, workers=16)
+    parser.add_argument('--weights', help='start from the weights in this file, all but a classifier of other classes')
     add_image_args(parser)
     add_device_arg(parser)
     parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')

@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -134,7 +135,7 @@ def start_state(
         BadInput: the snapshot does not fit the network.
     """
     net, optimizer = precision.prepare(net, make_optimizer(net, args))
-    average = get_ema_multi_avg_fn(args.ema_decay)
+    average = partial(update_average, decay=args.ema_decay)
     ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None
     state = TrainState(net, net, optimizer, precision, ema)
     if snapshot.checkpoint:
@@ -238,9 +239,10 @@ def fit(
             if val.stopped:
                 checkpointer.save(state)
                 break
+            plain = evaluate(state.net, val_loader, state.precision, world, layout) if state.ema else val
             is_best = val.numbers['top1'] > state.best[0] or state.epoch == 0
             state.best = max(state.best, (val.numbers['top1'], val.numbers['top5']))
-            log_epoch(logger, state, train.numbers, val.numbers)
+            log_epoch(logger, state, train.numbers, val.numbers, plain.numbers)
             if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
             if is_best:
@@ -314,12 +316,14 @@ def log_step(logger: RunLogger, tally: Tally, rate: Rate, state: TrainState, ste
     logger.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
 
 
-def log_epoch(logger: RunLogger, state: TrainState, train: dict[str, float], val: dict[str, float]) -> None:
-    """The two lines at the end of an epoch."""
+def log_epoch(logger: RunLogger, state: TrainState, train: dict, val: dict, plain: dict) -> None:
+    """Log the end of an epoch. `plain`: as `val`, of the weights themselves if `val` is of their moving average."""
     logger.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
-    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], ' (moving average)' if state.ema else '')
+    average = f' (moving average; the weights themselves: {plain["top1"]:.2f})' if state.ema else ''
+    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], average)
     logger.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
-    logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0])
+    more = {'val_without_average': plain} if state.ema else {}
+    logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0], **more)
 
 
 @torch.inference_mode()
@@ -409,6 +413,24 @@ def make_optimizer(net: nn.Module, args) -> torch.optim.SGD:
     if spared:
         groups.append({'params': [p for p in net.parameters() if p in spared], 'weight_decay': 0.0})
     return torch.optim.SGD(groups, args.lr, args.momentum, fused=True)
+
+
+@torch.no_grad()
+def update_average(averages: list[Tensor], values: list[Tensor], updates: Tensor, decay: float) -> None:
+    """Move averages towards values, in place. The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the
+    first weights do not count for long (as TensorFlow's ExponentialMovingAverage). Does not wait for a GPU.
+
+    Args:
+        averages, values: all of one type; whole numbers are copied.
+        updates: n, a scalar.
+    """
+    if not averages[0].is_floating_point():
+        torch._foreach_copy_(averages, values)
+        return
+    share = 1 - ((1 + updates) / (10 + updates)).clamp(max=decay)
+    differences = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(differences, share.to(averages[0].dtype))
+    torch._foreach_add_(averages, differences)
 
 
 def make_mix(args, num_classes: int) -> Callable | None:

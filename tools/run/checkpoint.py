@@ -13,7 +13,7 @@ from tools.errors import BadInput, RunFailed
 from tools.files import save_and_keep_previous, save_checkpoint
 from tools.run.folder import RunLogger
 from tools.run.resume import CHECKPOINT
-from tools.run.stop import EXIT_CODES, LossCheck, StopRequest, resume_command
+from tools.run.stop import LossCheck, StopRequest, exit_code, resume_command
 
 
 class State(Protocol):
@@ -117,7 +117,7 @@ class Checkpointer:
             self.logger.log('stopped by %s; to go on:', signal.Signals(self.signal).name)
             if self.logger.folder:
                 self.logger.log(resume_command(self.logger.folder / CHECKPOINT))
-        return EXIT_CODES[self.signal]
+        return exit_code(self.signal)
 
 
 def _on_cpu(value: Any) -> Any:

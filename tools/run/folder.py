@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from tools.distributed import World
-from tools.errors import BadInput
+from tools.errors import BadInput, silence
 from tools.files import write_text
 from tools.run.metrics import MetricsFile
 
@@ -51,28 +51,31 @@ def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
 
 
 def run_folders(save: str | Path, kind: str, note: str) -> list[Path]:
-    """All folders that `make_run_folder` made with these arguments."""
+    """Return all folders that `make_run_folder` made with these arguments."""
     name = re.compile(rf'{kind}-\d{{8}}-\d{{6}}-{re.escape(note)}(\.\d+)?')
     return [folder for folder in Path(save).glob(f'{kind}-*/') if name.fullmatch(folder.name)]
 
 
 class _Console(logging.Handler):
-    """Writes to stdout, above a bar where there is one."""
+    """Lines to stdout, above a progress bar; none once stdout is closed, such as by `| head` or a lost connection."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
 
 
 class _LogFile(logging.FileHandler):
-    """A log that the disk does not take is an error of the run, not a message among others."""
+    """Log file whose errors, such as a full disk, are errors of the run."""
 
     def handleError(self, _record: logging.LogRecord) -> None:
         raise  # noqa: PLE0704  (called where the error is being handled)
 
 
 def make_logger(folder: Path | None) -> logging.Logger:
-    """A logger to stdout and `<folder>/log.txt` (appended, a line at a time); a silent one where `folder` is None."""
+    """Return a logger to stdout and, appending, to `<folder>/log.txt`; a silent one without a folder."""
     logger = logging.Logger('tf-nas', logging.INFO if folder else logging.CRITICAL)
     if folder:
         formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
@@ -126,7 +129,10 @@ class RunLogger:
         self.bar.set_description(name, refresh=False)
         for item in items:
             yield item
-            self.bar.update()
+            try:
+                self.bar.update()
+            except OSError:  # the terminal is closed
+                silence(sys.stderr)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
         """Log the epoch so far, after `step` of its `steps`."""
@@ -189,9 +195,9 @@ def open_run(
 
 
 def _lock(folder: Path) -> None:
-    """Keep other runs out of a folder until this process ends, in whatever way.
+    """Keep other runs out of a folder until this process ends.
 
-    A lock of this process alone (POSIX): those that load images do not inherit it, and may outlive a kill by seconds.
+    A POSIX lock: processes that load images, which may outlive a kill by seconds, do not inherit it.
     """
     try:
         file = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,6 +1,8 @@
-"""The checkpoint that a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -32,15 +34,15 @@ NUMBER = int | float
 
 @dataclass(frozen=True)
 class RunKind:
-    """What the checkpoints of one script are, and where.
+    """Names and contents of the checkpoints of one script.
 
     Args:
         name: of the run, in messages.
         folders: run folders are `<folders>-<time>-<note>`.
-        files: patterns of its checkpoints' names.
-        needed: keys of a checkpoint.
-        types: of what it holds under some keys, where it does.
-        position: of a checkpoint: (epoch, batches of it that are done).
+        files: patterns of the checkpoints' names.
+        needed: keys that every checkpoint has.
+        types: of the values under some keys, if a checkpoint has them.
+        position: function of a checkpoint: (epoch, step) of the next batch to train.
     """
 
     name: str
@@ -50,15 +52,24 @@ class RunKind:
     types: Mapping[str, type | UnionType]
     position: Callable[[dict], tuple[int, int]]
 
-    def checkpoints(self, *run_folders: Path) -> list[Path]:
-        """Those in some folders, the newest first."""
-        paths = [path for folder in run_folders for files in self.files for path in folder.glob(files)]
-        return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    def checkpoints(self, folder: Path) -> list[Path]:
+        """Return the checkpoints in a run folder, the furthest first; files that cannot be read go before all others.
+
+        The order is that of the positions in the files: a copied folder has lost their times.
+        """
+        places = {path: self._place(path) for files in self.files for path in folder.glob(files)}
+        return sorted(places, key=lambda path: (places[path], path.stat().st_mtime_ns, path.name), reverse=True)
+
+    def _place(self, path: Path) -> tuple[float, float]:
+        try:
+            return self.position(read_snapshot(path, self, whole=False))
+        except BadInput:
+            return math.inf, math.inf
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run goes on from: `folder` None to make a new one, `checkpoint` None to begin at the start."""
+    """Checkpoint that a run resumes from, None to begin at the start; and its run folder, None to make a new one."""
 
     folder: Path | None = None
     path: Path | None = None
@@ -66,11 +77,11 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
     def with_notes(self, *notes: str) -> 'Snapshot':
-        """The same with more notes for the log, those that are not empty."""
+        """Return the same with more notes for the log; empty ones are left out."""
         return replace(self, notes=(*self.notes, *filter(None, notes)))
 
     def without_checkpoint(self) -> 'Snapshot':
-        """The same without the checkpoint, which is in use now."""
+        """Return the same without the contents of the checkpoint, once they are loaded."""
         return replace(self, checkpoint=None)
 
 
@@ -90,7 +101,8 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
     if not args.snapshot:
         return Snapshot()
     if args.snapshot == 'auto':
-        files = kind.checkpoints(*run_folders(args.save, kind.folders, args.note))
+        folders = sorted(run_folders(args.save, kind.folders, args.note), key=_last_change, reverse=True)
+        files = itertools.chain.from_iterable(map(kind.checkpoints, folders))
     else:
         files = _from_path(Path(args.snapshot), kind)
     found = _first_good(files, kind)
@@ -106,15 +118,20 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
     )
 
 
+def _last_change(folder: Path) -> tuple[int, str]:
+    """Time of the newest checkpoint in a run folder, and its name, which has the time that the run began."""
+    return max((path.stat().st_mtime_ns for path in folder.glob('*.pth.tar')), default=0), folder.name
+
+
 def _from_path(path: Path, kind: RunKind) -> list[Path]:
-    """The file itself, then those that were written before it into its folder."""
+    """Return the file itself, then those of earlier positions in its folder."""
     if not path.exists():
         return [previous_of(path)] if previous_of(path).exists() else [path]
-    others = [other for other in kind.checkpoints(path.parent) if other.name != path.name]
-    return [path, *(other for other in others if other.stat().st_mtime_ns <= path.stat().st_mtime_ns)]
+    place = kind._place(path)
+    return [path, *(other for other in kind.checkpoints(path.parent) if kind._place(other) < place)]
 
 
-def _first_good(paths: list[Path], kind: RunKind) -> Snapshot:
+def _first_good(paths: Iterable[Path], kind: RunKind) -> Snapshot:
     notes = []
     for path in paths:
         try:
@@ -130,20 +147,35 @@ def _first_good(paths: list[Path], kind: RunKind) -> Snapshot:
     return Snapshot(notes=tuple(notes))
 
 
-def read_snapshot(path: Path, kind: RunKind) -> dict:
+def read_snapshot(path: Path, kind: RunKind, whole: bool = True) -> dict:
     """Read a checkpoint of a run, on the CPU.
+
+    Args:
+        whole: check the file for damage. Without, tensors stay in the file until they are used.
 
     Raises:
         BadInput: damaged, or not of a run of this kind.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = _plain_numbers(load_checkpoint(path, whole=whole), kind)
     if not (isinstance(checkpoint, dict) and kind.needed <= checkpoint.keys() and _is_well_formed(checkpoint, kind)):
         raise BadInput(f'{path}: not a checkpoint of a {kind.name} (keys {", ".join(sorted(kind.needed))})')
     return checkpoint
 
 
+def _plain_numbers(checkpoint: Any, kind: RunKind) -> Any:
+    """Return the checkpoint with numbers in place of tensors of no dimension, as some programs store them."""
+    if not isinstance(checkpoint, dict):
+        return checkpoint
+    scalars = {
+        key: value.item()
+        for key, value in checkpoint.items()
+        if isinstance(value, Tensor) and not value.ndim and kind.types.get(key) in (int, NUMBER)
+    }
+    return checkpoint | scalars
+
+
 def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
-    """Whether the parts of a checkpoint are of the types that a reader relies on."""
+    """Whether the parts of a checkpoint have the types that a reader relies on."""
     return (
         all(isinstance(checkpoint[key], type_) for key, type_ in kind.types.items() if key in checkpoint)
         and min(kind.position(checkpoint)) >= 0
@@ -153,7 +185,7 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
 
 
 def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -> str:
-    """One line that names the flags which differ from those the snapshot was made with; empty where none does.
+    """Return a line with the flags that differ from those of the snapshot; empty if none does.
 
     Raises:
         BadInput: the snapshot is from within an epoch, and its position means nothing under these flags.

@@ -1,6 +1,5 @@
-"""What stops a run: signals, and losses that are NaN or infinite."""
+"""Requests to stop a run: signals, and losses that are NaN or infinite."""
 
-import os
 import shlex
 import signal
 import sys
@@ -12,38 +11,47 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-EXIT_CODES = {0: 0, signal.SIGTERM: 0, signal.SIGINT: 130}
-"""Exit code of a run by the signal that stopped it: asked to make room, it has done so; interrupted, it says so."""
+from tools.distributed import launch_command
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+"""Sent by batch systems before a time limit or a preemption, by Ctrl-C, and by a terminal that closes."""
+
+INTERRUPTED = 130
+"""Exit code after SIGINT; after the other signals it is 0, since the run has done as asked."""
 
 GRACE = 15
+"""Seconds that a process that loads images has after SIGTERM."""
 
 
 class StopRequest:
-    """SIGTERM or SIGINT while in the context, remembered in `signal` until the run looks; a second SIGINT interrupts.
+    """Record of the first of `STOP_SIGNALS` in `signal`. Context manager.
 
-    Further SIGTERMs change nothing: launchers pass on the one that the processes have already had.
+    A second SIGINT interrupts. Further signals of other kinds change nothing: launchers pass on those that the
+    processes already had. A signal that is ignored stays so: `nohup` ignores SIGHUP.
     """
 
     def __init__(self):
         self.signal = 0
+        self.before = {}
 
     def __enter__(self) -> 'StopRequest':
-        self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _frame) -> None:
+    def _record(self, number: int, _frame) -> None:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
         self.signal = self.signal or number
 
 
 def outlive_signals(_worker: int = 0) -> None:
-    """For a process that loads images: the main process needs its images until the next update is done, and ends it.
+    """Keep a process that loads images alive: the main process needs its images until the next update, then ends it.
 
     Ctrl-C and batch systems signal every process of a run. A worker ends `GRACE` seconds after SIGTERM, or at a second.
     """
@@ -52,16 +60,13 @@ def outlive_signals(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.alarm(GRACE)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end_later)
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_later if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 @contextmanager
 def ended_with(*loaders: DataLoader) -> Iterator[None]:
-    """End the processes that load images with the context, which torch leaves to the garbage collector.
-
-    After an error that comes late, and such processes hold up the exit.
-    """
+    """End the processes that load images with the context. Left to the garbage collector, they delay the exit."""
     try:
         yield
     finally:
@@ -70,8 +75,13 @@ def ended_with(*loaders: DataLoader) -> Iterator[None]:
                 iterator._shutdown_workers()
 
 
+def exit_code(stopped_by: int) -> int:
+    """Return the exit code of a run, from the signal that stopped it (0: none did)."""
+    return INTERRUPTED if stopped_by == signal.SIGINT else 0
+
+
 def resume_command(snapshot: Path) -> str:
-    """The command that this process (or all processes of this run) was started with, going on from `snapshot`."""
+    """Return the command that resumes this run, in all its processes, from `snapshot`."""
     words, flags = [sys.argv[0]], iter(sys.argv[1:])
     for word in flags:
         name = word.split('=')[0]
@@ -80,18 +90,14 @@ def resume_command(snapshot: Path) -> str:
                 next(flags, None)
             continue
         words.append(word)
-    python = [sys.executable]
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        python += ['-m', 'torch.distributed.run', f'--nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", 1)}']
-        if os.environ.get('GROUP_WORLD_SIZE', '1') != '1':
-            python.append(f'--nnodes={os.environ["GROUP_WORLD_SIZE"]}')
-    return shlex.join([*python, *words, '--snapshot', str(snapshot)])
+    return shlex.join([*launch_command(), *words, '--snapshot', str(snapshot)])
 
 
 class LossCheck:
     """Check of losses for NaN and infinity that does not wait for a GPU. `bad` names the first update with one.
 
-    The verdict on an update is copied beside the computation, and read at the next update or before a checkpoint.
+    The verdict on an update is copied to the host while the GPU computes, and read at the next update or before a
+    checkpoint.
     """
 
     def __init__(self, device: torch.device):

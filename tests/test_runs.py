@@ -1,0 +1,318 @@
+"""What clusters, copies and other programs do to a run: launchers, signals, copied folders, foreign checkpoints."""
+
+import argparse
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import command, data, finish, flags, load, only_run, run_here, small_config, start, wait_for_steps
+
+import tools.files
+from conftest import ROOT
+from models.model_eval import NetworkEval, start_from_weights
+from models.search_state import SEARCH, remove_old_models, searched_model
+from tools.distributed import find_launch
+from tools.errors import BadInput
+from tools.files import load_checkpoint, read_weights, save_checkpoint, write_text
+from tools.run.resume import find_snapshot
+from tools.run.stop import STOP_SIGNALS, StopRequest, resume_command
+from tools.training import TRAINING, update_average
+
+__all__ = ['data']
+
+LAUNCHER_VARIABLES = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the environment of a launcher; what is set in it is gone after the test."""
+
+    def set_variables(**variables):
+        for name in list(os.environ):
+            if name in LAUNCHER_VARIABLES or name.startswith(('SLURM_', 'OMPI_', 'PMI_', 'MPI_')):
+                monkeypatch.delenv(name)
+        for name in ('MASTER_ADDR', 'MASTER_PORT'):
+            monkeypatch.setenv(name, '')
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'first'),
+    [('gpu[03-05,07],login', 'gpu03'), ('node1', 'node1'), ('a-1,b-2', 'a-1'), ('rack2-n[9,11]', 'rack2-n9')],
+)
+def test_processes_of_srun_find_each_other(launched, nodes, first):
+    launched(SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_JOB_ID=123456, SLURM_STEP_NODELIST=nodes)
+    launch = find_launch()
+    assert (launch.rank, launch.size, launch.local_rank) == (5, 8, 1)
+    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == (first, str(20000 + 123456 % 20000))
+
+
+def test_processes_of_mpirun_on_one_machine_find_each_other(launched, monkeypatch):
+    launched(OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_LOCAL_RANK=3, OMPI_COMM_WORLD_LOCAL_SIZE=4)
+    launch = find_launch()
+    assert (launch.rank, launch.size, launch.local_rank, os.environ['MASTER_ADDR']) == (3, 4, 3, '127.0.0.1')
+    monkeypatch.setattr(sys, 'argv', ['train_search.py', '--seed', '1', '--snapshot', 'auto'])
+    words = resume_command(Path('c.pth.tar')).split()
+    assert words == ['mpirun', '-n', '4', sys.executable, 'train_search.py', '--seed', '1', '--snapshot', 'c.pth.tar']
+    launched(PMI_SIZE=2, PMI_RANK=1, MPI_LOCALRANKID=1, MPI_LOCALNRANKS=2)
+    launch = find_launch()
+    assert (launch.rank, launch.size, launch.local_rank, os.environ['MASTER_ADDR']) == (1, 2, 1, '127.0.0.1')
+
+
+@pytest.mark.parametrize(
+    ('variables', 'message'),
+    [
+        ({'WORLD_SIZE': 2, 'RANK': 0}, 'MASTER_ADDR and MASTER_PORT not set'),
+        ({'WORLD_SIZE': 2, 'RANK': 0, 'MASTER_ADDR': 'localhost'}, '2 processes, but MASTER_PORT not set'),
+        (
+            {'WORLD_SIZE': 2, 'MASTER_ADDR': 'a', 'MASTER_PORT': 1},
+            'RANK is not set; start the processes with: torchrun',
+        ),
+        ({'WORLD_SIZE': 2, 'RANK': 2, 'MASTER_ADDR': 'a', 'MASTER_PORT': 1}, 'this is process 2 of 2'),
+        ({'WORLD_SIZE': 'two', 'RANK': 0}, "WORLD_SIZE='two' should be a whole number"),
+        ({'OMPI_COMM_WORLD_SIZE': 4, 'OMPI_COMM_WORLD_RANK': 0, 'OMPI_COMM_WORLD_LOCAL_SIZE': 2}, 'MASTER_ADDR'),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(launched, variables, message):
+    launched(**variables)
+    with pytest.raises(BadInput, match=message):
+        find_launch()
+
+
+def test_a_process_without_a_launcher_is_alone(launched):
+    launched(SLURM_JOB_ID=5, SLURM_NTASKS=4, SLURM_PROCID=0)  # a batch script of SLURM that calls python itself
+    assert find_launch() is None
+
+
+def test_two_processes_of_srun_train_one_network(data, tmp_path):
+    """Together they make one run folder, and each sees half of the images."""
+    port = str(30000 + os.getpid() % 20000)
+    processes = [
+        start(
+            command('train_eval.py', flags(data, tmp_path, epochs=1)),
+            SLURM_STEP_NUM_TASKS='2', SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_NODELIST='localhost',
+            SLURM_JOB_ID='7', MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [finish(process) for process in processes]
+    assert load(only_run(tmp_path) / 'checkpoint.pth.tar')['epoch'] == 1
+    assert 'epoch 0 step 10/10' in outputs[0] and 'step' not in outputs[1]
+
+
+@pytest.mark.parametrize('number', STOP_SIGNALS)
+def test_signals_of_batch_systems_request_a_stop(number):
+    before = signal.getsignal(number)
+    with StopRequest() as request:
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signal == number
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_preempted_training_saves_and_goes_on_without_a_console(data, tmp_path):
+    """SIGUSR1 to all processes of the run, among them those that load images; nobody reads the output any more."""
+    process = start(command('train_eval.py', flags(data, tmp_path, workers=1, epochs=40)))
+    wait_for_steps(process, 3)
+    process.stdout.close()
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert process.wait(60) == 0
+    checkpoint = load(only_run(tmp_path) / 'checkpoint.pth.tar')
+    assert 10 * checkpoint['epoch'] + checkpoint['step'] > 3
+    assert 'stopped by SIGUSR1; to go on:' in (only_run(tmp_path) / 'log.txt').read_text()
+
+
+def test_output_that_nobody_reads_ends_a_listing_quietly(tmp_path):
+    for i in range(2):
+        (tmp_path / f'class{i}').mkdir()
+        shutil.copy(ROOT / 'docs' / 'images' / 'network.png', tmp_path / f'class{i}' / 'a.png')
+    words = [sys.executable, 'dataset/make_lists.py', '--img_root', str(tmp_path), '--list', str(tmp_path / 'all.txt')]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait() == 0
+
+
+def test_a_console_of_few_characters_shows_what_it_can(tmp_path):
+    names = tmp_path / 'Füße 猫'
+    words = [sys.executable, 'dataset/make_lists.py', '--img_root', str(names), '--list', str(tmp_path / 'all.txt')]
+    environment = os.environ | {'PYTHONIOENCODING': 'latin-1', 'PYTHONUTF8': '0'}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 2 and 'Füße ?'.encode('latin-1') in done.stderr
+
+
+def checkpoint_of(epoch, step):
+    """A training's checkpoint without weights."""
+    numbers = {'epoch': epoch, 'best_acc_top1': 1.0, 'best_acc_top5': 2.0}
+    return {'state_dict': {}, 'optimizer': {}, **numbers} | ({'step': step} if step else {})
+
+
+def test_position_in_the_files_decides_in_a_copied_folder(tmp_path):
+    """Files of a run folder, copied in any order, at any time; and a newer run of the same note."""
+    run = tmp_path / 'eval-20260101-000000-try'
+    run.mkdir()
+    for name, place in (('checkpoint', (3, 5)), ('checkpoint.previous', (3, 0))):
+        save_checkpoint(checkpoint_of(*place), run / f'{name}.pth.tar')
+    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
+    for newer in ('checkpoint', 'checkpoint.previous'):
+        os.utime(run / f'{newer}.pth.tar', ns=(time.time_ns() + 10**9, time.time_ns() + 10**9))
+        assert find_snapshot(args, TRAINING).path.name == 'checkpoint.pth.tar'
+    (run / 'checkpoint.pth.tar').write_bytes((run / 'checkpoint.pth.tar').read_bytes()[:300])
+    found = find_snapshot(args, TRAINING)
+    assert found.path.name == 'checkpoint.previous.pth.tar' and 'cannot be read' in found.notes[0]
+    other = tmp_path / 'eval-20260102-000000-try'
+    other.mkdir()
+    save_checkpoint(checkpoint_of(1, 0), other / 'checkpoint.pth.tar')
+    os.utime(other / 'checkpoint.pth.tar', ns=(time.time_ns() + 2 * 10**9, time.time_ns() + 2 * 10**9))
+    assert find_snapshot(args, TRAINING).path.parent == other
+    given = Namespace(snapshot=str(run / 'checkpoint.pth.tar'), save=str(tmp_path), note='try')
+    assert find_snapshot(given, TRAINING).path == run / 'checkpoint.previous.pth.tar'
+
+
+def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_path):
+    """Before, epoch N was in file N; now file N has N epochs done, as the release numbers them."""
+    run = tmp_path / 'search-20260101-000000-try'
+    run.mkdir()
+    base = {'state_dict': {}, 'mc_mask_dddict': {}, 'flags': {}}
+    save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')  # old: seven epochs done
+    save_checkpoint(base | {'epoch': 5}, run / 'searched_model_05.pth.tar')
+    save_checkpoint(base | {'epoch': 7}, run / searched_model(8))
+    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
+    assert find_snapshot(args, SEARCH).path.name == 'searched_model_08.pth.tar'
+    remove_old_models(run, 8, 2)
+    assert find_snapshot(args, SEARCH).path.name == 'searched_model_08.pth.tar'
+    (run / 'searched_model_08.pth.tar').unlink()
+    save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')
+    found = find_snapshot(args, SEARCH)
+    assert found.path.name == 'searched_model_06.pth.tar' and 'epoch 7 step 0' in found.notes[0]
+
+
+@pytest.mark.parametrize(('code', 'fails'), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_file_systems_without_fsync_of_folders_take_files(tmp_path, monkeypatch, code, fails):
+    def fsync(handle, call=os.fsync):
+        if os.path.isdir(f'/proc/self/fd/{handle}'):
+            raise OSError(code, os.strerror(code))
+        call(handle)
+
+    monkeypatch.setattr(tools.files.os, 'fsync', fsync)
+    if fails:
+        with pytest.raises(OSError, match='Input/output error'):
+            write_text(tmp_path / 'a.txt', 'whole')
+    else:
+        write_text(tmp_path / 'a.txt', 'whole')
+        assert (tmp_path / 'a.txt').read_text() == 'whole'
+
+
+def test_the_moving_average_warms_up_as_by_hand():
+    average, counter, decay = [torch.zeros(2)], [torch.tensor(0)], 0.9999
+    expected = 0.0
+    for n in range(1, 6):
+        value = torch.full((2,), float(n))
+        update_average(average, [value], torch.tensor(n), decay)
+        update_average(counter, [torch.tensor(n)], torch.tensor(n), decay)
+        share = (1 + n) / (10 + n)
+        expected = share * expected + (1 - share) * n
+    assert average[0].tolist() == pytest.approx([expected] * 2) and counter[0].item() == 5
+    update_average(average, [torch.zeros(2)], torch.tensor(10**9), 0.5)
+    assert average[0].tolist() == pytest.approx([expected / 2] * 2)
+
+
+def test_a_slow_average_of_few_updates_is_close_to_the_weights(data, tmp_path, monkeypatch):
+    run = run_here(monkeypatch, flags(data, tmp_path, epochs=3, ema_decay=0.9999))
+    text = (run / 'log.txt').read_text()
+    assert text.count('(moving average; the weights themselves: ') == 3
+    checkpoint, start = load(run / 'checkpoint.pth.tar'), load(run / 'checkpoint.previous.pth.tar')
+    name = 'classifier.linear.weight'
+    average, weights = checkpoint['state_dict_ema'][f'module.{name}'], checkpoint['state_dict'][f'module.{name}']
+    moved = (weights - start['state_dict'][f'module.{name}']).norm()
+    assert 0 < (average - weights).norm() < 2 * moved  # with a decay of 0.9999 from the start: some 30 times
+
+
+WRAPPED = ['module.', '_orig_mod.', 'model.', 'module.module.', 'module._orig_mod.', '_orig_mod.module.']
+
+
+@pytest.mark.parametrize('prefix', WRAPPED)
+@pytest.mark.parametrize('key', ['net', 'model_state_dict', 'weights', 'state_dict', 'model', ''])
+def test_weights_of_other_programs_are_found(tmp_path, prefix, key):
+    net = NetworkEval(small_config())
+    state = {prefix + name: value for name, value in net.state_dict().items() if 'num_batches' not in name}
+    args = argparse.Namespace(lr=0.1, rate=np.float32(0.5))
+    beside = {'best': np.float64(71.25), 'epoch': np.int64(3), 'args': args, 'done': np.bool_(True)}
+    torch.save({key: state, **beside} if key else state, tmp_path / 'w.pth')
+    other = NetworkEval(small_config())
+    assert 'left out' not in start_from_weights(other, tmp_path / 'w.pth')
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
+    if key:
+        loaded = load_checkpoint(tmp_path / 'w.pth')
+        assert (loaded['best'], loaded['epoch'], loaded['done'], loaded['args'].rate) == (71.25, 3, True, 0.5)
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path):
+    torch.save({'state_dict': {}, 'path': Path('a')}, tmp_path / 'w.pth')
+    with pytest.raises(BadInput, match=r'it holds a pathlib\.PosixPath; only tensors, numbers') as caught:
+        read_weights(tmp_path / 'w.pth')
+    assert '\x1b' not in str(caught.value) and '\n' not in str(caught.value)
+    torch.save({'state_dict': {}, 'x': np.array(['a', None], dtype=object)}, tmp_path / 'w.pth')
+    with pytest.raises(BadInput, match='it holds a numpy'):
+        read_weights(tmp_path / 'w.pth')
+
+
+def test_accuracies_stored_as_tensors_are_numbers(tmp_path):
+    run = tmp_path / 'eval-20260101-000000-try'
+    run.mkdir()
+    save_checkpoint(checkpoint_of(2, 0) | {'best_acc_top1': torch.tensor(61.5)}, run / 'checkpoint.pth.tar')
+    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING)
+    assert found.checkpoint['best_acc_top1'] == 61.5 and isinstance(found.checkpoint['best_acc_top1'], float)
+
+
+def test_a_classifier_of_other_classes_is_left_out(tmp_path):
+    net = NetworkEval(small_config())
+    torch.save(net.state_dict(), tmp_path / 'w.pth')
+    other = NetworkEval(small_config().with_classes(7))
+    before = other.classifier.linear.weight.clone()
+    line = start_from_weights(other, tmp_path / 'w.pth')
+    assert line.endswith('left out: classifier.linear.weight, classifier.linear.bias, of other classes')
+    assert torch.equal(other.classifier.linear.weight, before)
+    assert torch.equal(other.first_stem.conv.weight, net.first_stem.conv.weight)
+    torch.save({'backbone.weight': torch.ones(1)}, tmp_path / 'w.pth')
+    with pytest.raises(BadInput, match='weights of another network'):
+        start_from_weights(other, tmp_path / 'w.pth')
+
+
+def test_fine_tuning_learns_in_fewer_epochs(data, tmp_path, monkeypatch):
+    """From weights of the same task but for another classifier, one epoch gets further than from scratch."""
+    teacher = run_here(monkeypatch, flags(data, tmp_path / 'teacher', epochs=12, lr=0.1))
+    weights = load(teacher / 'model_best.pth.tar')['state_dict']
+    weights = {name: value for name, value in weights.items() if 'classifier' not in name}
+    linear = NetworkEval(small_config().with_classes(9)).classifier.state_dict()
+    torch.save(weights | {f'classifier.{name}': value for name, value in linear.items()}, tmp_path / 'w.pth')
+    losses = []
+    for name, more in (('tuned', {'weights': tmp_path / 'w.pth'}), ('scratch', {})):
+        run = run_here(monkeypatch, flags(data, tmp_path / name, epochs=2, lr=0.1, **more))
+        text = (run / 'log.txt').read_text()
+        assert ('left out: classifier.linear.weight' in text) == (name == 'tuned')
+        losses.append(float(text.split('train_loss ')[2].split()[0]))
+    assert losses[0] < losses[1] - 0.1, losses
