@@ -55,7 +55,7 @@ def compare_runs(runs: list[Run], out: Path) -> list[Path]:
 
 
 def results_csv(runs: list[Run]) -> str:
-    """Return a line a run: name, M MACs, M parameters, best top-1 in %, measured latency in ms (empty if not measured)."""
+    """Return a line a run: name, M MACs, M parameters, best top-1 in %, latency in ms (empty if not measured)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['run', 'macs_m', 'params_m', 'best_top1_percent', 'measured_ms'])
