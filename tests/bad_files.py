@@ -17,6 +17,7 @@ from latency_pkl import make_lat_lut
 from models.elasticity import full_weights, start_masks
 from models.latency import save_table
 from models.parsing import MASKS_KEY
+from models.search_space import SPACE
 from tools.options import run_script
 
 SCRIPTS = {
@@ -53,8 +54,8 @@ def words_of(flags):
 
 def write_searched(path, num_classes=CLASSES):
     """A searched model that has seen no image."""
-    state = {f'module.{name}': value for name, value in full_weights(num_classes, torch.device('cpu')).items()}
-    torch.save({'state_dict': state, MASKS_KEY: start_masks(), 'epoch': 0}, path)
+    state = {f'module.{name}': value for name, value in full_weights(num_classes, torch.device('cpu'), SPACE).items()}
+    torch.save({'state_dict': state, MASKS_KEY: start_masks(SPACE), 'epoch': 0}, path)
 
 
 def write_table(path, img_size=32, change=lambda curves: None, base=1.0):

@@ -1,7 +1,6 @@
 """Runs made up for the tests of pictures: metrics.jsonl as the scripts write it, without training anything."""
 
 import math
-from argparse import Namespace
 
 import torch
 
@@ -11,7 +10,7 @@ from models.describe import describe_architecture, describe_network, describe_sp
 from models.elasticity import latency_range, scale_widths, start_masks, update_masks
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
-from tools.run.metrics import Metrics, run_header
+from tools.run.metrics import MetricsFile, run_header
 
 CPU = torch.device('cpu')
 
@@ -22,13 +21,13 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
     draw = torch.Generator().manual_seed(seed)
     table = make_table(space, img_size, base=1.0)
     table.meta.update(device='made-up device', batch_size=1, threads=1, method='made up')
-    target = 0.3 * sum(table.reach(SPACE)[::2])
-    args = Namespace(epochs=epochs, warmup_epochs=warmup, target_lat=target, note='<made> & "up"')
-    latency = {'table': 'made-up.pkl', 'target': args.target_lat, **describe_table(table)}
+    target = 0.3 * sum(table.reach(space)[::2])
+    flags = {'epochs': epochs, 'warmup_epochs': warmup, 'target_lat': target, 'note': '<made> & "up"'}
+    latency = {'table': 'made-up.pkl', 'target': target, **describe_table(table, space)}
     about = {'space': describe_space(img_size, space), 'latency': latency, 'steps_an_epoch': steps}
-    metrics = Metrics(folder, run_header('search', args, CPU, **about))
+    metrics = MetricsFile(folder, run_header('search', flags, CPU, **about))
     masks = start_masks(space)
-    state = {f'{b.stage}.{b.name}.log_alphas': torch.zeros(len(space.ops_of(b))) for b in space.blocks()}
+    state = {f'{b.stage}.{b.name}.log_alphas': torch.zeros(len(space.ops)) for b in space.blocks()}
     for name, stage in zip(space.stage_names, space.stages, strict=True):
         state[f'{name}.betas'] = torch.zeros(len(stage.exit_depths))
     for block, index, op in space.positions():
@@ -41,45 +40,45 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
             done = epoch + step / steps
             line = {'w_loss': 2.3 * math.exp(-0.4 * done / epochs), 'w_top1': 60 * done / epochs}
             if later:
-                mixture = args.target_lat * (1 + 0.3 / (done - warmup + 1))
+                mixture = target * (1 + 0.3 / (done - warmup + 1))
                 line |= {'a_loss': line['w_loss'] + 0.1, 'a_top1': line['w_top1'] - 4, 'mixture_latency': mixture}
-            metrics.write('step', epoch, step, steps=steps, **line)
+            metrics.append('step', epoch, step, steps=steps, **line)
         numbers |= line
         if later:
             for name in [name for name in state if name.endswith(('alphas', 'betas'))]:
                 noise = torch.randn(state[name].shape, generator=draw)
                 state[name] = (state[name] + 3 / epochs**0.5 * noise).log_softmax(0)
             arch, widths = parse_architecture(state, space), mask_widths(masks)
-            scaled = scale_widths(arch, widths, table, args.target_lat)
-            least, most = latency_range(arch, table)
-            before, after = table.total(arch, widths), table.total(arch, scaled)
-            numbers['latency'] = {'target': args.target_lat, 'before': before, 'after': after}
+            scaled = scale_widths(arch, widths, table, space, target)
+            least, most = latency_range(arch, table, space)
+            before, after = table.total(arch, widths, space), table.total(arch, scaled, space)
+            numbers['latency'] = {'target': target, 'before': before, 'after': after}
             numbers['latency'] |= {'least': least, 'most': most}
             masks = update_masks(masks, scaled, state)
             numbers['val'] = {'top1': 50 * epoch / epochs, 'top5': 80.0}
         probabilities = {name: value.log_softmax(0) if name.endswith(('alphas', 'betas')) else value
                          for name, value in state.items()}  # fmt: skip
-        metrics.write('epoch', epoch, **numbers, **describe_architecture(probabilities, masks, table, 10))
-    metrics.write('end', epochs - 1)
+        metrics.append('epoch', epoch, **numbers, **describe_architecture(probabilities, masks, table, space, 10))
+    metrics.append('end', epochs - 1)
     return folder
 
 
 def write_training(folder, device='made-up device', ms=7.5, top1=70.0, classes=1000, epochs=5, config=None):
     """A training of TF-NAS-A; without a measured latency where `ms` is None."""
     folder.mkdir(parents=True, exist_ok=True)
-    args = Namespace(epochs=epochs, num_classes=classes, img_size=224, note='made up')
-    network = describe_network(config or load_config('models/zoo/tf_nas_a.config'), 224)
-    metrics = Metrics(folder, run_header('training', args, CPU, network=network, steps_an_epoch=4))
+    flags = {'epochs': epochs, 'num_classes': classes, 'img_size': 224, 'note': 'made up'}
+    network = describe_network(config or load_config('models/zoo/tf_nas_a.config'), 224, SPACE)
+    metrics = MetricsFile(folder, run_header('training', flags, CPU, network=network, steps_an_epoch=4))
     for epoch in range(epochs):
         share = (epoch + 1) / epochs
         for step in range(1, 5):
             numbers = {'lr': 0.1, 'loss': 7 - 5 * (epoch + step / 4) / epochs, 'top1': top1 * share, 'top5': 90.0}
-            metrics.write('step', epoch, step, steps=4, **numbers)
+            metrics.append('step', epoch, step, steps=4, **numbers)
         train = {'loss': 6.9 - 4.9 * share, 'top1': top1 * share - 2, 'top5': 90.0, 'images': 64}
         val = {'loss': 6.5 - 4.4 * share, 'top1': top1 * (1 - 0.5 * (1 - share) ** 2), 'top5': 90.0, 'images': 32}
-        metrics.write('epoch', epoch, lr=0.1 * (1 - epoch / epochs), train=train, val=val, best_top1=val['top1'])
-    metrics.write('end', epochs, best_top1=top1)
+        metrics.append('epoch', epoch, lr=0.1 * (1 - epoch / epochs), train=train, val=val, best_top1=val['top1'])
+    metrics.append('end', epochs, best_top1=top1)
     if ms is not None:
         about = {'device': device, 'batch_size': 1, 'threads': 1, 'img_size': 224}
-        metrics.write('latency', epochs, ms=ms, **about)
+        metrics.append('latency', epochs, ms=ms, **about)
     return folder

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,12 +15,9 @@ from torch.utils.data import DataLoader
 from training_runs import command, data, finish, load, only_run, run, run_here, start  # noqa: F401  (data: a fixture)
 from training_runs import flags as training_flags
 
-from models.search_state import save_searched_model
-from tools.distributed import World
+from models.search_state import remove_old_models, searched_model
 from tools.errors import RunFailed, explain
-from tools.files import save_checkpoint
-from tools.run.checkpoint import Writer
-from tools.run.stop import MOST_SKIPS, LossGuard
+from tools.run.stop import LossCheck
 from tools.training import Tally
 
 CPU = torch.device('cpu')
@@ -44,7 +40,7 @@ def test_a_search_stops_at_the_step_whose_loss_is_nan(project):
     line = last_line(search(project, save, 1, w_lr=1e30, save_freq=0))
     place = re.search(r'NaN or infinite at epoch 0 step (\d+) \(learning rate 1e\+30\)', line)
     step = int(place[1])
-    assert f'the last good checkpoint is {only_run(save)}/checkpoint.pth.tar' in line and '--on_nan skip' in line
+    assert f'the last good checkpoint is {only_run(save)}/checkpoint.pth.tar; a smaller learning rate may help' in line
     checkpoint = load(only_run(save) / 'checkpoint.pth.tar')
     assert checkpoint['step'] == step - 1
     assert (only_run(save) / 'log.txt').read_text().count(' step ') == step
@@ -55,9 +51,8 @@ def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path):  # noqa: 
     assert re.search(r'NaN or infinite at epoch 0 step \d+ .*; no checkpoint is written yet', line)
 
 
-@pytest.mark.parametrize('level', [None, 'O2'])  # O2: the optimizer has copies of its own, in float32
-def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch, level):  # noqa: F811
-    """One image of NaN: with skip the run ends, its weights and statistics are those of a run without that update."""
+def test_an_update_with_a_bad_loss_is_left_out_and_the_last_good_state_is_kept(data, tmp_path, monkeypatch):  # noqa: F811
+    """One image of NaN, in the third batch: the run ends, its checkpoint is that of two updates."""
     batches = DataLoader.__iter__
 
     def with_nan(self):
@@ -65,33 +60,24 @@ def test_updates_with_a_bad_loss_are_left_out(data, tmp_path, monkeypatch, level
             yield (images * float('nan') if i == 2 and self.drop_last else images), labels
 
     monkeypatch.setattr(DataLoader, '__iter__', with_nan)
-    words = training_flags(data, tmp_path, epochs=1, on_nan='skip', opt_level=level)
-    folder = run_here(monkeypatch, words)
-    assert 'the loss is NaN or infinite at epoch 0 step 3' in (folder / 'log.txt').read_text()
-    checkpoint = load(folder / 'checkpoint.pth.tar')
-    assert checkpoint['epoch'] == 1
+    with pytest.raises(
+        RunFailed, match='NaN or infinite at epoch 0 step 3 .*last good checkpoint is .*/checkpoint.pth'
+    ):
+        run_here(monkeypatch, training_flags(data, tmp_path, epochs=1, save_freq=0))
+    checkpoint = load(only_run(tmp_path) / 'checkpoint.pth.tar')
+    assert (checkpoint['epoch'], checkpoint['step']) == (0, 2)
     assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
-    assert checkpoint['state_dict']['module.first_stem.bn.num_batches_tracked'] == 9
-    with pytest.raises(RunFailed, match='epoch 0 step 3 '):
-        run_here(monkeypatch, training_flags(data, tmp_path, epochs=1))
+    assert checkpoint['state_dict']['module.first_stem.bn.num_batches_tracked'] == 2
 
 
-def test_a_guard_allows_good_losses_and_remembers_the_first_bad_one():
-    guard = LossGuard(World(CPU), 'stop')
-    assert guard.allows('a', [ONE, ONE]) and guard.bad == ''
-    assert not guard.allows('b', [ONE, NAN]) and not guard.allows('c', [ONE])
-    assert guard.bad == 'b'
-
-
-def test_a_guard_gives_up_after_many_skips_in_a_row():
-    guard = LossGuard(World(CPU), 'skip')
-    for _ in range(MOST_SKIPS):
-        assert not guard.allows('a', [torch.tensor(float('inf'))])
-    assert guard.allows('b', [ONE])
-    for _ in range(MOST_SKIPS):
-        assert not guard.allows('c', [NAN])
-    with pytest.raises(RunFailed, match='NaN or infinite at d'):
-        guard.allows('d', [NAN])
+def test_a_check_remembers_the_first_bad_loss():
+    check = LossCheck(CPU)
+    for place, losses, bad in (('a', [ONE, ONE], ''), ('b', [ONE, NAN], 'b'), ('c', [ONE], 'b'), ('d', [-NAN], 'b')):
+        check.check(place, losses)
+        assert check.bad == bad
+    infinite = LossCheck(CPU)
+    infinite.check('e', [torch.tensor(float('inf'))])
+    assert infinite.bad == 'e'
 
 
 def test_bad_losses_do_not_count():
@@ -121,35 +107,12 @@ def test_a_log_that_cannot_be_written_ends_the_run(project):
     assert 'could not be written (File too large)' in line
 
 
-def test_errors_of_a_writer_come_out_of_its_next_call(tmp_path):
-    writer = Writer()
-    writer.write({'n': 1}, lambda content: save_checkpoint(content, tmp_path / 'none' / 'file'))
-    while writer.thread.is_alive():
-        time.sleep(0.01)
-    with pytest.raises(FileNotFoundError):
-        writer.check()
-    writer.finish()
-
-
-def test_a_writer_writes_what_was_there_when_it_was_called(tmp_path):
-    writer, weights = Writer(), torch.zeros(3)
-
-    def slow(content):
-        time.sleep(0.3)
-        torch.save(content, tmp_path / 'file')
-
-    writer.write({'inner': [weights]}, slow)
-    weights += 1
-    assert not (tmp_path / 'file').exists()  # the run goes on meanwhile
-    writer.finish()
-    assert load(tmp_path / 'file')['inner'][0].tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize(('keep', 'left'), [(1, [11]), (3, [9, 10, 11]), (None, list(range(12)))])
 def test_as_many_searched_models_are_kept_as_asked_for(tmp_path, keep, left):
     (tmp_path / 'searched_model_best.pth.tar').write_text('of the user')
     for epoch in range(12):
-        save_searched_model({'epoch': epoch}, tmp_path, keep)
+        (tmp_path / searched_model(epoch)).touch()
+        remove_old_models(tmp_path, epoch, keep)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f'searched_model_{epoch:02d}.pth.tar' for epoch in left] + ['searched_model_best.pth.tar']
 

@@ -3,27 +3,27 @@
 import json
 import sys
 import time
-from argparse import Namespace
 
 import pytest
 import torch
 
 from models.config import build_config, load_config
 from models.describe import describe_network, describe_space
+from models.search_space import SPACE
 from tools.errors import BadInput
-from tools.run.folder import Progress, Watch, make_logger
-from tools.run.metrics import METRICS, Metrics, read_run, run_header
+from tools.run.folder import RunLogger
+from tools.run.metrics import METRICS, MetricsFile, read_run, run_header
 
 HEADER = {'kind': 'run', 'version': 1, 'task': 'training'}
 
 
 def written(folder):
     """A run of two epochs of three steps, killed while it wrote another line."""
-    metrics = Metrics(folder, HEADER)
+    metrics = MetricsFile(folder, HEADER)
     for epoch in range(2):
         for step in (1, 2, 3):
-            metrics.write('step', epoch, step, loss=epoch + step / 10)
-        metrics.write('epoch', epoch, val={'top1': float('nan')}, lr=0.1 + 0.2)
+            metrics.append('step', epoch, step, loss=epoch + step / 10)
+        metrics.append('epoch', epoch, val={'top1': float('nan')}, lr=0.1 + 0.2)
     with open(folder / METRICS, 'a') as f:
         f.write('{"kind":"step","epo')
     return metrics
@@ -53,9 +53,9 @@ def test_a_file_reads_back_without_the_line_that_a_kill_cut(tmp_path):
 )
 def test_lines_after_the_point_that_a_run_goes_on_from_are_dropped(tmp_path, position, kept):
     written(tmp_path)
-    metrics = Metrics(tmp_path, HEADER | {'task': 'another'}, position)
+    metrics = MetricsFile(tmp_path, HEADER | {'task': 'another'}, position)
     assert positions(tmp_path) == kept and read_run(tmp_path).header['task'] == 'training'
-    metrics.write('epoch', 7)
+    metrics.append('epoch', 7)
     assert positions(tmp_path) == [*kept, ('epoch', 7, None)]
     assert (tmp_path / METRICS).read_bytes().endswith(b'\n') and len(list(tmp_path.iterdir())) == 1
 
@@ -79,8 +79,8 @@ def test_tensorboard_gets_every_number_once_also_after_going_on(tmp_path):
     events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     space = {'ops': [{'label': 'k3 e3'}, {'label': 'k5 e6 se'}], 'blocks': [{'stage': 'stage1', 'name': 'block1'}]}
     header = HEADER | {'steps_an_epoch': 10, 'space': space}
-    Metrics(tmp_path, header, tensorboard=True).write('epoch', 0, val={'top1': 30.0}, ops=[[0.25, 0.75]])
-    Metrics(tmp_path, header, (1, 0), tensorboard=True).write('step', 1, 5, loss=2.0)
+    MetricsFile(tmp_path, header, tensorboard=True).append('epoch', 0, val={'top1': 30.0}, ops=[[0.25, 0.75]])
+    MetricsFile(tmp_path, header, (1, 0), tensorboard=True).append('step', 1, 5, loss=2.0)
     board = events.EventAccumulator(str(tmp_path / 'tensorboard'))
     board.Reload()
     ops = ['epoch/ops/stage1.block1/k3 e3', 'epoch/ops/stage1.block1/k5 e6 se']
@@ -92,26 +92,27 @@ def test_tensorboard_gets_every_number_once_also_after_going_on(tmp_path):
 def test_without_tensorboard_its_flag_is_refused_before_there_is_a_folder(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     with pytest.raises(BadInput, match='pip install tensorboard'):
-        run_header('training', Namespace(tensorboard=True), torch.device('cpu'))
-    assert run_header('training', Namespace(tensorboard=False), torch.device('cpu'))['version'] == 1
+        run_header('training', {'tensorboard': True}, torch.device('cpu'))
+    assert run_header('training', {'tensorboard': False}, torch.device('cpu'))['version'] == 1
 
 
-def test_the_time_left_counts_the_work_that_is_left(monkeypatch):
+def test_the_time_left_counts_the_steps_behind_the_logged_one(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
-    progress = Progress(work=50 + 4 * 100, done=40)
-    assert progress.left() == '?'
-    for _ in progress.track(range(10), 'warm-up', 10):
-        now[0] += 1
-    assert progress.left() == '0:06:40'  # 400 units at a unit a second
-    for _ in progress.track(range(10), 'later', 100, work=4):
-        now[0] += 8
-    assert progress.left() == '0:10:48'  # 360 units at 50 units in 90 seconds
+    monkeypatch.setattr('tqdm.std.time', lambda: now[0])
+    logger = RunLogger(tmp_path, HEADER)
+    assert logger.time_left() == '?'
+    logger.start_progress(total=400, done=40)
+    logged = []
+    for step in logger.track(range(10), 'epoch 0'):
+        now[0] += 30
+        logger.step(0, step + 1, 10, loss=1.0)
+        logged.append((tmp_path / 'log.txt').read_text().rstrip().rpartition(' eta ')[2])
+    assert logged[0] == '?' and logged[9] == '2:55:00'  # 350 steps of 30 s
 
 
 def test_a_line_of_the_log_and_of_the_metrics(tmp_path, capsys):
-    watch = Watch(make_logger(tmp_path), Metrics(tmp_path, HEADER), Progress(10))
-    watch.step(3, 4, 9, lr=0.025, w_loss=1.23456, w_top1=50, **{'images/s': 9.96})
+    logger = RunLogger(tmp_path, HEADER)
+    logger.step(3, 4, 9, lr=0.025, w_loss=1.23456, w_top1=50, **{'images/s': 9.96})
     expected = 'epoch 3 step 4/9 lr 0.02500 w_loss 1.2346 w_top1 50.00 images/s 10.0 eta ?'
     assert capsys.readouterr().out.endswith(expected + '\n') and expected in (tmp_path / 'log.txt').read_text()
     (line,) = read_run(tmp_path).lines
@@ -120,7 +121,7 @@ def test_a_line_of_the_log_and_of_the_metrics(tmp_path, capsys):
 
 def test_a_network_is_described_by_its_own_numbers(small_space):
     config = load_config('models/zoo/tf_nas_a.config')
-    about = describe_network(config, 224)
+    about = describe_network(config, 224, SPACE)
     assert about['macs'] == pytest.approx(456.68, abs=0.01) and about['params'] == pytest.approx(8.757527)
     rows = about['blocks']
     assert len(rows) == 18 and [row['size'] for row in rows if row['stride'] == 2] == [112, 56, 28, 14]
@@ -131,7 +132,7 @@ def test_a_network_is_described_by_its_own_numbers(small_space):
     counted = 112**2 * 16 * mid + 56**2 * (row['kernel'] ** 2 * mid + mid * 24) + 2 * mid * se
     assert row['macs'] == pytest.approx(counted / 1e6)
     arch = {'stage1': [0], 'stage2': [], 'stage3': [1, 2]}
-    described = describe_network(build_config(arch, small_space.start_widths(), 3, small_space), 32, space=small_space)
+    described = describe_network(build_config(arch, small_space.start_widths(), 3, small_space), 32, small_space)
     assert [(row['kernel'], row['expand'], row['mid']) for row in described['blocks']] == [
         (3, 3, 12), (5, 3, 18), (3, 6, 48)
     ]  # fmt: skip

@@ -156,7 +156,7 @@ def test_checkpoints_of_other_things_are_refused(tmp_path, small_space):
         load_architecture(path, 7, small_space)
     save_checkpoint({'state_dict': full, 'mc_mask_dddict': masks}, path)
     with pytest.raises(ValueError, match='another search space'):
-        load_architecture(path, 7)
+        load_architecture(path, 7, SPACE)
     masks['stage1']['block1'][0][0] = 0.5
     save_checkpoint({'state_dict': full, 'mc_mask_dddict': masks}, path)
     with pytest.raises(ValueError, match='mask of stage1.block1 op 0'):

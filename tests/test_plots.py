@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import matplotlib
@@ -10,8 +11,9 @@ import pytest
 from metrics_runs import write_search, write_training
 from PIL import Image
 
+from tools import options, plots
 from tools.errors import BadInput
-from tools.report.compare import PUBLISHED, _macs_figure, compare_runs, place_names, torchvision_rows
+from tools.report.compare import PUBLISHED, _macs_figure, compare_runs
 from tools.report.draw import draw_at_end, draw_run
 from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure
 from tools.run.metrics import METRICS, read_run
@@ -109,9 +111,8 @@ def test_the_network_picture_shows_the_networks_numbers(trained):
     assert len(cells) == sum(row['kernel'] ** 2 for row in network['blocks'])
 
 
-@pytest.mark.parametrize('skip', [False, True])
-def test_a_small_space_and_a_single_epoch_can_be_drawn(tmp_path, small_space, skip):
-    write_search(tmp_path, small_space.with_skip() if skip else small_space, epochs=1, warmup=0)
+def test_a_small_space_and_a_single_epoch_can_be_drawn(tmp_path, small_space):
+    write_search(tmp_path, small_space, epochs=1, warmup=0)
     assert len(draw_run(tmp_path)) == 9
     with open(tmp_path / METRICS) as f:
         header = f.readline()
@@ -141,16 +142,31 @@ def runs(tmp_path, **changes):
 def test_runs_compare_beside_published_networks(tmp_path, capsys):
     written = compare_runs(runs(tmp_path), tmp_path / 'out')
     assert [path.name for path in written] == [
-        'accuracy_multiply_adds.png', 'accuracy_multiply_adds.svg', 'accuracy_latency.png', 'accuracy_latency.svg'
+        'accuracy_multiply_adds.png', 'accuracy_multiply_adds.svg', 'accuracy_latency.png', 'accuracy_latency.svg',
+        'results.csv',
     ]  # fmt: skip
     assert capsys.readouterr().out == ''
     with matplotlib.rc_context(STYLE):
-        figure = drawn(_macs_figure(runs(tmp_path)[:1]))
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert {'A', 'CPU-B', 'FBNetV3-A', 'OFA', 'EfficientNet-B0', 'run-0'} <= set(texts)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert sum('published' in label for label in labels) == 4 and sum('distilled' in label for label in labels) == 1
-    assert overlapping(figure) == []
+        figure = drawn(_macs_figure(runs(tmp_path)))
+    (axis,) = figure.axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels[3:] == ['1: run-0', '2: run-1', '3: run-2'] and labels[0].startswith('TF-NAS (paper): A, B, C, D, ')
+    assert all('(published)' in label for label in labels[:3]) and 'distilled' in labels[2]
+    x, y = (axis.lines[4].get_xdata(), axis.lines[4].get_ydata())
+    assert (axis.texts[1].get_text(), x[0], y[0]) == ('2', pytest.approx(456.68, abs=0.01), 75.0)
+    assert [list(axis.lines[1].get_xdata()), list(axis.lines[1].get_ydata())] == [[378, 236, 419], [75.2, 75.5, 77.7]]
+    legend = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert [pair for pair in overlapping(figure) if legend & set(pair)] == []
+
+
+def test_results_are_tabulated(tmp_path):
+    compare_runs(runs(tmp_path, ms=[15.0, None, 10.25]), tmp_path / 'out')
+    assert (tmp_path / 'out' / 'results.csv').read_text().splitlines() == [
+        'run,macs_m,params_m,best_top1_percent,measured_ms',
+        'run-0,456.68,8.7575,76.00,15.0000',
+        'run-1,456.68,8.7575,75.00,',
+        'run-2,456.68,8.7575,74.00,10.2500',
+    ]
 
 
 def test_latencies_of_different_settings_are_not_mixed(tmp_path, capsys):
@@ -168,28 +184,16 @@ def test_only_trainings_compare(searched, trained, tmp_path):
         compare_runs([read_run(trained), read_run(searched)], tmp_path)
 
 
-def test_published_numbers_of_torchvision_are_its_own():
-    rows = {name: (macs, top1) for name, macs, top1 in torchvision_rows()}
-    assert rows['EfficientNet-B0'] == pytest.approx((386, 77.692)) and len(rows) == 3
+def test_published_numbers_are_all_there():
     assert sum(len(points) for _, _, points in PUBLISHED) == 12
 
 
-def test_names_of_crowded_points_do_not_overlap():
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6, 4))
-        axis = figure.subplots()
-        points = [(x, y, f'network {x}{y}') for x in range(3) for y in range(3)]
-        axis.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), 'o')
-        axis.set_xlim(-3, 6)
-        place_names(axis, points)
-        names = drawn(figure).axes[0].texts
-    assert len(names) == 9 and not [
-        pair for pair in overlapping(figure) if 'network' in pair[0] and 'network' in pair[1]
-    ]
-
-
-def test_the_command_draws_and_refuses(trained, tmp_path, run_script):
+def test_the_command_draws_and_refuses(trained, tmp_path, run_script, monkeypatch, capsys):
     out = run_script('-m', 'tools.plots', trained, '--out', tmp_path).stdout
     assert re.findall(r'(\w+)\.svg', out) == ['network', 'training'] and (tmp_path / 'report.html').exists()
-    done = run_script('-m', 'tools.plots', tmp_path / 'absent', code=2)
-    assert 'expected a run folder with metrics.jsonl' in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, 'argv', ['tools.plots', str(tmp_path / 'absent')])
+    with pytest.raises(SystemExit) as ended:
+        options.run_script(plots.main, plots.get_args())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and len(error.splitlines()) == 1
+    assert 'expected a run folder with metrics.jsonl' in error

@@ -22,6 +22,7 @@ from models.elasticity import fit_widths, latency_range, scale_widths
 from models.latency import load_table, save_table
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture, load_search_checkpoint
+from models.search_space import SPACE
 from tools.errors import BadInput
 from tools.files import load_checkpoint
 
@@ -179,10 +180,10 @@ def test_scaled_widths_stay_in_range_and_meet_feasible_targets(seed, share, divi
     rng = random.Random(seed)
     table = make_table(SMALL_SPACE, 32, seed)
     arch, widths = random_arch(SMALL_SPACE, rng)
-    least, most = latency_range(arch, table)
+    least, most = latency_range(arch, table, SMALL_SPACE)
     target = least + share * (most - least)
     for scale in (scale_widths, fit_widths):
-        scaled = scale(arch, widths, table, target, divisor)
+        scaled = scale(arch, widths, table, SMALL_SPACE, target, divisor)
         chosen = {(block.stage, block.name, index) for block, index in SMALL_SPACE.chosen(arch)}
         for block, index, op in SMALL_SPACE.positions():
             width, before = scaled[block.stage][block.name][index], widths[block.stage][block.name][index]
@@ -201,9 +202,9 @@ def test_scaled_widths_stay_in_range_and_meet_feasible_targets(seed, share, divi
             }
             for stage in SMALL_SPACE.stage_names
         }
-        feasible = table.total(arch, at_least) <= target
+        feasible = table.total(arch, at_least, SMALL_SPACE) <= target
         if feasible:
-            assert table.total(arch, scaled) <= target * (1 + 1e-9)
+            assert table.total(arch, scaled, SMALL_SPACE) <= target * (1 + 1e-9)
 
 
 @quick
@@ -211,9 +212,11 @@ def test_scaled_widths_stay_in_range_and_meet_feasible_targets(seed, share, divi
 def test_fitted_latency_rises_with_the_target(seed, a, b):
     table = make_table(SMALL_SPACE, 32, seed)
     arch, widths = random_arch(SMALL_SPACE, random.Random(seed))
-    least, most = latency_range(arch, table)
+    least, most = latency_range(arch, table, SMALL_SPACE)
     low, high = sorted((least + a * (most - least), least + b * (most - least)))
-    reached = [table.total(arch, fit_widths(arch, widths, table, target)) for target in (low, high)]
+    reached = [
+        table.total(arch, fit_widths(arch, widths, table, SMALL_SPACE, target), SMALL_SPACE) for target in (low, high)
+    ]
     if high > low * 1.05:
         assert reached[0] <= reached[1] * 1.001
 
@@ -262,7 +265,7 @@ READERS = {
     'table': lambda path: load_table(path, 32, SMALL_SPACE, log=lambda _: None),
     'checkpoint': load_checkpoint,
     'legacy checkpoint': load_checkpoint,
-    'searched model': load_search_checkpoint,
+    'searched model': lambda path: load_search_checkpoint(path, SPACE),
     **dict.fromkeys(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp'], lambda path: (load_rgb(path), load_pixels(path))),
 }
 
@@ -308,6 +311,6 @@ def test_broken_models_are_no_architecture(tmp_path):
     for _ in range(3000):
         path.write_bytes(broken(raw, rng))
         try:
-            load_architecture(path, 3)
+            load_architecture(path, 3, SPACE)
         except BadInput:
             pass

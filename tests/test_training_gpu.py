@@ -37,20 +37,19 @@ def distance(a, b):
     return max((a[name].double().cpu() - b[name].double().cpu()).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize('level', ['O0', 'O1', 'O2', 'O3'])
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize(('level', 'dtype'), [('O0', None), ('O1', 'float16'), ('O1', 'bfloat16')])
 def test_every_format_trains_and_is_read_in_float32(data, tmp_path, level, dtype):  # noqa: F811
     changes = STILL | {'epochs': 1, 'device': 'cuda', 'opt_level': level}
-    run('train_eval_amp.py', flags(data, tmp_path / 'gpu', amp_dtype=None if level == 'O0' else dtype, **changes))
+    run('train_eval_amp.py', flags(data, tmp_path / 'gpu', amp_dtype=dtype, **changes))
     run('train_eval_amp.py', flags(data, tmp_path / 'cpu', **(changes | {'device': 'cpu', 'opt_level': 'O0'})))
     checkpoint = load(only_run(tmp_path / 'gpu') / 'checkpoint.pth.tar')
-    assert bool(checkpoint['scaler']) == (dtype == 'float16' and level in ('O1', 'O2'))
+    assert bool(checkpoint['scaler']) == (dtype == 'float16')
     assert all(value.dtype in (torch.float32, torch.int64) for value in checkpoint['state_dict'].values())
     assert distance(weights(tmp_path / 'gpu'), weights(tmp_path / 'cpu')) < (0.5 if level != 'O0' else 0.05)
     load_weights(NetworkEval(small_config()), only_run(tmp_path / 'gpu') / 'model_best.pth.tar')
 
 
-@pytest.mark.parametrize('level', ['O0', 'O1', 'O2'])
+@pytest.mark.parametrize('level', ['O0', 'O1'])
 def test_a_killed_run_goes_on_close_to_the_undisturbed_one(data, tmp_path, level):  # noqa: F811
     """Close and not equal: kernels of a GPU may add in any order."""
     changes = {'device': 'cuda', 'opt_level': level, 'workers': 2}
@@ -93,9 +92,8 @@ def test_two_processes_with_synchronised_batch_norm_give_the_parameters_of_one(d
 
 
 @two_gpus
-@pytest.mark.parametrize('level', ['O1', 'O2', 'O3'])
-def test_half_gradients_over_nccl(data, tmp_path, level):  # noqa: F811
+def test_mixed_precision_over_nccl(data, tmp_path):  # noqa: F811
     output = run(
-        'train_eval_amp.py', flags(data, tmp_path, epochs=1, device='cuda', opt_level=level, sync_bn=True), processes=2
+        'train_eval_amp.py', flags(data, tmp_path, epochs=1, device='cuda', opt_level='O1', sync_bn=True), processes=2
     )
     assert output.count('val_top1') == 1

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 from training_runs import (
+    Loader,
     data,  # noqa: F401  (a fixture)
     differences,
     flags,
@@ -26,7 +27,8 @@ from models.model_eval import NetworkEval
 from tools.distributed import World, join_world, leave_world
 from tools.errors import BadInput
 from tools.precision import Precision
-from tools.run.folder import Watch, make_logger
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import RunLogger
 from tools.training import TrainState, evaluate, train_epoch, wrap_model
 
 
@@ -63,24 +65,20 @@ def one_update(world, batch_norm):
     torch.manual_seed(5)
     net = NetworkEval(small_config(batch_norm))
     net.eval().train = lambda mode=True: net
+    args = Namespace(
+        seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, max_steps=None,
+        compile=False, channels_last=False,
+    )  # fmt: skip
     optimizer = torch.optim.SGD(net.parameters(), 0.5, 0.9, weight_decay=1e-4, fused=True)
-    state = TrainState(net, optimizer, Precision(world.device))
+    state = TrainState(net, wrap_model(net, world, args), optimizer, Precision(world.device))
     batch = torch.stack([Numbers()[(0, i)][0] for i in range(8)]), torch.arange(8) % 3
     shard = tuple(part[world.rank :: world.size] for part in batch)
-    args = Namespace(seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, on_nan='stop')
-    train = train_epoch(
-        wrap_model(net, world, args),
-        state,
-        iter([shard]),
-        1,
-        None,
-        world,
-        args,
-        Watch(make_logger(None)),
-        lambda *_: False,
-    )
+    logger = RunLogger(None, {})
+    checkpointer = Checkpointer(logger, world, 10, {}, {})
+    train = train_epoch(state, Loader([shard]), None, world, args, checkpointer, logger)
     val = evaluate(net, loader(world), state.precision, world)
-    return {'weights': net.state_dict(), 'train': train, 'val': val}
+    assert not train.stopped and not val.stopped
+    return {'weights': net.state_dict(), 'train': train.numbers, 'val': val.numbers}
 
 
 def skip_some(rank, size, port, bad, path):
@@ -115,7 +113,7 @@ def test_images_skipped_by_any_process_are_told_and_counted_by_all(tmp_path, bad
 def loader(world):
     """Batches of the 23 images over the processes."""
     args = Namespace(batch_size=4, workers=0, seed=0)
-    made = make_loader('.', [('', 0)] * 23, None, args, world, False, False, 'images')
+    made = make_loader('.', [('', 0)] * 23, None, args, world, 'images', for_training=False)
     return torch.utils.data.DataLoader(Numbers(), made.batch_size, sampler=made.sampler)
 
 
@@ -176,9 +174,8 @@ def test_every_validation_image_is_counted_once(size, images):
     args = Namespace(batch_size=12, workers=5, seed=0)
     seen = []
     for rank in range(size):
-        made = make_loader(
-            '.', [('', 0)] * images, None, args, World(torch.device('cpu'), rank, size), False, False, ''
-        )
+        world = World(torch.device('cpu'), rank, size)
+        made = make_loader('.', [('', 0)] * images, None, args, world, '', for_training=False)
         seen += [index for _, index in made.sampler]
         assert (made.batch_size, made.num_workers) == (12 // size, -(-5 // size))
     assert sorted(seen) == list(range(images))
@@ -186,7 +183,7 @@ def test_every_validation_image_is_counted_once(size, images):
 
 def test_the_total_batch_is_shared_evenly_or_refused():
     with pytest.raises(BadInput, match='--batch_size 7 .* multiple of 2'):
-        World(torch.device('cpu'), 0, 2).share(7, '--batch_size')
+        World(torch.device('cpu'), 0, 2).split_evenly(7, '--batch_size')
 
 
 @pytest.mark.parametrize(

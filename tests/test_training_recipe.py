@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 from training_runs import (
+    Loader,
     data,  # noqa: F401  (a fixture)
     flags,
     load,
@@ -20,7 +21,8 @@ from dataset.transforms import POLICIES, train_transform
 from models.model_eval import NetworkEval
 from tools.distributed import World
 from tools.precision import Precision
-from tools.run.folder import Watch, make_logger
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import RunLogger
 from tools.training import TrainState, last_batch, lr_at, make_mix, make_optimizer, memory_format, train_epoch
 
 CPU = torch.device('cpu')
@@ -72,26 +74,19 @@ def test_layouts():
 
 
 def updated(batches, accum, grad_clip=5.0):
-    """Parameters after training on these batches, batch norm in evaluation mode."""
+    """Parameters after training on these batches, batch norm in evaluation mode; and the step after each update."""
     torch.manual_seed(3)
     net = NetworkEval(small_config())
     net.eval().train = lambda mode=True: net
-    state = TrainState(net, torch.optim.SGD(net.parameters(), 0.5, 0.9, fused=True), Precision(CPU))
+    state = TrainState(net, net, torch.optim.SGD(net.parameters(), 0.5, 0.9, fused=True), Precision(CPU))
     args = Namespace(
-        seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4, on_nan='stop'
-    )
-    calls = []
-    train_epoch(
-        net,
-        state,
-        iter(batches),
-        len(batches),
-        None,
-        World(CPU),
-        args,
-        Watch(make_logger(None)),
-        lambda s, _: calls.append(s.step),
-    )
+        seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4, max_steps=None,
+        channels_last=False,
+    )  # fmt: skip
+    logger, calls = RunLogger(None, {}), []
+    checkpointer = Checkpointer(logger, World(CPU), 10, {}, {})
+    checkpointer.is_due = lambda: calls.append(state.step)
+    train_epoch(state, Loader(batches), None, World(CPU), args, checkpointer, logger)
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls
 
 
@@ -113,7 +108,7 @@ def test_the_last_group_of_an_epoch_may_be_smaller():
 
 @pytest.mark.parametrize(('mixup', 'cutmix'), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
 def test_mixes_give_soft_labels_that_the_seed_decides(mixup, cutmix):
-    mix = make_mix(Namespace(mixup=mixup, cutmix=cutmix, num_classes=3))
+    mix = make_mix(Namespace(mixup=mixup, cutmix=cutmix), 3)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     results = []
     for _ in range(2):
@@ -124,7 +119,7 @@ def test_mixes_give_soft_labels_that_the_seed_decides(mixup, cutmix):
 
 
 def test_no_mix_by_default():
-    assert make_mix(Namespace(mixup=0.0, cutmix=0.0, num_classes=3)) is None
+    assert make_mix(Namespace(mixup=0.0, cutmix=0.0), 3) is None
 
 
 @pytest.mark.parametrize('policy', [None, *POLICIES])
@@ -147,7 +142,7 @@ def test_the_moving_average_is_kept_evaluated_and_read(data, tmp_path, monkeypat
     assert not torch.equal(average[name], checkpoint['state_dict'][name])
     assert before.shape == average[name].shape
     log = (folder / 'log.txt').read_text()
-    assert '(moving average)' in log and re.search(r'step 3/3 .* eta 0:00:00\n', log)  # nothing left, of three updates
+    assert '(moving average)' in log and re.search(r'step 3/3 .* eta 00:00\n', log)  # nothing left, of three updates
 
 
 def test_everything_at_once(data, tmp_path, monkeypatch):  # noqa: F811

@@ -33,9 +33,9 @@ from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of, save_and_keep_previous
 from tools.precision import Precision
-from tools.run.checkpoint import Keeper
-from tools.run.folder import Watch, make_logger
-from tools.run.metrics import METRICS, Metrics
+from tools.run.checkpoint import Checkpointer
+from tools.run.folder import RunLogger
+from tools.run.metrics import METRICS
 from tools.run.resume import find_snapshot
 from tools.training import TRAINING, start_state
 
@@ -88,7 +88,7 @@ def test_two_processes_killed_at_random_steps(data, whole, tmp_path):  # noqa: F
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-@pytest.mark.parametrize('changes', [EXTRAS, {'grad_accum': 3}, {'opt_level': 'O1'}, {'opt_level': 'O2'}], ids=str)
+@pytest.mark.parametrize('changes', [EXTRAS, {'grad_accum': 3}, {'opt_level': 'O1'}], ids=str)
 def test_killed_often_in_any_recipe(data, whole, tmp_path, processes, changes):  # noqa: F811
     seed = random.randrange(1000)
     print('seed', seed)
@@ -97,12 +97,14 @@ def test_killed_often_in_any_recipe(data, whole, tmp_path, processes, changes): 
 
 
 def test_torchrun_restarts_by_itself_in_the_same_folder(data, whole, tmp_path):  # noqa: F811
-    words = command('train_eval_amp.py', flags(data, tmp_path, save_freq=0), 2, options=['--max-restarts=1'])
+    words = command(
+        'train_eval_amp.py', flags(data, tmp_path, save_freq=0, snapshot='auto'), 2, options=['--max-restarts=1']
+    )
     process = start(words)
     wait_for_steps(process, 5)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = finish(process)
-    assert 'restart 1 of this run goes on from' in output
+    assert f'goes on from {only_run(tmp_path)}/checkpoint' in output
     assert_same_end(only_run(tmp_path), whole(2))
 
 
@@ -238,10 +240,9 @@ def test_a_snapshot_outside_of_run_folders_goes_on_in_a_new_one(folder, tmp_path
 def test_bad_input_removes_only_the_folder_that_the_run_made(tmp_path, is_new):
     (tmp_path / 'mine.txt').write_text('not of the run')
     if not is_new:
-        Metrics(tmp_path, {'kind': 'run'})
-    args = Namespace(on_nan='stop', save_freq=10)
-    watch = Watch(make_logger(None), Metrics(tmp_path, {'kind': 'run'}))
-    with pytest.raises(BadInput), Keeper(tmp_path, watch, World(torch.device('cpu')), args, {}):
+        RunLogger(tmp_path, {'kind': 'run'})
+    logger = RunLogger(tmp_path, {'kind': 'run'})
+    with pytest.raises(BadInput), Checkpointer(logger, World(torch.device('cpu')), 10, {}, {}):
         raise BadInput('an image')
     assert (tmp_path / 'mine.txt').exists() != is_new
 
@@ -270,21 +271,22 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
 def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_path, script):
     cpu, path = torch.device('cpu'), tmp_path / 'changed.pth.tar'
     args = Namespace(
-        snapshot=None, save=str(tmp_path), note='try', compile=False, num_classes=3, aligned_start=False, amp='float16',
+        snapshot=None, save=str(tmp_path), note='try', compile=False, aligned_start=False, amp='float16',
         checkpoint_ops=False, w_lr=0.1, w_mom=0.9, w_wd=0, a_lr=0.01, a_beta1=0.5, a_beta2=0.9, a_wd=0, epochs=9,
         lr=0.5, momentum=0.9, weight_decay=0, no_weight_decay_bn=False, ema_decay=0.5,
     )  # fmt: skip
 
     def begin():
         if script == 'train_search.py':
-            return start_search(find_snapshot(args, SEARCH), SMALL_SPACE, World(cpu), args)[0]
-        return start_state(NetworkEval(small_config()), Precision(cpu, torch.float16), World(cpu), args)[0]
+            return start_search(find_snapshot(args, SEARCH), SMALL_SPACE, 3, World(cpu), args)[0]
+        precision, snapshot = Precision(cpu, torch.float16), find_snapshot(args, TRAINING)
+        return start_state(NetworkEval(small_config()), precision, snapshot, World(cpu), args)[0]
 
     state = begin()
     if script == 'train_search.py':
         state.begin_epoch(args)
     state.step = 3
-    good, refused = state.to_checkpoint(args), 0
+    good, refused = state.to_checkpoint(vars(args)), 0
     args.snapshot = str(path)
     torch.save(good, path)
     assert begin().step == 3

@@ -143,12 +143,13 @@ class RunLogger:
         self.record('step', epoch, step, steps=steps, **numbers)
 
     def time_left(self) -> str:
-        """Return tqdm's estimate of the time to the end of the run, such as '1:02:03'."""
+        """Return tqdm's estimate of the time from the end of this step to that of the run, such as '1:02:03'."""
         if self.bar.disable:
             return '?'
         progress = self.bar.format_dict
         rate = progress['rate'] or (progress['n'] - progress['initial']) / max(progress['elapsed'], 1e-9)
-        return tqdm.format_interval((progress['total'] - progress['n']) / rate) if rate > 0 else '?'
+        left = progress['total'] - progress['n'] - 1  # the step in progress is done, but not counted yet
+        return tqdm.format_interval(left / rate) if rate > 0 else '?'
 
     def record(self, kind: str, epoch: int, step: int | None = None, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
