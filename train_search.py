@@ -45,6 +45,7 @@ from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
 from tools.options import (
+    DEFAULT_TABLE,
     Parser,
     add_device_arg,
     add_image_args,
@@ -59,6 +60,7 @@ from tools.options import (
     image_size,
     number,
     process_count,
+    project_file,
     run_script,
 )
 from tools.report.draw import draw_at_end
@@ -83,7 +85,7 @@ def get_args():
     parser.add_argument('--img_root', required=True, help='folder that the paths in both lists start from')
     parser.add_argument('--train_list', default=TRAIN_LIST, help='images that train the weights')
     parser.add_argument('--val_list', default=VAL_LIST, help='images that train the architecture')
-    parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table')
+    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
     add_snapshot_args(parser)
@@ -249,7 +251,8 @@ def scale_to_target(state, table, target, args, log):
 def read_table(args, world):
     """Return the latency table, the target in its unit, and lines for the log."""
     notes = []
-    table = load_table(args.lookup_path, args.img_size, SPACE, notes.append)
+    path = project_file(args.lookup_path, DEFAULT_TABLE)
+    table = load_table(path, args.img_size, SPACE, notes.append)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
     notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
@@ -271,10 +274,11 @@ def make_loaders(args, world, note):
 
 def make_header(flags, table, target, world, args, steps):
     """Return the first line of metrics.jsonl."""
+    path = project_file(args.lookup_path, DEFAULT_TABLE)
     latency = {'table': args.lookup_path, 'target': target, **describe_table(table, SPACE)}
     about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', flags, world.device, **about)
-    header['environment'] |= {'processes': world.size, 'table': fingerprint(args.lookup_path)}
+    header['environment'] |= {'processes': world.size, 'table': fingerprint(path)}
     return header
 
 

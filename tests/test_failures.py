@@ -128,6 +128,23 @@ def test_out_of_memory_names_sizes_and_flags():
     assert explain(RuntimeError('size mismatch'), args) == ''
 
 
+@pytest.mark.parametrize(
+    ('error', 'remedy'),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+         'of shared memory.', 'shared memory (/dev/shm); a container needs --shm-size'),
+        ('Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to open shared memory object '
+         '</torch_1_2> in read-write mode: No space left on device (28)', '--workers 0 needs none'),
+        ('unable to open file: Too many open files (24)', 'ulimit -n 65536'),
+        ('received 0 items of ancdata', 'ulimit -n 65536'),
+    ],
+)  # fmt: skip
+def test_limits_of_containers_are_named_with_their_remedy(error, remedy):
+    line = explain(RuntimeError(error), Namespace())
+    assert remedy in line and '\n' not in line
+    assert 'ulimit -n 65536' in explain(OSError(24, 'Too many open files'), Namespace())
+
+
 def test_a_killed_process_that_loads_images_leads_to_one_line(project):
     process = begin(project, project / 'worker', workers=1, epochs=40)
     wait_for(process, r'epoch 0 step 5/')

@@ -23,6 +23,7 @@ from models.search_state import SEARCH, remove_old_models, searched_model
 from tools.distributed import find_launch
 from tools.errors import BadInput
 from tools.files import load_checkpoint, read_weights, save_checkpoint, write_text
+from tools.options import DEFAULT_TABLE, project_file
 from tools.run.resume import find_snapshot
 from tools.run.stop import STOP_SIGNALS, StopRequest, resume_command
 from tools.training import TRAINING, update_average
@@ -316,3 +317,14 @@ def test_fine_tuning_learns_in_fewer_epochs(data, tmp_path, monkeypatch):
         assert ('left out: classifier.linear.weight' in text) == (name == 'tuned')
         losses.append(float(text.split('train_loss ')[2].split()[0]))
     assert losses[0] < losses[1] - 0.1, losses
+
+
+def test_scripts_find_their_own_files_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert project_file(DEFAULT_TABLE, DEFAULT_TABLE) == str(ROOT / 'latency_pkl' / 'latency_gpu.pkl')
+    assert project_file('absent.pkl', DEFAULT_TABLE) == 'absent.pkl'
+    monkeypatch.chdir(ROOT)
+    assert project_file(DEFAULT_TABLE, DEFAULT_TABLE) == DEFAULT_TABLE
+    words = [sys.executable, str(ROOT / 'tools' / 'plots.py'), 'absent']
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and 'absent: no such file' in done.stderr

@@ -56,7 +56,7 @@ def train(script, images, save, *more):
 def found(searched, table, tmp_path_factory, run_script):
     """The config of the searched network, and what the parser printed."""
     path = tmp_path_factory.mktemp('found') / 'model.config'
-    words = ['--model_path', searched[0] / 'searched_model_01.pth.tar', '--save_path', path, '--lookup_path', table]
+    words = ['--model_path', searched[0] / 'searched_model_02.pth.tar', '--save_path', path, '--lookup_path', table]
     out = run_script('parsing_model.py', *words, '--print_lat', '--rounds', '2', '--num_classes', '3', *SIZE).stdout
     return path, out
 
@@ -77,8 +77,8 @@ def test_search_writes_checkpoints_and_log(searched):
         'metrics.jsonl',
         'plots',
         'report.html',
-        'searched_model_00.pth.tar',
         'searched_model_01.pth.tar',
+        'searched_model_02.pth.tar',
     ]
     assert sorted(p.name for p in folder.glob('[!.]*')) == names
     log = (folder / 'log.txt').read_text()
@@ -98,7 +98,7 @@ def test_search_metrics_agree_with_its_checkpoint_and_log(searched):
     warm, last = run.of('epoch')
     assert 'latency' not in warm and last['latency']['after'] <= latency['target']
     assert last['latency']['least'] <= last['latency']['after'] <= last['latency']['most'] <= latency['reach'][2]
-    state, masks = load_search_checkpoint(folder / 'searched_model_01.pth.tar', SPACE)
+    state, masks = load_search_checkpoint(folder / 'searched_model_02.pth.tar', SPACE)
     assert last['ops'][3] == pytest.approx(state['stage2.block2.log_alphas'].softmax(0).tolist(), abs=1e-6)
     assert last['exits']['stage3'] == pytest.approx(state['stage3.betas'].softmax(0).tolist(), abs=1e-6)
     assert last['widths'][3] == [int(masks['stage2']['block2'][i].sum()) for i in range(8)]
@@ -113,7 +113,7 @@ def test_search_metrics_agree_with_its_checkpoint_and_log(searched):
 
 
 def test_search_checkpoint_has_the_published_form(searched):
-    checkpoint = torch.load(searched[0] / 'searched_model_01.pth.tar', weights_only=True)
+    checkpoint = torch.load(searched[0] / 'searched_model_02.pth.tar', weights_only=True)
     assert {'state_dict', 'mc_mask_dddict', 'epoch'} <= checkpoint.keys()
     state = checkpoint['state_dict']
     assert all(name.startswith('module.') for name in state)
@@ -121,7 +121,7 @@ def test_search_checkpoint_has_the_published_form(searched):
     masks = checkpoint['mc_mask_dddict']
     assert masks['stage3']['block2'][5].shape == (640,) and masks['stage3']['block2'][5].dtype == torch.float32
     assert state['module.stage1.block1.log_alphas'].exp().sum().item() == pytest.approx(1, abs=1e-5)
-    warmed_up, _ = load_search_checkpoint(searched[0] / 'searched_model_00.pth.tar', SPACE)
+    warmed_up, _ = load_search_checkpoint(searched[0] / 'searched_model_01.pth.tar', SPACE)
     assert warmed_up['stage1.block1.log_alphas'].unique().numel() == 1
 
 
@@ -174,7 +174,7 @@ def test_training_and_testing(trained, found, images, run_script):
 
 
 def test_two_processes_train_together(searched, images, tmp_path, run_script):
-    model = searched[0] / 'searched_model_01.pth.tar'
+    model = searched[0] / 'searched_model_02.pth.tar'
     words = train('train_eval_amp.py', images, tmp_path, '--model_path', model, '--opt_level', 'O1', '--epochs', '1')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -218,7 +218,7 @@ def test_a_space_without_se_needs_edited_rows_only(project_copy, images, run_scr
     assert '16 block shapes' in out  # 8 shapes, 2 kernels
     run_script(*search(images, path, save), cwd=project_copy)
     (folder,) = save.iterdir()
-    model = folder / 'searched_model_01.pth.tar'
+    model = folder / 'searched_model_02.pth.tar'
     config = project_copy / 'model.config'
     words = [
         '--model_path',

@@ -37,6 +37,8 @@ def has_no_reader(stream: TextIO) -> bool:
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """Full, over the quota, over a limit, read-only (a file system, a folder, for this user), broken."""
 
+ENOUGH_FILES = 65536
+
 MEMORY_FLAGS = ('checkpoint_ops', 'amp', 'opt_level', 'grad_accum')
 """Flags that reduce memory, in the scripts that have them."""
 
@@ -50,6 +52,13 @@ def explain(error: Exception, args) -> str:
     text = str(error)
     if isinstance(error, RunFailed):
         return text
+    if 'shared memory' in text or 'Bus error' in text:
+        return (
+            'a process that loads images ran out of shared memory (/dev/shm); a container needs --shm-size 8g or'
+            ' --ipc host (docker run), --workers 0 needs none'
+        )
+    if 'Too many open files' in text or 'ancdata' in text:
+        return f'too many open files; run: ulimit -n {ENOUGH_FILES}, or use fewer --workers, 0 at least'
     if isinstance(error, (EOFError, ConnectionError)) or text.startswith('DataLoader worker'):
         detail = text.splitlines()[0] if text else 'in the middle of a batch'
         return (

@@ -5,9 +5,13 @@ import difflib
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from tools.errors import BadInput, explain, has_no_reader, silence
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -70,6 +74,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         if not message:
             raise
         print(f'{sys.argv[0]}: {" ".join(message.split())}', file=sys.stderr)
+        sys.unraisablehook = lambda *_: None  # what fails while the rest is cleaned up follows from this error
         sys.exit(1)
     sys.exit(code)
 
@@ -126,6 +131,12 @@ def yes_no(text: str) -> bool:
 def dynamic_or_positive(text: str) -> str | float:
     """An argparse type: the word 'dynamic' or a positive float."""
     return text if text == 'dynamic' else number(float, 0, open_low=True)(text)
+
+
+def project_file(path: str, default: str) -> str:
+    """Return a path; the default one, if there is no such file here, in the project's folder."""
+    beside = ROOT / default
+    return str(beside) if path == default and not Path(path).exists() and beside.exists() else path
 
 
 def add_device_arg(parser: Parser) -> None:

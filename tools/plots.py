@@ -6,7 +6,10 @@
 Needs neither images nor a GPU; may be run while the run goes on.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.options import Parser, run_script
 from tools.report.draw import draw_run
