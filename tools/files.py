@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checkpoints that cannot run code."""
+"""Atomic writing of files, and reading of checkpoints without running code."""
 
 import os
 import secrets
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from tools.errors import BadInput
 
 WEIGHT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
-"""Where checkpoints of ours and of common training scripts hold the weights, the moving average first."""
+"""Keys of the weights in checkpoints of this project and of common training scripts; moving averages first."""
 
 
 def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
-    """Call `write(binary file)` on a temporary file beside `path`, sync it to disk, then rename it to `path`."""
+    """Call `write(binary file)` on a temporary file in the folder of `path`, sync it to disk, then rename it."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as any new file
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # minus the umask, as for any new file
     try:
         with os.fdopen(handle, 'wb') as f:
             write(f)
@@ -32,7 +32,7 @@ def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent or Path('.'), os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -40,10 +40,10 @@ def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
 
 
 def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Find out before the work is done whether its result can be written.
+    """Check before any work that its result can be written.
 
     Args:
-        inputs: files that are read, None for those that are not given.
+        inputs: files that are read; None for those that are not given.
 
     Raises:
         BadInput: the folder of `path` does not exist or cannot be written to, or `path` is a folder or one of `inputs`.
@@ -55,7 +55,7 @@ def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None
     if not folder.is_dir():
         raise BadInput(f'{flag} {path}: its folder does not exist; make it first')
     if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise BadInput(f'{flag} {path}: cannot be written; expected a file in a folder of yours')
+        raise BadInput(f'{flag} {path}: cannot be written; expected a file in a writable folder')
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -67,11 +67,11 @@ def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda
     """Write a checkpoint whole or not at all.
 
     Raises:
-        OSError: the disk is full, or the like; `path` is as it was.
+        OSError: the file cannot be written, such as on a full disk; `path` is unchanged.
     """
     try:
         write_atomic(path, lambda f: torch.save(data, f), before_rename)
-    except (OSError, RuntimeError) as e:  # torch hides the error of the disk behind one of its own
+    except (OSError, RuntimeError) as e:  # torch wraps the error of the disk in a RuntimeError
         cause = e
         while cause and not isinstance(cause, OSError):
             cause = cause.__context__
@@ -81,14 +81,14 @@ def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda
 
 
 def previous_of(path: str | Path) -> Path:
-    """Where `save_and_keep_previous` keeps the file before: `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
+    """Return the path of the previous file, such as `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
     path = Path(path)
     stem, _, suffixes = path.name.partition('.')
     return path.with_name(f'{stem}.previous.{suffixes}')
 
 
 def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint whole or not at all, and keep the one before; at no time is there none of them."""
+    """Write a checkpoint whole or not at all, and keep the previous one. At least one of them exists at any time."""
     path = Path(path)
 
     def keep() -> None:
@@ -99,62 +99,60 @@ def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
         try:
             os.link(path, link)
             os.replace(link, previous_of(path))
-        except OSError:  # a file system without hard links: for a moment there is the previous file only
+        except OSError:  # no hard links: for a moment only the previous file exists
             os.replace(path, previous_of(path))
 
     save_checkpoint(data, path, keep)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu') -> Any:
-    """Read a checkpoint of tensors and plain values; nothing in the file is executed.
+def load_checkpoint(path: str | Path) -> Any:
+    """Read a checkpoint of tensors and plain values to the CPU. Nothing in the file is executed.
 
     Raises:
-        BadInput: no such file, damaged, or it holds other objects than tensors, numbers, strings and containers.
+        BadInput: no such file, damaged, or with objects other than tensors, numbers, strings and containers.
     """
     try:
         if Path(path).suffix == '.safetensors':
-            return _read_safetensors(path, device)
-        if zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
+            return _read_safetensors(path)
+        if zipfile.is_zipfile(path):  # torch writes checksums but does not check them
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f'{damaged} is damaged')
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of torch, on pickles that are none
-            return torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # a damaged file can raise anything at all
+            warnings.simplefilter('ignore')  # torch's, about files that are not pickles
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # a damaged file can raise any exception
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
 
 
-def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str, Tensor]:
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as e:
         raise BadInput(f'{path}: reading it needs a package that is not here: pip install safetensors') from e
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except SafetensorError as e:
         raise ValueError(str(e)) from e
 
 
 def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without the `module.` that data-parallel wrappers put before each name."""
+    """Return a state dict without the `module.` that data-parallel wrappers put before each name."""
     return {name.removeprefix('module.'): value for name, value in state.items()}
 
 
-def read_weights(
-    path: str | Path, device: torch.device | str = 'cpu', average: bool = True
-) -> tuple[dict[str, Tensor], str]:
-    """Weights of a plain state dict or a checkpoint, without `module.`, and the checkpoint's key they stood under ('').
+def read_weights(path: str | Path, average: bool = True) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a state dict or checkpoint, without `module.`, and their key in the file ('' if none).
 
     Args:
-        average: take the moving average of the weights where the file has one.
+        average: prefer the moving average of the weights if the file has one.
 
     Raises:
-        BadInput: unreadable, or without weights.
+        BadInput: the file is unreadable or has no weights.
     """
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     keys = WEIGHT_KEYS if average else WEIGHT_KEYS[2:]
     key = next((key for key in keys if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)), '')
     state = checkpoint[key] if key else checkpoint
@@ -167,30 +165,30 @@ def _is_weight(item: tuple) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def load_weights(model: nn.Module, path: str | Path, device: torch.device | str = 'cpu') -> None:
-    """Load a network's weights from a file: see `read_weights` and `put_weights`.
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a network's weights from a file; see `read_weights` and `put_weights`.
 
     Raises:
-        BadInput: unreadable, or of another network; the message counts and names what does not fit.
+        BadInput: the file is unreadable or of another network; the message counts and names what does not fit.
     """
-    put_weights(model, read_weights(path, device)[0], path)
+    put_weights(model, read_weights(path)[0], path)
 
 
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load a state dict without `module.` that came from `where`.
 
     Raises:
-        BadInput: of another network; the message counts and names what does not fit.
+        BadInput: it is of another network; the message counts and names what does not fit.
     """
     check_weights(model.state_dict(), state, where)
     model.load_state_dict(state)
 
 
 def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Compare names and shapes of a state dict without `module.` that came from `where` with those wanted.
+    """Compare names and shapes of a state dict without `module.`, which came from `where`, with those wanted.
 
     Raises:
-        BadInput: of another network; the message counts and names what does not fit.
+        BadInput: it is of another network; the message counts and names what does not fit.
     """
     problems = [
         _name_some('missing', [name for name in wanted if name not in state]),
