@@ -60,7 +60,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         model, config = Path(folder) / 'searched.pth.tar', Path(folder) / 'model.config'
         for i in range(args.searches):
-            least, most = latency_range(random_search_result(model, args.seed + i, SPACE), table)
+            least, most = latency_range(random_search_result(model, args.seed + i, SPACE), table, SPACE)
             for share in (0.2, 0.5, 0.8):
                 target = least + (most - least) * (share + rng.uniform(-0.1, 0.1))
                 fit = ['--model_path', model, '--target_lat', f'{target:.4f}', '--fit_measured', '--save_path', config]
