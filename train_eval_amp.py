@@ -1,6 +1,6 @@
 """Train a found network in mixed precision, one process per device; otherwise like train_eval.py.
 
-    torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \
+    torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \\
         --train_list train.txt --val_list val.txt --config_path model.config --opt_level O1 --sync_bn --channels_last
     python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...             (older launcher)
     torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ... --snapshot auto     (restarts killed processes)
