@@ -63,9 +63,9 @@ def saved_megabytes(forward: Callable[[], Tensor]) -> float:
 
 
 @contextmanager
-def host_reads():
+def host_reads(names: Sequence[str] = READS):
     """Count how often the host reads a tensor within the context. Yields a list with the count."""
-    count, originals = [0], {name: getattr(Tensor, name) for name in READS}
+    count, originals = [0], {name: getattr(Tensor, name) for name in names}
 
     def counted(original):
         def read(*args, **kwargs):
