@@ -123,7 +123,7 @@ def export(net, args):
         times = f'; one image on one CPU thread: onnxruntime {ms[0]:.3f} ms, torch {ms[1]:.3f} ms'
     difference = largest_difference(net, exported, args.img_size)
     print(f'Exported: {path}, largest difference {difference:.1e}{times}')
-    if difference > CLOSE:
+    if not difference <= CLOSE:  # NaN too
         raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {CLOSE}')
 
 

@@ -129,13 +129,15 @@ def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:
 def largest_difference(net: nn.Module, other, img_size: int) -> float:
     """Return the largest difference of outputs on random images, relative to the largest output if that is below 1.
 
+    NaN if any output is NaN.
+
     Args:
         other: called with the same images [N, 3, img_size, img_size]; returns a tensor or array.
     """
-    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    differences, generator = [], torch.Generator().manual_seed(0)
     for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
         expected = net(images)
-        difference = (expected - torch.as_tensor(other(images))).abs().max() / expected.abs().max().clamp(1e-12, 1)
-        worst = max(worst, difference.item())
-    return worst
+        difference = (expected - torch.as_tensor(other(images))).abs().max()
+        differences.append(difference / expected.abs().max().clamp(1e-12, 1))
+    return torch.stack(differences).max().item()
