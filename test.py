@@ -4,8 +4,8 @@ python test.py --val_root /data/imagenet/val --val_list val.txt --config_path mo
 python test.py --image photo.jpg --config_path model.config --weights weights.pth.tar
 python test.py --export net.onnx --fuse_bn --config_path model.config --weights weights.pth.tar
 
---export writes ONNX (.onnx), a program of torch.export (.pt2), a Python file that needs torch alone with its weights
-beside it (.py and .pth), or weights (.safetensors).
+--export writes ONNX (.onnx), a torch.export program (.pt2), Python source that needs only torch, with weights (.py and
+.pth), or weights and config (.safetensors and .config).
 """
 
 import csv
@@ -35,10 +35,10 @@ from tools.training import evaluate
 
 LAYOUT = torch.channels_last
 FALLBACK_CLASSES = 1000
-"""Of weights without a classifier, which do not fit any network."""
+"""Number of classes if the weights have no classifier; they fit no network, and loading them says so."""
 FORMATS = ('.onnx', '.pt2', '.py', '.safetensors')
 CLOSE = 1e-4
-"""Largest difference of an exported network's outputs, see `largest_difference`."""
+"""Largest allowed difference of an exported network's outputs; see `largest_difference`."""
 
 
 def get_args():
@@ -47,8 +47,8 @@ def get_args():
     add_arch_args(parser)
     add_eval_data_args(parser, batch_size=256, workers=16, required=False)
     parser.add_argument('--weights', required=True, help='a checkpoint or state dict of the network')
-    parser.add_argument('--no_average', action='store_true', help='not the moving average where --weights holds one')
-    parser.add_argument('--image', help='an image file; prints its five most probable classes')
+    parser.add_argument('--no_average', action='store_true', help='ignore a moving average in --weights')
+    parser.add_argument('--image', help='image file to classify; prints the five most probable classes')
     parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
     parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
@@ -87,24 +87,24 @@ def load_net(args):
 
 
 def export_files(path):
-    """All files that `--export` writes, the one that is named first."""
+    """Return all files that `--export` writes, first the one that it names."""
     if not path:
         return []
-    beside = {'.safetensors': '.config', '.py': '.pth'}.get(Path(path).suffix)
-    return [Path(path), *([Path(path).with_suffix(beside)] if beside else [])]
+    second = {'.safetensors': '.config', '.py': '.pth'}.get(Path(path).suffix)
+    return [Path(path), *([Path(path).with_suffix(second)] if second else [])]
 
 
 def export(net, args):
-    """Write the network to a file, check that it gives the same outputs, print what was done."""
-    (path, *beside), times = export_files(args.export), ''
+    """Write the network to a file, check that the file gives the same outputs, and print the result."""
+    (path, *others), times = export_files(args.export), ''
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
         save_safetensors(net, path)
-        write_text(beside[0], dump_config(net.config))
-        print(f'Exported: {path}, its config: {beside[0]}')
+        write_text(others[0], dump_config(net.config))
+        print(f'Exported: {path}, its config: {others[0]}')
         return
     if path.suffix == '.py':
-        (weights,) = beside
+        (weights,) = others
         title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
         write_text(path, to_source(net, path.stem, weights.name, title))
         save_checkpoint(net.state_dict(), weights)
@@ -120,12 +120,12 @@ def export(net, args):
         times = f'; one image on one CPU thread: onnxruntime {ms[0]:.3f} ms, torch {ms[1]:.3f} ms'
     difference = largest_difference(net, exported, args.img_size)
     print(f'Exported: {path}, largest difference {difference:.1e}{times}')
-    if difference > CLOSE:
+    if not difference <= CLOSE:  # NaN too
         raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {CLOSE}')
 
 
 def predictions_csv(samples, probabilities):
-    """CSV text with one line an image: path, label, its most probable class and that probability, the top five."""
+    """Return CSV text with a line per image: path, label, most probable class, its probability, top five classes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['path', 'label', 'predicted', 'probability', 'top5'])
@@ -145,7 +145,7 @@ def classify(net, num_classes, args, device):
 
 
 def test(net, num_classes, args, world):
-    """Print the accuracies on --val_list; write the predictions where asked for."""
+    """Print the accuracies on --val_list; write the predictions if requested."""
     samples = read_list(args.val_list, args.val_root, num_classes)
     loader = make_loader(
         args.val_root, samples, val_transform(args.img_size), args, world, args.val_list, for_training=False
@@ -161,7 +161,7 @@ def test(net, num_classes, args, world):
 
 
 def main(args):
-    """Build the network, load its weights, evaluate, export."""
+    """Load the network, then classify an image, evaluate and export, as the flags say."""
     targets = [('--export_predictions', args.export_predictions)] if args.export_predictions else []
     for flag, path in [*targets, *(('--export', path) for path in export_files(args.export))]:
         check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, args.image))

@@ -1,9 +1,9 @@
-"""Train a found network from scratch in full precision, on all visible GPUs or the CPU; writes eval-<time>-<note>/.
+"""Train a found network from scratch in float32, on all visible GPUs or the CPU. Writes eval-<time>-<note>/.
 
-    python train_eval.py --train_root /data/imagenet/train --val_root /data/imagenet/val --train_list train.txt \
+    python train_eval.py --train_root /data/imagenet/train --val_root /data/imagenet/val --train_list train.txt \\
         --val_list val.txt --config_path model.config
-    python train_eval.py ... --snapshot auto                 (goes on with the newest checkpoint under --save)
-    torchrun --nproc_per_node=4 train_eval.py ...            (one process a GPU, faster than one process for all)
+    python train_eval.py ... --snapshot auto                 (resumes from the newest checkpoint under --save)
+    torchrun --nproc_per_node=4 train_eval.py ...            (one process per GPU, faster than one for all)
 
 For mixed precision see train_eval_amp.py.
 """

@@ -1,8 +1,8 @@
-"""Train a found network in mixed precision, one process a device; otherwise as train_eval.py.
+"""Train a found network in mixed precision, one process per device; otherwise like train_eval.py.
 
-    torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \
+    torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \\
         --train_list train.txt --val_list val.txt --config_path model.config --opt_level O1 --sync_bn --channels_last
-    python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...             (the same, older launcher)
+    python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...             (older launcher)
     torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ... --snapshot auto     (restarts killed processes)
 
 --batch_size and --workers are totals over all processes.
@@ -44,11 +44,11 @@ def get_args():
 
 
 def check_sync_bn(world):
-    """Raise BadInput where torch's synchronised batch norm does not work."""
+    """Raise BadInput if torch's synchronised batch norm does not support these devices."""
     if world.device.type != 'cuda' and world.size > 1:
-        raise BadInput("--sync_bn: torch's works between GPUs only; on CPUs leave it out, or have one process")
+        raise BadInput('--sync_bn: torch supports it on GPUs only; on CPUs leave it out, or use one process')
     if world.gpus > 1:
-        raise BadInput('--sync_bn: works between processes; start one a GPU with torchrun --nproc_per_node')
+        raise BadInput('--sync_bn: works between processes; start one per GPU with torchrun --nproc_per_node')
 
 
 def main(args):

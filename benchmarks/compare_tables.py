@@ -1,4 +1,4 @@
-"""How one latency table differs from another: errors over all block shapes and widths, and rank correlation.
+"""Compare a latency table with another: errors over all block shapes and widths, and rank correlation.
 
 python benchmarks/compare_tables.py latency_pkl/latency_gpu.pkl published_gpu.pkl
 """
@@ -26,7 +26,7 @@ def get_args():
 
 
 def main(args):
-    """Print the table's errors against the reference, each width of each shape counting as much as any other."""
+    """Print the errors of the table against the reference; all widths of all shapes have equal weight."""
     table, reference = (load_table(path, args.img_size, SPACE) for path in (args.table, args.reference))
     widths = SPACE.table_widths(args.img_size)
     for name, least in (

@@ -1,4 +1,4 @@
-"""What a step costs: time, launches, memory traffic, what is kept for the backward pass, waits of the host."""
+"""Costs of a step: time, launches, memory traffic, memory kept for the backward pass, synchronisations."""
 
 import multiprocessing
 import statistics
@@ -16,11 +16,11 @@ READS = ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__int__', '__float__', '
 """Methods of a tensor that make the host wait for a GPU."""
 
 FREE = ('empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_unsafe_view', 'detach')
-"""Operators that launch nothing, beside views."""
+"""Operators other than views that launch no kernel."""
 
 
 class Calls(TorchDispatchMode):
-    """Counts operators that compute, forward and backward; views and allocations are not counted."""
+    """Counter of operators, forward and backward, without views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Calls(TorchDispatchMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of all tensors that operators read and write, views not counted."""
+    """Counter of the bytes that operators read and write, without views."""
 
     def __init__(self):
         super().__init__()
@@ -47,13 +47,13 @@ class Traffic(TorchDispatchMode):
 
 
 def saved_megabytes(forward: Callable[[], Tensor]) -> float:
-    """Memory of all storages that autograd keeps for the backward pass of what `forward` returns, in MB."""
+    """Return the memory that autograd keeps for the backward pass of the result of `forward`, in MB."""
     storages, alive = {}, []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor.detach())  # so that no storage takes the place of another
+        alive.append(tensor.detach())  # keeps the storage alive, so that no other gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -64,7 +64,7 @@ def saved_megabytes(forward: Callable[[], Tensor]) -> float:
 
 @contextmanager
 def host_reads(names: Sequence[str] = READS):
-    """Counts in a list of one how often the host reads a tensor within the context, which on a GPU makes it wait."""
+    """Count how often the host reads a tensor within the context. Yields a list with the count."""
     count, originals = [0], {name: getattr(Tensor, name) for name in names}
 
     def counted(original):
@@ -84,11 +84,12 @@ def host_reads(names: Sequence[str] = READS):
 
 
 class Rival:
-    """One of the forms that a benchmark compares, in a process of its own, as its users run it: what it asks of the
-    allocator is its own. It works when it is called, so several forms take turns.
+    """One of the implementations that a benchmark compares, in a separate process with its own allocator settings.
+
+    It runs only during `call`, so that several rivals can alternate.
 
     Args:
-        make: a function of a module, run there: `make(*args)` -> functions by name.
+        make: a module-level function that runs in the process: `make(*args)` -> functions by name.
     """
 
     def __init__(self, make: Callable[..., Mapping[str, Callable]], *args):
@@ -99,7 +100,7 @@ class Rival:
         other.close()
 
     def call(self, name: str):
-        """What the function of that name returns there."""
+        """Call the function of that name in the process and return its result."""
         self.pipe.send(name)
         return self.pipe.recv()
 
@@ -121,8 +122,10 @@ def _serve(pipe: Connection, make: Callable, args: tuple, threads: int) -> None:
 
 
 def take_turns(rivals: Mapping[str, Rival], names: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Medians of what the named functions of every rival return, over rounds in which all take turns; one round more
-    goes before them and warms up."""
+    """Return the medians of the named functions' results by rival, over rounds in which all rivals alternate.
+
+    An additional first round warms up.
+    """
     results = {rival: [[] for _ in names] for rival in rivals}
     for turn in range(rounds + 1):
         for rival, columns in results.items():
@@ -133,7 +136,7 @@ def take_turns(rivals: Mapping[str, Rival], names: Sequence[str], rounds: int) -
 
 
 def seconds(step: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Time of one call, with all that it gave the device to do."""
+    """Return the time of one call in seconds, including its work on the device."""
     _wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Closed loop: networks fitted to targets by the clock, then measured again by a fresh process.
+"""Fit networks to measured latency targets, and measure them again in a fresh process.
 
 python benchmarks/fit_measured.py --table latency_pkl/my_cpu.pkl --img_size 224
 """
@@ -30,13 +30,13 @@ def get_args():
     parser.add_argument('--table', required=True, help='a table of this machine, made by make_lat_lut.py')
     parser.add_argument('--img_size', type=count(32), default=224)
     parser.add_argument('--searches', type=count(), default=5, help='random search results to fit')
-    parser.add_argument('--within', type=number(float, 0), default=2.0, help='per cent')
+    parser.add_argument('--within', type=number(float, 0), default=2.0, help='largest error in %% that counts as a hit')
     parser.add_argument('--seed', type=count(0), default=1)
     return parser.parse_args()
 
 
 def random_search_result(path, seed, space):
-    """Write a searched model whose architecture parameters are drawn at random; returns its architecture."""
+    """Write a searched model with random architecture parameters; return its architecture."""
     torch.manual_seed(seed)
     full = full_weights(10, torch.device('cpu'), space)
     for name, value in full.items():
@@ -47,20 +47,20 @@ def random_search_result(path, seed, space):
 
 
 def run(*words):
-    """Standard output of a script of the project."""
+    """Return the standard output of a script of the project."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def main(args):
-    """Fit each random search result to three targets, measure each found config in a fresh process, count."""
+    """Fit each random search result to three targets, measure the configs in fresh processes, count the hits."""
     table = load_table(args.table, args.img_size, SPACE)
     rng, good, total = random.Random(args.seed), 0, 0
     shared = ['--lookup_path', args.table, '--img_size', args.img_size]
     with tempfile.TemporaryDirectory() as folder:
         model, config = Path(folder) / 'searched.pth.tar', Path(folder) / 'model.config'
         for i in range(args.searches):
-            least, most = latency_range(random_search_result(model, args.seed + i, SPACE), table)
+            least, most = latency_range(random_search_result(model, args.seed + i, SPACE), table, SPACE)
             for share in (0.2, 0.5, 0.8):
                 target = least + (most - least) * (share + rng.uniform(-0.1, 0.1))
                 fit = ['--model_path', model, '--target_lat', f'{target:.4f}', '--fit_measured', '--save_path', config]

@@ -1,10 +1,10 @@
-"""Images a second that one worker core prepares: the paper's pipeline against --device_aug, in turns, on JPEG files.
+"""Images per second that one worker core prepares, by the paper's pipeline and by --device_aug.
 
     python benchmarks/input_pipeline.py                                 generated photo-like JPEGs of 500 x 375
     python benchmarks/input_pipeline.py --img_root DIR --list LIST      your own images
 
-A worker's work is all that a process of the data loader does for an image: read, decode, augment, collate. With
---device_aug the colours are jittered on the training device instead; that time is printed too, per image of a batch.
+A worker reads, decodes, augments and collates JPEG files. With --device_aug the training device jitters the colours
+instead; its time per image is printed too. Both pipelines alternate.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from tools.errors import BadInput
 from tools.options import Parser, add_device_arg, count, image_size, run_script
 
 QUALITY = 92
-"""Of the generated files, which then have about 100 KB, as ImageNet's photographs have."""
+"""JPEG quality of the generated files, which gives about 100 KB, the average size in ImageNet."""
 
 
 def get_args():
@@ -38,7 +38,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument('--img_root', help='folder of images')
     parser.add_argument('--list', help="lines of 'relative/path label'")
-    parser.add_argument('--images', type=count(2), default=64, help='images a round')
+    parser.add_argument('--images', type=count(2), default=64, help='images per round')
     parser.add_argument('--rounds', type=count(3), default=9)
     parser.add_argument('--img_size', type=image_size, default=224)
     add_device_arg(parser)
@@ -46,7 +46,7 @@ def get_args():
 
 
 def photo_like(rng, width=500, height=375):
-    """An image with the 1/f spectrum of photographs, correlated colours, and edges of flat shapes."""
+    """Return an image with the 1/f spectrum of photographs, correlated colours, and edges of flat shapes."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
     noise = rng.normal(size=(3, height, width))
@@ -70,12 +70,12 @@ def generate(folder, images):
 
 
 def decoded(images, epoch):
-    """A batch of all images."""
+    """Return a batch of all images."""
     return collate([images[epoch, i] for i in range(len(images))])
 
 
 def time_workers(root, samples, args):
-    """Median seconds an image, by pipeline; and a batch of the second one."""
+    """Return the median seconds per image by pipeline, and a batch of the --device_aug pipeline."""
     transforms = {'recipe': train_transform(args.img_size), 'device_aug': TrainPixels(args.img_size)}
     data = {name: ImageList(root, samples, transform, seed=0) for name, transform in transforms.items()}
     times = {name: [] for name in data}
@@ -89,14 +89,14 @@ def time_workers(root, samples, args):
 
 
 def time_device(batch, device, rounds):
-    """Median seconds an image to jitter and normalise a batch on the device, copied there before."""
+    """Return the median seconds per image to jitter and normalise a batch that is already on the device."""
     batch.pixels, batch.colours = batch.pixels.to(device), batch.colours.to(device)
     times = [seconds(lambda: batch.to(device), device) for _ in range(rounds + 1)]
-    return statistics.median(times[1:]) / len(batch.pixels)  # the first one warms up
+    return statistics.median(times[1:]) / len(batch.pixels)  # the first time warms up
 
 
 def main(args):
-    """Generate images where none are given, time both pipelines in turns, print."""
+    """Generate images if none are given, time both pipelines alternately, print."""
     if bool(args.img_root) != bool(args.list):
         raise BadInput('give both --img_root and --list, or neither')
     device = pick_device(args.device)

@@ -1,4 +1,4 @@
-"""A network's latency as published tables have it: the sum of its parts, each timed alone in a loop."""
+"""Latency of a network by the method of published tables: the sum of its parts, each timed alone in a loop."""
 
 import torch
 
@@ -9,7 +9,7 @@ WARM_UP, REPEATS = 5, 30
 
 @torch.inference_mode()
 def isolated_sum(build, batch_size, img_size, device):
-    """Sum of the times of a network's parts in ms, each timed alone in a loop, each pass synchronised."""
+    """Return the sum of the times of a network's parts in ms, each timed alone in a loop of synchronised passes."""
     x, timed, clock = torch.randn(batch_size, 3, img_size, img_size, device=device), [], Clock(device)
     for part in build().parts():
         marks = []

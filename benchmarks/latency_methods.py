@@ -1,4 +1,4 @@
-"""Predicted against measured latency of random networks: blocks timed alone in a loop, and a table made in context.
+"""Compare predicted with measured latency of random networks: an in-context table, and blocks timed alone.
 
 python benchmarks/latency_methods.py --table latency_pkl/my_cpu.pkl --plot methods.png
 """
@@ -26,7 +26,7 @@ from tools.files import check_target, write_atomic
 from tools.options import Parser, add_device_arg, count, run_script
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
 
 
 def get_args():
@@ -34,7 +34,7 @@ def get_args():
     parser = Parser(__doc__)
     add_device_arg(parser)
     parser.add_argument('--table', required=True, help='a table of this machine, made by make_lat_lut.py')
-    parser.add_argument('--plot', help='picture to write')
+    parser.add_argument('--plot', help='PNG file to write')
     parser.add_argument('--networks', type=count(2), default=20)
     parser.add_argument('--img_size', type=count(32), default=224)
     parser.add_argument('--seed', type=count(0), default=77)
@@ -42,7 +42,7 @@ def get_args():
 
 
 def plot(path, measured, methods):
-    """Scatter of predicted over measured, a marker a method, with the line where both are equal."""
+    """Draw predicted over measured latency, a marker per method, and the line of equality."""
     figure, axes = plt.subplots(figsize=(6, 5), dpi=120)
     for (name, predicted), marker, colour in zip(methods.items(), 'o^', ('#0072b2', '#d55e00'), strict=True):
         axes.scatter(measured, predicted, marker=marker, color=colour, label=name, s=36)
@@ -56,7 +56,7 @@ def plot(path, measured, methods):
 
 
 def main(args):
-    """Time random networks whole and in parts, print the errors of both predictions, draw them."""
+    """Time random networks whole and in parts; print and draw the errors of both predictions."""
     if args.plot:
         check_target(args.plot, '--plot')
     device = pick_device(args.device)
@@ -74,7 +74,9 @@ def main(args):
         start = time.monotonic()
         alone = in_fresh_process(isolated_sum, build, batch_size, args.img_size, device)
         alone_seconds += time.monotonic() - start
-        methods['blocks timed alone'].append(alone / (whole.slowness or 1))  # both at the same speed of the machine
+        methods['blocks timed alone'].append(
+            alone / (whole.slowness or 1)
+        )  # at the same speed of the machine as the whole
     for name, predicted in methods.items():
         ratio = np.array(predicted) / np.array(measured)
         errors = 100 * (ratio - 1)

@@ -1,7 +1,7 @@
-"""The search's two steps in their plain form, which the project's form is measured and tested against.
+"""Plain implementation of a search's two steps: the baseline of benchmarks and tests.
 
-Contiguous layout, swish composed in Python, one operator after the other with its own residual connection and weight,
-one host synchronisation a block, optimizers that update one parameter after the other.
+Contiguous layout, swish composed in Python, operators one by one with a residual connection and weight each, one host
+synchronisation per block, optimizers that update parameters one by one.
 """
 
 import torch
@@ -13,7 +13,7 @@ from models.search_steps import train_only
 
 
 class PlainSwish(nn.Module):
-    """x * sigmoid(x), as autograd sees two operators."""
+    """x * sigmoid(x), two operators for autograd."""
 
     def forward(self, x):
         return x * torch.sigmoid(x)
@@ -37,7 +37,7 @@ def plain_swish(net):
 
 
 def plain_forward(net, x, choice):
-    """The supernet written out: images [N, 3, H, W] -> logits, along a path or as a mixture [blocks, ops]."""
+    """Run the supernet, written out: images [N, 3, H, W] -> logits, along a path or as a mixture [blocks, ops]."""
     x, choices = net.second_stem(net.first_stem(x)), iter(choice)
     for stage in net.stages():
         exits = [x] if stage.stage.input_is_exit else []
@@ -50,7 +50,7 @@ def plain_forward(net, x, choice):
 
 
 def plain_paths(net, generator):
-    """One path by Gumbel and one at random among the other operators, drawn block by block."""
+    """Draw a path by Gumbel noise and one at random among the other operators, block by block."""
     first, second = [], []
     for op in net.mixed_ops():
         noise = -torch.empty(len(op.m_ops)).exponential_(generator=generator).log()
@@ -61,7 +61,7 @@ def plain_paths(net, generator):
 
 
 def plain_weight_step(net, optimizer, images, labels, paths, grad_clip):
-    """Train the weights on some paths; returns loss and logits of the first."""
+    """Train the weights on some paths; return loss and logits of the first."""
     train_only(net.weight_parameters(), net.arch_parameters())
     optimizer.zero_grad()
     results = []
@@ -76,7 +76,7 @@ def plain_weight_step(net, optimizer, images, labels, paths, grad_clip):
 
 
 def plain_architecture_step(net, optimizer, images, labels, op_weights, latency_loss, grad_clip):
-    """Train the architecture on the mixture; returns loss, logits and latency."""
+    """Train the architecture on the mixture; return loss, logits and latency."""
     train_only(net.arch_parameters(), net.weight_parameters())
     optimizer.zero_grad()
     logits = plain_forward(net, images, op_weights)

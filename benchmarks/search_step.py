@@ -1,13 +1,13 @@
-"""Time, memory and launches of the steps of a search: the project's form against a plain one.
+"""Compare time, memory and launches of a search's steps with those of a plain implementation.
 
-    python benchmarks/search_step.py                                  at 224, batch 16, on a GPU where there is one
+    python benchmarks/search_step.py                                  at 224, batch 16, on a GPU if available
     python benchmarks/search_step.py --img_size 64 --batch_size 32    a small search
-    python benchmarks/search_step.py --batch_size 32 --amp bfloat16   on a GPU: what the paper's 90 epochs take on it
+    python benchmarks/search_step.py --batch_size 32 --amp bfloat16   on a GPU: also the time of the paper's 90 epochs
 
-The plain form is that of `benchmarks/plain_search.py`. All forms take turns, each in a process of its own, and the
-medians are printed. Kept memory is what autograd holds between forward and backward pass; launches are dispatched
-operators that compute; reads are those that make the host wait for a GPU. Between two epochs the plain form builds
-a new network; the project's rebuilds the operators whose width changed. Both save the checkpoint.
+The plain implementation is `benchmarks/plain_search.py`. All implementations alternate, each in a separate process, and
+the medians are printed. Kept memory is what autograd holds between forward and backward pass. Launches are dispatched
+operators that compute. Reads are those that make the host wait for a GPU. Between two epochs the plain implementation
+builds a new network; the project rebuilds only the operators whose width changed. Both save the checkpoint.
 """
 
 import sys
@@ -42,16 +42,10 @@ from tools.rng import generator_for
 
 NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT = 100, 5.0, 0.1, 15.0
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760
-"""Of the paper's search: 90 epochs of 3,193 steps, 10 of them without architecture steps."""
+"""Steps of the paper's search: 90 epochs of 3,193 weight steps, the first 10 without architecture steps."""
 
-FLAGS = Namespace(
-    w_mom=0.9,
-    w_wd=1e-5,
-    a_lr=0.01,
-    a_beta1=0.5,
-    a_beta2=0.999,
-    a_wd=5e-4,
-)
+FLAGS = Namespace(w_mom=0.9, w_wd=1e-5, a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4)
+"""Flags of the optimizers: the defaults of train_search.py."""
 
 
 def get_args():
@@ -66,14 +60,14 @@ def get_args():
 
 
 def straight_table(img_size):
-    """A latency table whose curves are straight lines; the numbers do not change what a step costs."""
+    """Return a latency table of straight lines; the costs of a step do not depend on its values."""
     curves = {key: torch.arange(1, high + 1).double().numpy() * 1e-3 for key, (_, high) in
               SPACE.table_widths(img_size).items()}  # fmt: skip
     return LatencyTable(1.0, curves, {}, img_size)
 
 
 def make_net(form, plain, device):
-    """A supernet whose architecture parameters are random."""
+    """Return a supernet with random architecture parameters."""
     torch.manual_seed(0)
     net = Network(SPACE.start_widths(), NUM_CLASSES, SPACE, form).to(device).train()
     with torch.no_grad():
@@ -83,7 +77,7 @@ def make_net(form, plain, device):
 
 
 def make_steps(net, plain, images, labels, table, dtype):
-    """The weight step (draws included), the architecture step, and the forward pass of a mixture, as functions."""
+    """Return the weight step and the architecture step, with their draws, and the forward pass of a mixture."""
     device, draws = images.device, generator_for(0, 'benchmark')
     latency_loss = LatencyLoss(table, net.widths(), SPACE, TARGET_LAT, LAMBDA_LAT, device)
     weight_params, arch_params = net.weight_parameters(), net.arch_parameters()
@@ -126,7 +120,7 @@ def make_steps(net, plain, images, labels, table, dtype):
 
 
 def make_form(args, device, form, plain):
-    """Steps, and the images and labels that they train on, of one form."""
+    """Return the functions of `make_steps` for one implementation, on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
     labels = torch.arange(args.batch_size, device=device) % NUM_CLASSES
@@ -135,7 +129,7 @@ def make_form(args, device, form, plain):
 
 
 def functions(args, device, form, plain):
-    """What a form answers in its process: seconds of both steps, kept memory, and what an architecture step does."""
+    """Return the measurements of a `Rival`: seconds of both steps, kept MB, launches and traffic."""
     if not plain:
         prepare(device)
     weights, architecture, mixture = make_form(args, device, form, plain)
@@ -150,21 +144,21 @@ def functions(args, device, form, plain):
 
 
 def launches(step):
-    """Operators that a step launches, and reads that make the host wait."""
+    """Return the number of operators that a step launches, and of reads that make the host wait."""
     with Calls() as calls, host_reads() as reads:
         step()
     return calls.count, reads[0]
 
 
 def traffic(step):
-    """Bytes that a step reads and writes."""
+    """Return the bytes that a step reads and writes."""
     with Traffic() as counted:
         step()
     return counted.bytes
 
 
 def between_epochs(device, plain):
-    """What a form answers in its process: seconds of the work between two epochs."""
+    """Return the measurement of a `Rival`: seconds of the work between two epochs."""
     if not plain:
         prepare(device)
     folder = tempfile.TemporaryDirectory()
@@ -174,7 +168,7 @@ def between_epochs(device, plain):
     state = [net, masks]
 
     def changed(masks):
-        """Masks in which one operator of every block has another width, as after scaling."""
+        """Return masks in which one operator of every block has a new width, as after scaling."""
         widths = mask_widths(masks)
         for block in SPACE.blocks():
             low, high = SPACE.ops[3].min_width(block.in_ch), SPACE.ops[3].max_width(block.in_ch)
@@ -202,7 +196,7 @@ def between_epochs(device, plain):
 
 
 def main(args):
-    """Time the forms in turns; print a line a step and form."""
+    """Time all implementations alternately, and print their costs."""
     device = pick_device(args.device)
     fused = device.type == 'cuda'
     kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops, args.compile), False)}
@@ -222,7 +216,7 @@ def main(args):
 
 
 def report_steps(times, kept):
-    """Times and kept memory, and their ratios to the plain form."""
+    """Print times and kept memory, and their ratios to the plain implementation."""
     for name, (weights, architecture) in times.items():
         speed = [times['plain'][which] / times[name][which] for which in (0, 1)]
         print(
@@ -233,18 +227,18 @@ def report_steps(times, kept):
 
 
 def report_launches(args, device, plain):
-    """Launches and reads of the form for GPUs in float32, whatever device this is."""
+    """Print launches and reads of the GPU mode in float32, on any device."""
     count, reads = launches(
         make_form(Namespace(**vars(args) | {'amp': None}), device, ExecutionMode(fused=True), False)[1]
     )
     print(
-        f'form for GPUs: {count} launches an architecture step, {count / plain:.2f} of plain'
+        f'GPU mode: {count} launches per architecture step, {count / plain:.2f} of plain'
         f' ({plain}); reads {reads}, and one in each draw of paths'
     )
 
 
 def report_epochs(device, rounds):
-    """Time of the work between two epochs."""
+    """Print the time of the work between two epochs."""
     rivals = {name: Rival(between_epochs, device, name == 'plain') for name in ('plain', 'ours')}
     (plain,), (ours,) = take_turns(rivals, ['work'], rounds).values()
     for rival in rivals.values():
@@ -254,14 +248,14 @@ def report_epochs(device, rounds):
 
 
 def report_search(times, moved, device):
-    """What the paper's search would take at this speed, and the share of the bandwidth that steps reach."""
+    """Print the time of the paper's search at this speed, and the share of the bandwidth that steps reach."""
     hours = (WEIGHT_STEPS * times[0] + ARCHITECTURE_STEPS * times[1]) / 3600
     x = torch.empty(2**28, device=device)
     y = torch.zeros_like(x)
     bandwidth = 2 * x.numel() * x.element_size() / min(seconds(lambda: y.copy_(x), device) for _ in range(5))
     for name, size, took in zip(('weight', 'architecture'), moved, times, strict=True):
         share = 100 * size / took / bandwidth
-        print(f'{name} step: {share:.0f} % of the bandwidth of {bandwidth / 1e9:.0f} GB/s')
+        print(f'{name} step: {share:.0f} % of the bandwidth, {bandwidth / 1e9:.0f} GB/s')
     print(f"the paper's 90 epochs at this speed, without loading images: {hours:.2f} hours")
 
 

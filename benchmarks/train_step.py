@@ -1,13 +1,14 @@
-"""Images a second of one training step (forward, backward, metrics): the project's form against a plain one.
+"""Compare the speed of a training step (forward, backward, metrics) with that of a plain implementation.
 
-    python benchmarks/train_step.py                        TF-NAS-A at 224, batch 16, on a GPU where there is one
+    python benchmarks/train_step.py                        TF-NAS-A at 224, batch 16, on a GPU if available
     python benchmarks/train_step.py --batch_size 256       for a GPU
 
-The plain form: contiguous layout, swish composed in Python, one `.item()` a step. The project's: channels last (as the
-training scripts choose it), torch's swish, metrics that stay on the device, on a CPU memory that is kept from step to
-step; in float32 and in autocast. All forms take turns in one run, each in a process of its own. The bound is the time
-that the machine needs for the step's multiply-adds (three times those of the forward pass) at the speed of a large
-matrix product, or for reading and writing each operator's tensors once at the speed of a copy, whichever is longer.
+The plain implementation has contiguous layout, swish composed in Python and one `.item()` per step. The project's has
+channels last (as chosen by the training scripts), torch's swish, metrics that stay on the device and, on a CPU, memory
+that is kept from step to step; in float32 and in autocast. All alternate, each in a separate process.
+
+The bound is the longer of two times: the step's MACs (three times those of the forward pass) at the speed of a large
+matrix product, and one read or write of each operator's tensors at the speed of a copy.
 """
 
 import sys
@@ -44,7 +45,7 @@ def get_args():
 
 
 def make_step(net, layout, precision, images, labels, plain=False):
-    """One step as a function without arguments."""
+    """Return one step as a function without arguments."""
     net, images, tally = net.to(memory_format=layout).train(), images.to(memory_format=layout), Tally(images.device)
 
     def step():
@@ -62,7 +63,7 @@ def make_step(net, layout, precision, images, labels, plain=False):
 
 
 def machine_speed(device, dtype):
-    """Multiply-adds a second of a large matrix product, and bytes a second of a copy (read and written)."""
+    """Return the MACs per second of a large matrix product, and the bytes per second that a copy reads and writes."""
     size = 8192 if device.type == 'cuda' else 1536
     a = torch.randn(size, size, device=device).to(dtype)
     x = torch.empty(2**28 if device.type == 'cuda' else 2**25, device=device)
@@ -72,24 +73,24 @@ def machine_speed(device, dtype):
     return size**3 / product, 2 * x.numel() * x.element_size() / copy
 
 
-def bound(step, device, dtype, step_mult_adds):
-    """Shortest time of a step in seconds, and what it is bound by."""
+def bound(step, device, dtype, step_macs):
+    """Return the lower bound on the time of a step in seconds, and its cause."""
     with Traffic() as traffic:
         step()
-    mult_adds, bandwidth = machine_speed(device, dtype)
-    times = {'multiply-adds': step_mult_adds / mult_adds, 'memory': traffic.bytes / bandwidth}
+    macs, bandwidth = machine_speed(device, dtype)
+    times = {'MACs': step_macs / macs, 'memory': traffic.bytes / bandwidth}
     name = max(times, key=times.get)
     return times[name], name
 
 
 def functions(args, device, plain, dtype):
-    """What a form answers in its process: the time of a step, and its bound."""
+    """Return the measurements of a `Rival`: the time of a step, and its bound."""
     if not plain:
         prepare(device)
     net = NetworkEval(load_config(args.config_path)).to(device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % net.config.classifier.out_features
-    mult_adds = 3e6 * args.batch_size * count_mult_adds(net, args.img_size)
+    macs = 3e6 * args.batch_size * count_mult_adds(net, args.img_size)
     half = dtype != torch.float32
     layout = torch.channels_last if not plain and (half or device.type == 'cpu') else torch.contiguous_format
     step = make_step(
@@ -98,12 +99,12 @@ def functions(args, device, plain, dtype):
     repeats = 10 if device.type == 'cuda' else 1
     return {
         'step': lambda: seconds(step, device, repeats),
-        'bound': lambda: bound(step, device, dtype, mult_adds),
+        'bound': lambda: bound(step, device, dtype, macs),
     }
 
 
 def main(args):
-    """Time all forms in turns; print medians, the ratio and the share of the bound."""
+    """Time all implementations alternately; print speeds, ratios and shares of the bound."""
     device = pick_device(args.device)
     half = torch.float16 if device.type == 'cuda' else torch.bfloat16
     kinds = {

@@ -1,4 +1,4 @@
-"""Everything that knows what TF-NAS is."""
+"""TF-NAS: search space, supernet, latency model and found networks."""
 
 from models.model_eval import NetworkEval, load_network
 

@@ -1,4 +1,4 @@
-"""The network config file (`model.config`): layer specs, reading with checks, writing.
+"""The network config file (`model.config`): layer specs, checked reading, writing.
 
 A config is JSON with the keys first_stem, second_stem, stage1, stage2, ... (lists of blocks), feature_mix_layer and
 classifier.
@@ -17,12 +17,12 @@ ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
 MAX_CHANNELS = 65536
 MAX_BLOCKS = 1000
 MAX_PARAMS = 10**9
-"""Bounds that keep a file from asking for absurd amounts of memory."""
+"""Bounds on the memory that a file can ask for."""
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Convolution, batch norm, activation. Every 'channels' is a count, every size is in pixels."""
+    """Convolution, batch norm, activation. Kernel size and stride are in pixels."""
 
     kernel_size: int
     stride: int
@@ -40,7 +40,7 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class MBSpec:
-    """Inverted residual block: 1x1 expansion, depthwise, squeeze-excitation (where se_channels > 0), 1x1 projection."""
+    """Inverted residual block: 1x1 expansion, depthwise, squeeze-excitation (if se_channels > 0), 1x1 projection."""
 
     in_channels: int
     mid_channels: int
@@ -76,7 +76,7 @@ Spec = ConvSpec | MBSpec | LinearSpec
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """One network: specs in order. `stages` maps stage1, stage2, ... to the blocks of that stage."""
+    """One network: specs in order. `stages` maps stage1, stage2, ... to their blocks."""
 
     first_stem: ConvSpec
     second_stem: MBSpec
@@ -85,20 +85,20 @@ class NetworkConfig:
     classifier: LinearSpec
 
     def blocks(self) -> Iterator[tuple[str, MBSpec]]:
-        """(place, spec) of every inverted residual block, the stem's first."""
+        """Yield (place, spec) of every inverted residual block, the stem's first."""
         yield 'second_stem', self.second_stem
         for name, blocks in self.stages.items():
             for i, spec in enumerate(blocks):
                 yield f'{name}.{i}', spec
 
     def layers(self) -> Iterator[Spec]:
-        """All layers in order."""
+        """Yield the specs of all layers in order."""
         yield self.first_stem
         yield from (spec for _, spec in self.blocks())
         yield from (self.feature_mix_layer, self.classifier)
 
     def table_keys(self, img_size: int) -> Iterator[tuple[str, MBSpec, str]]:
-        """(place, spec, key in a latency table) of every block behind the stem."""
+        """Yield (place, spec, latency table key) of every block after the stem, for images of `img_size` pixels."""
         size = after_stride(after_stride(img_size, self.first_stem.stride), self.second_stem.stride)
         for place, spec in list(self.blocks())[1:]:
             yield (
@@ -117,11 +117,11 @@ class NetworkConfig:
             size = after_stride(size, spec.stride)
 
     def with_classes(self, num_classes: int) -> 'NetworkConfig':
-        """The same network with a classifier of `num_classes` outputs."""
+        """Return the config with a classifier of `num_classes` outputs."""
         return replace(self, classifier=replace(self.classifier, out_features=num_classes))
 
     def to_dict(self) -> dict:
-        """The JSON form."""
+        """Return the JSON form."""
 
         def layer(spec: Spec) -> dict:
             return {'name': spec.NAME, **asdict(spec)}
@@ -178,7 +178,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f'key {next(name for name in data if names.count(name) > 1)!r} is there twice')
+        raise ValueError(f'key {next(name for name in data if names.count(name) > 1)!r} appears twice')
     return data
 
 
@@ -196,12 +196,12 @@ def load_config(path: str | Path) -> NetworkConfig:
 
 
 def dump_config(config: NetworkConfig) -> str:
-    """The text of a config file."""
+    """Return the text of a config file."""
     return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
 def op_spec(block: Block, op: Op, width: int, affine: bool = True) -> MBSpec:
-    """The layer that an operator of `width` mid channels is at this place."""
+    """Return the spec of an operator with `width` mid channels in this block."""
     return MBSpec(
         in_channels=block.in_ch,
         mid_channels=width,
@@ -215,7 +215,7 @@ def op_spec(block: Block, op: Op, width: int, affine: bool = True) -> MBSpec:
 
 
 def fixed_layers(num_classes: int, space: SearchSpace, affine: bool = True) -> dict:
-    """The layers before and behind the stages, by their names in a config."""
+    """Return the specs of the layers outside the stages, by their keys in a config."""
     stem, head = space.stem, space.head
     last_ch = space.stages[-1].out_ch
     return {
@@ -229,7 +229,7 @@ def fixed_layers(num_classes: int, space: SearchSpace, affine: bool = True) -> d
 
 
 def build_config(arch: Arch, widths: Widths, num_classes: int, space: SearchSpace) -> NetworkConfig:
-    """The config of an architecture with the given mid channels."""
+    """Return the config of an architecture with the given mid channels."""
     stages: dict[str, list[MBSpec]] = {name: [] for name in space.stage_names}
     for block, index in space.chosen(arch):
         width = widths[block.stage][block.name][index]
@@ -272,13 +272,13 @@ def _check_value(name: str, value: object, where: str) -> None:
 
 
 def _parameters(spec: Spec) -> int:
-    """Weights of a layer, those of batch norm and biases left out."""
+    """Return the number of weights of a layer, without batch norm and biases."""
     if isinstance(spec, LinearSpec):
         return spec.in_features * spec.out_features
     area = spec.kernel_size**2
     if isinstance(spec, ConvSpec):
         return area * spec.in_channels * spec.out_channels // spec.groups
-    mid = max(spec.mid_channels, spec.in_channels)  # at most in_channels: no expansion, the layer runs on its input
+    mid = max(spec.mid_channels, spec.in_channels)  # no expansion if mid_channels <= in_channels
     return mid * (spec.in_channels + area + spec.out_channels + 2 * spec.se_channels)
 
 

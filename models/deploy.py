@@ -1,4 +1,4 @@
-"""A found network for use elsewhere: batch norms folded away, and as source code that needs torch alone."""
+"""Found networks for use elsewhere: batch norms folded into convolutions, and source code that needs only torch."""
 
 import re
 from dataclasses import replace
@@ -12,7 +12,7 @@ from models.model_eval import NetworkEval
 
 SOURCE = '''"""{title}
 
-Needs torch alone. The weights are in {weights!r} beside this file:
+Needs only torch. The weights are in {weights!r} next to this file:
 
     from {module} import load
     net = load()
@@ -45,7 +45,7 @@ class Network(nn.Module):
 
 
 def load(weights=Path(__file__).with_name({weights!r})):
-    """The network with its weights, in evaluation mode."""
+    """Return the network with its weights, in evaluation mode."""
     net = Network()
     net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
     return net.eval()
@@ -53,28 +53,28 @@ def load(weights=Path(__file__).with_name({weights!r})):
 
 
 class _Tracer(fx.Tracer):
-    """Enters this project's modules; torch's own and stochastic depth stay calls."""
+    """Tracer that enters this project's modules and keeps torch's layers and stochastic depth as calls."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """See `fx.Tracer`."""
+        """Return whether to keep a module as one call."""
         return _drops(qualified_name) or super().is_leaf_module(module, qualified_name)
 
 
 def _drops(name: str) -> bool:
-    """Whether the module of that name is a block's stochastic depth."""
+    """Return whether a name is that of a block's stochastic depth."""
     return name.endswith('.drop_connect')
 
 
 def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
-    """Python source of a module with the same layers, names of weights and outputs as `net` in evaluation mode.
+    """Return Python source of a module with the layers, weight names and outputs of `net` in evaluation mode.
 
-    The forward pass is traced by torch.fx, so it is what the network does and not a second description of it; layers
-    are printed as torch prints them, which is how they are constructed. Stochastic depth is left out.
+    torch.fx traces the forward pass, so the source cannot differ from the network. Layers are written as torch prints
+    them, which is also how they are constructed. Stochastic depth is left out.
 
     Args:
-        module: name that the source will be imported by.
-        weights: file name of the weights beside it.
-        title: first line of its docstring, other than letters, digits and ( ) . - as _.
+        module: name under which the source will be imported.
+        weights: name of the weights file, in the same folder.
+        title: first line of the docstring; characters other than letters, digits and ( ) . - become _.
     """
     graph = _Tracer().trace(net.eval())
     layers = dict(net.named_modules())
@@ -97,7 +97,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
 
 
 def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
-    """Return the same function in evaluation mode, with every batch norm folded into the convolution before it."""
+    """Return an equal network in evaluation mode, with every batch norm folded into the convolution before it."""
     fused = NetworkEval(_without_batch_norm(net.config)).eval()
     layers = dict(net.named_modules())
     state = net.state_dict()
@@ -105,13 +105,13 @@ def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
         if isinstance(getattr(layers[name], 'bn', None), nn.BatchNorm2d):
             conv = fuse_conv_bn_eval(layers[name].conv, layers[name].bn)
             state |= {f'{name}.conv.{key}': value for key, value in conv.state_dict().items()}
-    # a convolution that had neither batch norm nor bias gets one of zeros
+    # a convolution that had neither batch norm nor bias gets a bias of zeros
     fused.load_state_dict({key: state.get(key, torch.zeros_like(value)) for key, value in fused.state_dict().items()})
     return fused.to(next(net.parameters()).device)
 
 
 def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:
-    """The config with biases in place of batch norms in all convolutions."""
+    """Return the config with biases instead of batch norms in all convolutions."""
 
     def plain(spec):
         return replace(spec, use_bn=False, bias=True)
@@ -126,16 +126,18 @@ def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:
 
 
 @torch.inference_mode()
-def largest_difference(net: nn.Module, other, img_size: int, batch_sizes: tuple[int, ...] = (1, 3)) -> float:
-    """Largest difference of outputs on random images, relative to the largest output where that is below 1.
+def largest_difference(net: nn.Module, other, img_size: int) -> float:
+    """Return the largest difference of outputs on random images, relative to the largest output if that is below 1.
+
+    NaN if any output is NaN.
 
     Args:
-        other: called with the same images [N, 3, img_size, img_size]; gives a tensor or array.
+        other: called with the same images [N, 3, img_size, img_size]; returns a tensor or array.
     """
-    worst, generator = 0.0, torch.Generator().manual_seed(0)
-    for batch_size in batch_sizes:
+    differences, generator = [], torch.Generator().manual_seed(0)
+    for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
         expected = net(images)
-        difference = (expected - torch.as_tensor(other(images))).abs().max() / expected.abs().max().clamp(1e-12, 1)
-        worst = max(worst, difference.item())
-    return worst
+        difference = (expected - torch.as_tensor(other(images))).abs().max()
+        differences.append(difference / expected.abs().max().clamp(1e-12, 1))
+    return torch.stack(differences).max().item()

@@ -14,7 +14,7 @@ from models.search_space import Op, SearchSpace, after_stride
 
 
 def describe_space(img_size: int, space: SearchSpace) -> dict:
-    """Operators, blocks with the least, first and most width of each operator, and exit depths.
+    """Return operators, blocks with the (least, start, most) width of each operator, and exit depths.
 
     Args:
         img_size: input size in pixels.
@@ -41,12 +41,13 @@ def describe_space(img_size: int, space: SearchSpace) -> dict:
 def describe_network(
     config: NetworkConfig, img_size: int, space: SearchSpace, table: LatencyTable | None = None
 ) -> dict:
-    """A network's blocks behind the stem with their shares of multiply-adds, and of latency where there is a table.
+    """Return a network's blocks after the stem with their MACs, and with their latencies if a table is given.
 
     Returns:
         'blocks': one dict each: stage, place, kernel, stride, size (of its input), in, mid, out, se (channels), act,
-        expand and low and high (nominal expansion, least and most mid channels of its operator; None where the block
-        is not of `space`), macs (M), latency. 'macs', 'latency': of the whole network; 'params' (M); 'unit'.
+        expand, low and high (nominal expansion, least and most mid channels of its operator; None if the block is not
+        in `space`), macs (M), latency (None if not in the table). 'macs' (M), 'params' (M), 'latency': of the whole
+        network. 'unit': of the latencies. 'img_size'.
     """
     with torch.device('meta'):
         net = NetworkEval(config).eval()
@@ -91,7 +92,7 @@ def describe_network(
 
 
 def describe_table(table: LatencyTable, space: SearchSpace) -> dict:
-    """What a latency table counts, how it was made, and what networks can reach in it."""
+    """Return unit, base, origin and reachable range of a latency table."""
     about = {name: table.meta.get(name) for name in ('device', 'batch_size', 'threads', 'method')}
     return {'unit': table.unit, 'base': table.base, 'reach': table.reach(space), **about}
 
@@ -99,11 +100,14 @@ def describe_table(table: LatencyTable, space: SearchSpace) -> dict:
 def describe_architecture(
     state: Mapping[str, Tensor], masks: Masks, table: LatencyTable, space: SearchSpace, num_classes: int
 ) -> dict:
-    """Where a search stands: 'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths'
-    ([blocks][ops]), 'network' (the current architecture, see `describe_network`).
+    """Return the current architecture of a search and the probabilities it was chosen by.
 
     Args:
         state: full-width weights, names without `module.`.
+
+    Returns:
+        'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths' ([blocks][ops]) and 'network'
+        (see `describe_network`).
     """
     widths = mask_widths(masks)
     blocks = space.blocks(table.img_size)
@@ -117,7 +121,7 @@ def describe_architecture(
 
 
 def _operator(spec: MBSpec, space: SearchSpace) -> Op | None:
-    """The row of the space that a block was made from, None where no row could be."""
+    """Return the operator of the space that a block can be; None if there is none."""
     in_ch = spec.in_channels
     for op in space.ops:
         if (op.kernel, op.se_width(in_ch)) == (spec.kernel_size, spec.se_channels):
@@ -127,12 +131,12 @@ def _operator(spec: MBSpec, space: SearchSpace) -> Op | None:
 
 
 def count_params(net: nn.Module) -> float:
-    """Parameters in millions."""
+    """Return the number of parameters in millions."""
     return sum(p.numel() for p in net.parameters()) / 1e6
 
 
 def count_mult_adds(net: nn.Module, img_size: int, channels: int = 3) -> float:
-    """Multiply-adds of convolutions and linear layers for one square input, in millions (torch counts two for each)."""
+    """Return the MACs of convolutions and linear layers for one square input, in millions. Torch counts each as two."""
     device = next(net.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         net.eval()(torch.zeros(1, channels, img_size, img_size, device=device))

@@ -1,4 +1,4 @@
-"""Elasticity-scaling of widths, channel masks, and the way between full-width weights and the widths in use.
+"""Elasticity-scaling of widths, channel masks, and copies between full-width weights and the widths in use.
 
 Paper: width level, section 3.4 and algorithm 1.
 """
@@ -18,10 +18,10 @@ from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 
 CLOSE_ENOUGH = 1e-4
-"""Share of the target that `fit_widths` leaves open."""
+"""Gap to the target, as a share of it, at which `fit_widths` stops."""
 
 FILL_STEPS = 32
-"""Steps that `fit_widths` may move one block at a time."""
+"""Most steps by which `fit_widths` moves one block at a time."""
 
 
 def scale_widths(
@@ -29,9 +29,9 @@ def scale_widths(
 ) -> Widths:
     """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
 
-    Where it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n; where it is too fast,
-    expand over stages 1 to n, 2 to n, ..., n. No step moves away from the target, and the result is slower than the
-    target only where even the least widths are.
+    If it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n. If it is too fast, expand
+    over stages 1 to n, 2 to n, ..., n. No step moves away from the target. The result is slower than the target only if
+    the least widths are.
 
     Args:
         arch: the current architecture.
@@ -39,7 +39,7 @@ def scale_widths(
         table: latency table.
         space: the search space of `arch`.
         target: ms.
-        divisor: all widths stay multiples of it; the paper's rule has 1.
+        divisor: all widths are multiples of it; 1 in the paper.
 
     Returns:
         New widths; the argument is not changed.
@@ -52,9 +52,9 @@ def scale_widths(
 def fit_widths(
     arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
 ) -> Widths:
-    """`scale_widths`, then single blocks, or two that trade channels, moved to close what is left.
+    """Scale widths as `scale_widths` does, then close the remaining gap by moving one block, or two against each other.
 
-    Arguments and result as for `scale_widths`; never above the target where that leaves any choice.
+    Arguments and result as for `scale_widths`. The result exceeds the target only if the least widths do.
     """
     scaler = _Scaler(arch, widths, table, space, target, divisor)
     scaler.scale()
@@ -63,7 +63,7 @@ def fit_widths(
 
 
 def check_divisor(divisor: int, space: SearchSpace) -> None:
-    """Raise BadInput where some operator has no width that is a multiple of `divisor`."""
+    """Raise BadInput if some operator has no width that is a multiple of `divisor`."""
     for block, _, op in space.positions():
         if op.max_width(block.in_ch) // divisor * divisor < op.min_width(block.in_ch):
             widths = f'{op.min_width(block.in_ch)} to {op.max_width(block.in_ch)}'
@@ -73,13 +73,13 @@ def check_divisor(divisor: int, space: SearchSpace) -> None:
 
 
 def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace) -> tuple[float, float]:
-    """Latency of an architecture at its least and at its most widths, in ms."""
+    """Return the latency of an architecture at its least and at its most widths, in ms."""
     scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0)
     return scaler.measure(scaler.low), scaler.measure(scaler.high)
 
 
 class _Scaler:
-    """The blocks of one architecture as flat lists, and their latency as widths move."""
+    """Widths, bounds and latency curves of one architecture's blocks, as lists over blocks."""
 
     def __init__(
         self, arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
@@ -102,11 +102,11 @@ class _Scaler:
         self.latency = self.measure(self.widths)
 
     def measure(self, widths: list[int]) -> float:
-        """Latency in ms with these widths, one a block."""
+        """Return the latency in ms with these widths, one per block."""
         return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
 
     def scale(self) -> None:
-        """All passes of the paper."""
+        """Run all passes of the paper's algorithm 1."""
         if self.latency > self.target:
             self.shrink(first_stage=1)
             starts = range(2, self.last_stage + 1)
@@ -116,7 +116,7 @@ class _Scaler:
             self.expand(first_stage=first)
 
     def shrink(self, first_stage: int) -> None:
-        """Step down until the target is met (that step is kept) or every block of the range is at its least width."""
+        """Step down to the first widths that meet the target, or to the least widths of the range."""
         ratios = self.ratios(first_stage)
         while self.latency > self.target:
             stepped = self.stepped(ratios, -1)
@@ -125,7 +125,7 @@ class _Scaler:
             self.widths, self.latency = stepped, self.measure(stepped)
 
     def expand(self, first_stage: int) -> None:
-        """Step up until the next step would pass the target (it is dropped) or every block is at its most."""
+        """Step up to the last widths that meet the target, or to the most widths of the range."""
         ratios = self.ratios(first_stage)
         while True:
             stepped = self.stepped(ratios, +1)
@@ -135,8 +135,8 @@ class _Scaler:
             self.widths, self.latency = stepped, latency
 
     def fill(self) -> None:
-        """Move one or two blocks at a time by whatever fills most of the gap to the target, until it is small enough or
-        nothing fills more of it. Two blocks can trade channels where single ones are too coarse."""
+        """Move one or two blocks at a time so as to fill most of the gap to the target, until it is small enough or no
+        move fills more of it. Two blocks can trade channels if single moves are too coarse."""
         while (gap := self.target - self.latency) > CLOSE_ENOUGH * self.target:
             moves = [self.moves(i) for i in range(len(self.widths))]
             best = (0.0, self.widths)
@@ -156,27 +156,27 @@ class _Scaler:
             self.widths, self.latency = best[1], latency
 
     def moves(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Widths that `fill` may give a block, the present one among them, and what each adds to the latency."""
+        """Return the widths that `fill` may give a block, the current one included, and the latency that each adds."""
         reach = FILL_STEPS * self.divisor
         low, high = max(self.widths[i] - reach, self.low[i]), min(self.widths[i] + reach, self.high[i])
         widths = np.arange(low, high + 1, self.divisor)
         return widths, self.curves[i][widths - 1] - self.curves[i][self.widths[i] - 1]
 
     def ratios(self, first_stage: int) -> dict[int, int]:
-        """Channels a step for the blocks of a range, in proportion to their widths: block position -> channels."""
+        """Return block position -> channels per step for a range of stages, in proportion to their widths."""
         blocks = [i for i, stage in enumerate(self.stage) if stage >= first_stage]
         smallest = min((self.widths[i] for i in blocks), default=1)
         return {i: round(self.widths[i] / smallest) for i in blocks}
 
     def stepped(self, ratios: dict[int, int], sign: int) -> list[int]:
-        """The widths one step on, each within its bounds."""
+        """Return the widths after one step, clipped to their bounds."""
         widths = list(self.widths)
         for i, ratio in ratios.items():
             widths[i] = min(max(widths[i] + sign * ratio * self.divisor, self.low[i]), self.high[i])
         return widths
 
     def result(self) -> Widths:
-        """The widths of all operators, those of the architecture as they are now."""
+        """Return the widths of all operators; only those of the architecture have changed."""
         widths = {stage: {block: dict(ops) for block, ops in blocks.items()} for stage, blocks in self.start.items()}
         for (block, index), width in zip(self.picks, self.widths, strict=True):
             widths[block.stage][block.name][index] = width
@@ -184,7 +184,7 @@ class _Scaler:
 
 
 def start_masks(space: SearchSpace) -> Masks:
-    """Masks that keep the first channels of every operator, as many as a search starts with."""
+    """Return masks that keep the first channels of every operator, as many as a search starts with."""
     masks: Masks = OrderedDict()
     for block, index, op in space.positions():
         mask = (torch.arange(op.max_width(block.in_ch)) < op.start_width(block.in_ch)).float()
@@ -193,11 +193,13 @@ def start_masks(space: SearchSpace) -> Masks:
 
 
 def update_masks(masks: Masks, widths: Widths, full: Mapping[str, Tensor]) -> Masks:
-    """New masks of the given widths. An operator whose width changed keeps the channels whose full-width depthwise
-    kernels have the largest L1 norm (lower channel first where equal).
+    """Return masks of the given widths.
+
+    An operator whose width changed keeps the channels whose full-width depthwise kernels have the largest L1 norm; of
+    equal ones, the lower channel.
 
     Args:
-        masks: present masks, not changed.
+        masks: current masks; not changed.
         widths: wanted mid channels.
         full: full-width weights, see `full_weights`.
     """
@@ -216,17 +218,17 @@ def update_masks(masks: Masks, widths: Widths, full: Mapping[str, Tensor]) -> Ma
 
 
 def full_weights(num_classes: int, device: torch.device, space: SearchSpace) -> dict[str, Tensor]:
-    """Fresh weights of the supernet with every operator at its maximum width, and its architecture parameters."""
+    """Return fresh weights and architecture parameters of the supernet, every operator at its maximum width."""
     net = Network(space.max_widths(), num_classes, space)
     return {name: p.detach().to(device) for name, p in net.named_parameters()}
 
 
 @torch.no_grad()
 def align_operators(full: Mapping[str, Tensor], space: SearchSpace) -> None:
-    """Let all operators of a block start from the weights of its largest: the first channels, the middle of kernels.
+    """Copy the weights of each block's largest operator to its others: first channels, centres of kernels. In place.
 
-    Not in the paper. Operators that start apart each write features of their own, and the blocks behind them first have
-    to learn to read any of them, for which searches of a few thousand steps are too short.
+    Not in the paper. Operators with unrelated initial weights compute unrelated features, and the blocks after them
+    must learn to handle all of them. Searches of a few thousand steps are too short for that.
     """
     for block in space.blocks():
         ops = [(op.kernel, op.expand, op.se, index) for index, op in enumerate(space.ops)]
@@ -240,7 +242,7 @@ def align_operators(full: Mapping[str, Tensor], space: SearchSpace) -> None:
 
 
 def _middle(weight: Tensor, sizes: list[int]) -> Tensor:
-    """The first channels and the middle pixels of a weight, as many as `sizes` says."""
+    """Return a view of the first channels and central pixels of a weight, of shape `sizes`."""
     for dim, size in enumerate(sizes):
         weight = weight.narrow(dim, (weight.shape[dim] - size) // 2 if dim > 1 else 0, size)
     return weight
@@ -248,7 +250,7 @@ def _middle(weight: Tensor, sizes: list[int]) -> Tensor:
 
 @torch.no_grad()
 def gather(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
-    """Give `net` the widths of the masks, and copy the channels that they keep into it."""
+    """Give `net` the widths of the masks, and copy the kept channels of the full-width weights into it."""
     net.set_widths(mask_widths(masks))
     for name, p, mask in _masked(net, masks):
         p.copy_(full[name] if mask is None else _kept(full[name], name, mask))
@@ -267,13 +269,13 @@ def scatter(net: Network, full: Mapping[str, Tensor], masks: Masks) -> None:
 
 
 def _masked(net: Network, masks: Masks) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """(name, parameter, mask of its mid channels or None) for every parameter of the supernet."""
+    """Yield (name, parameter, mask of its mid channels or None) for every parameter of the supernet."""
     for name, p in net.named_parameters():
         yield name, p, None if _mid_dim(name) is None else _mask(masks, name)
 
 
 def _mid_dim(name: str) -> int | None:
-    """Which dimension of a supernet's parameter runs over mid channels that a mask selects."""
+    """Return the dimension of a parameter that a mask selects from; None if no mask applies."""
     _, is_op, rest = name.partition('.m_ops.')
     return MID_DIMS.get(rest.partition('.')[2]) if is_op else None
 
@@ -288,7 +290,7 @@ def _keeps_first(mask: Tensor) -> bool:
 
 
 def _kept(weight: Tensor, name: str, mask: Tensor) -> Tensor:
-    """The channels of a full-width weight that a mask keeps; a view where they are the first ones."""
+    """Return the channels of a full-width weight that a mask keeps; a view if they are the first ones."""
     if _keeps_first(mask):
         return weight.narrow(_mid_dim(name), 0, int(mask.sum()))
     return weight.index_select(_mid_dim(name), mask.nonzero().flatten().to(weight.device))

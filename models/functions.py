@@ -1,7 +1,8 @@
-"""What the supernet computes, as autograd functions that keep little for the backward pass.
+"""Autograd functions of the supernet that keep little memory for the backward pass.
 
-Its batch norms have no parameters and use the statistics of the batch, and in an architecture step its convolutions
-need no gradient. So a batch norm with its activation keeps one tensor instead of three, and a convolution keeps none.
+Batch norms of the supernet have no parameters and use the statistics of the batch. In an architecture step its
+convolutions need no weight gradient. So a batch norm with its activation keeps one activation tensor instead of three,
+and a convolution keeps none.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An activation as a layer, as a function, and its gradient from that of the output and the input."""
+    """An activation as a layer and as a function, and its gradient: (gradient of the output, input) -> gradient."""
 
     layer: type[nn.Module]
     function: Callable[[Tensor], Tensor]
@@ -32,16 +33,16 @@ ACTIVATIONS = {
     'swish': Activation(nn.SiLU, F.silu, aten.silu_backward),
     'h-swish': Activation(nn.Hardswish, F.hardswish, aten.hardswish_backward),
 }
-"""By the name that a config gives as `act_func`."""
+"""Activations by their `act_func` in a config."""
 
 CACHED_BYTES = 4 << 20
-"""Of an input that a CPU's cache is taken to hold beside its gradient."""
+"""Input size up to which a CPU's cache is assumed to hold the input and its gradient."""
 
 
 class _NormAct(Function):
     @staticmethod
     def forward(ctx, x: Tensor, act_func: str | None, eps: float) -> Tensor:
-        # a scale of float32 has the statistics of half-precision values computed and kept in float32
+        # with a float32 scale torch computes and returns the statistics of half-precision values in float32
         scale = _standard_statistics(x.shape[1], torch.float32, x.device)[1] if x.dtype.itemsize < 4 else None
         y, _, inv_std = torch.native_batch_norm(x, scale, None, None, None, True, 0.0, eps)
         ctx.save_for_backward(y, inv_std)
@@ -53,7 +54,7 @@ class _NormAct(Function):
     def backward(ctx, grad: Tensor):
         y, inv_std = ctx.saved_tensors
         grad = ACTIVATIONS[ctx.act_func].gradient(grad, y)
-        # the gradient as a function of the output: that of a batch norm whose input is y, of mean 0 and variance 1
+        # the gradient from the output alone: that of a batch norm with input y, which has mean 0 and variance 1
         standard = _standard_statistics(len(inv_std), inv_std.dtype, inv_std.device)
         grad, _, _ = aten.native_batch_norm_backward(
             grad, y, inv_std, None, None, *standard, True, 0.0, [True, False, False]
@@ -81,9 +82,11 @@ class _FrozenConv(Function):
 
 
 class _WideDepthwise(Function):
-    """A depthwise convolution of kernel 5 on a CPU, by another weight gradient than oneDNN's (3.x): that is fast for
-    kernels of three columns with a padding of one, and takes up to ten times as long for five. So it is computed by
-    kernels of three columns from an input moved by one pixel, for as many images at a time as fit the cache.
+    """Depthwise convolution of kernel 5 on a CPU, with a faster weight gradient than oneDNN's (3.x).
+
+    oneDNN is fast for three kernel columns with a padding of one, and up to ten times slower for five columns. Here the
+    gradient is computed by kernels of three columns from an input shifted by one pixel, for as many images at a time as
+    fit the cache.
     """
 
     @staticmethod
@@ -105,7 +108,7 @@ class _WideDepthwise(Function):
 
 
 def _wide_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Gradient [C, 1, 5, 5] of a weight of that shape, from those of the output and the input [N, C, H, W]."""
+    """Return the weight gradient [C, 1, 5, 5] from the gradient of the output and the input [N, C, H, W]."""
 
     def columns(x: Tensor, weight: Tensor) -> Tensor:
         pad = weight.shape[-1] // 2
@@ -117,13 +120,13 @@ def _wide_weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) 
     moved[..., :-1] = x[..., 1:]
     moved[..., -1:] = 0
     right = columns(moved, three)
-    # the last column of x was moved out; it counts where the middle of the kernel comes upon it
+    # the shift dropped the last column of x, which matters if the centre of the kernel visits it
     middle = columns(x, weight[..., 2:3]) if (x.shape[-1] - 1) % stride == 0 else left[..., 2:]
     return torch.cat([left[..., :2], middle, right[..., 1:]], dim=-1)
 
 
 def _depthwise_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, pad_columns: int, wanted: list[bool]):
-    """Gradients of a depthwise convolution whose rows are padded to keep their number."""
+    """Return the gradients of a depthwise convolution that keeps the number of rows at stride 1."""
     padding = [weight.shape[2] // 2, pad_columns]
     return aten.convolution_backward(
         grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], len(weight), wanted
@@ -158,21 +161,21 @@ class _MixNorms(Function):
 
 @lru_cache(maxsize=4096)
 def _standard_statistics(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, kept so that the backward pass need not make them for every norm."""
+    """Return zeros and ones, cached because every backward pass of a norm needs them."""
     return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
 
 
 def norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
-    """Batch norm by the statistics of the batch, without parameters, then the activation: keeps the shape [N, C, H, W].
+    """Apply batch norm by the statistics of the batch, without parameters, then the activation; keeps [N, C, H, W].
 
-    The backward pass needs the normalised values alone, from which the gradient of the norm can be computed as well.
+    The backward pass needs only the normalised values: the gradient of the norm can be computed from them as well.
     """
     return _NormAct.apply(x, act_func, eps)
 
 
 @lru_cache(maxsize=1)
 def compiled_norm_act() -> Callable:
-    """`norm_act` as torch.compile makes it, once for all shapes of a layout and activation."""
+    """Return `norm_act` compiled by torch.compile; one compilation serves all shapes of a layout and activation."""
 
     def composed(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
         return ACTIVATIONS[act_func].function(F.batch_norm(x, None, None, training=True, eps=eps))
@@ -181,12 +184,12 @@ def compiled_norm_act() -> Callable:
 
 
 def mix_norms(inputs: list[Tensor], weights: Tensor, eps: float = 1e-5) -> Tensor:
-    """Sum of weights [k] times the batch norms of k inputs of one shape, where each weight is the scale of its norm."""
+    """Return the sum of the batch norms of k inputs of one shape, each scaled by its entry of `weights` [k]."""
     return _MixNorms.apply(weights, eps, *inputs)
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
-    """Convolution, padded to keep the size, that does not keep its input where the weight needs no gradient.
+    """Convolve, padded to keep the size at stride 1. The input is not kept if the weight needs no gradient.
 
     Args:
         x: [N, C, H, W].
@@ -207,11 +210,11 @@ def _is_wide_depthwise(x: Tensor, weight: Tensor) -> bool:
 
 
 def activate(x: Tensor, act_func: str | None) -> Tensor:
-    """The activation of that name, not in place."""
+    """Apply the activation of that name, not in place."""
     return ACTIVATIONS[act_func].function(x)
 
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """`values[rows]` of a vector, without the transfer of `rows` to a GPU that indexing makes."""
+    """Return `values[rows]` of a vector, without the transfer of `rows` to a GPU that indexing makes."""
     each = values.unbind()
     return torch.stack([each[row] for row in rows])

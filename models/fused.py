@@ -1,7 +1,8 @@
-"""The mixture of a block's operators in few launches, for GPUs: a convolution for all operators of a kernel size.
+"""The mixture of a block's operators in few kernel launches, for GPUs.
 
-Expansions and depthwise convolutions of one kernel size run as one each, with their weights concatenated; so do batch
-norms and activations. Only squeeze-excitation (on pooled values) and the projections go operator by operator.
+The expansions of all operators of one kernel size run as one convolution with concatenated weights. So do their
+depthwise convolutions, batch norms and activations. Only squeeze-excitation (on pooled values) and the projections run
+per operator.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from models.layers import MBInvertedResBlock, SqueezeExcite
 
 
 def fused_mixture(ops: Sequence[MBInvertedResBlock], x: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights [ops] times the operators' branches (see `MBInvertedResBlock.branch`).
+    """Return the sum of the operators' branches (see `MBInvertedResBlock.branch`) weighted by `weights` [ops].
 
     Args:
         ops: of one block, all with an expansion, convolutions without bias and batch norms without parameters.
@@ -34,14 +35,14 @@ def fused_mixture(ops: Sequence[MBInvertedResBlock], x: Tensor, weights: Tensor)
 
 
 def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
-    """Projections of operators of one kernel size before their batch norm, [N, H', W', out_ch] each."""
+    """Return the projections of operators of one kernel size before their batch norm, [N, H', W', out_ch] each."""
     spec = ops[0].spec
     mids = [op.depth_conv.spec.in_channels for op in ops]
     x = convolve(x, torch.cat([op.inverted_bottleneck.conv.weight for op in ops]))
     x = ops[0].depth_conv.norm_act(x, spec.act_func)
     x = convolve(x, torch.cat([op.depth_conv.conv.weight for op in ops]), spec.stride, groups=sum(mids))
     x = ops[0].depth_conv.norm_act(x, spec.act_func)
-    gated = [op.squeeze_excite for op in ops if op.squeeze_excite is not None]  # those of the last operators
+    gated = [op.squeeze_excite for op in ops if op.squeeze_excite is not None]  # sorted last by `fused_mixture`
     if gated:
         plain = len(ops) - len(gated)
         kept, scaled = x.split([sum(mids[:plain]), sum(mids[plain:])], dim=1)
@@ -56,7 +57,7 @@ def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
 
 
 def _gates(layers: list[SqueezeExcite], pooled: Tensor, mids: list[int], act_func: str | None) -> Tensor:
-    """Squeeze-excitation's factors for the channels of all operators: pooled [N, mid channels] -> the same shape."""
+    """Return the squeeze-excitation gates of all operators: pooled [N, mid channels] -> the same shape."""
     hidden = [_linear(layer.conv_reduce, x) for layer, x in zip(layers, pooled.split(mids, dim=1), strict=True)]
     sizes = [h.shape[1] for h in hidden]
     hidden = activate(torch.cat(hidden, dim=1), act_func).split(sizes, dim=1)

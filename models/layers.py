@@ -1,4 +1,4 @@
-"""The layers that networks and supernets are made of. A layer is built from its spec and keeps it as `.spec`."""
+"""Layers of networks and supernets. A layer is built from its spec and keeps it as `.spec`."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ MID_DIMS = {
     'squeeze_excite.conv_expand.bias': 0,
     'point_linear.conv.weight': 1,
 }
-"""Which dimension of each weight of an MBInvertedResBlock runs over the mid channels (all others do not)."""
+"""Dimension of the mid channels in each weight of an MBInvertedResBlock that has one."""
 
 
 def activation(name: str | None) -> nn.Module:
-    """The activation of a config's `act_func`, in place: its input is always the output of a batch norm."""
+    """Return the layer of a config's `act_func`. It works in place, which is safe after a batch norm or convolution."""
     layer = ACTIVATIONS[name].layer
     return layer() if name is None else layer(inplace=True)
 
@@ -30,8 +30,8 @@ class ConvLayer(nn.Module):
 
     Args:
         spec: the layer.
-        norm_act: for a supernet, whose batch norms have no parameters and always use the statistics of the batch: what
-            computes one and the activation behind it, such as `functions.norm_act`.
+        norm_act: for a supernet, whose batch norms have no parameters and always use the statistics of the batch: the
+            function that computes a batch norm and its activation, such as `functions.norm_act`. None for a network.
     """
 
     def __init__(self, spec: ConvSpec, norm_act: Callable | None = None):
@@ -59,7 +59,7 @@ class ConvLayer(nn.Module):
         return self.norm_act(self.convolve(x), self.spec.act_func, self.bn.eps)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The convolution alone, for a supernet."""
+        """Apply only the convolution, as a supernet does."""
         return convolve(x, self.conv.weight, self.spec.stride, self.spec.groups)
 
 
@@ -95,7 +95,7 @@ class MBInvertedResBlock(nn.Module):
     """Inverted residual block (Sandler et al. 2018) with optional squeeze-excitation after the depthwise convolution.
 
     [N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]. The input is added to the output
-    where shapes allow. Where mid_channels <= in_channels there is no expansion: the depthwise runs on in_channels.
+    if their shapes are equal. If mid_channels <= in_channels there is no expansion: the depthwise runs on in_channels.
 
     Args:
         spec: the block.
@@ -123,15 +123,15 @@ class MBInvertedResBlock(nn.Module):
         self.drop_connect = _stochastic_depth(drop_connect)
 
     def branch(self, x: Tensor) -> Tensor:
-        """The block without its residual connection."""
+        """Run the block without its residual connection."""
         return self.point_linear(self.expanded(x))
 
     def projected(self, x: Tensor) -> Tensor:
-        """`branch` before its last batch norm."""
+        """Run the block up to its last convolution, without the batch norm after it."""
         return self.point_linear.convolve(self.expanded(x))
 
     def expanded(self, x: Tensor) -> Tensor:
-        """What the block projects: [N, mid_channels, H', W']."""
+        """Run the block up to its projection: x -> [N, mid_channels, H', W']."""
         if self.inverted_bottleneck is not None:
             x = self.inverted_bottleneck(x)
         x = self.depth_conv(x)
@@ -142,7 +142,7 @@ class MBInvertedResBlock(nn.Module):
 
 
 def _stochastic_depth(p: float) -> nn.Module:
-    """Torchvision's layer; it takes seconds to import, so only where it does something."""
+    """Return torchvision's layer, whose import takes seconds, only if it has an effect."""
     if not p:
         return nn.Identity()
     from torchvision.ops import StochasticDepth
@@ -151,7 +151,7 @@ def _stochastic_depth(p: float) -> nn.Module:
 
 
 def init_weights(net: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan out), normal(0, 0.01) linear layers, zero biases; as for MobileNetV2."""
+    """Initialise as MobileNetV2: Kaiming-normal convolutions (fan out), normal(0, 0.01) linear layers, zero biases."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out')

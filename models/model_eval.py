@@ -16,8 +16,8 @@ class NetworkEval(nn.Module):
 
     Args:
         config: the network.
-        dropout_rate: before the classifier.
-        drop_connect_rate: of the last block; block i of n (the stem's block is 1) has rate * i / n. Fixed once built.
+        dropout_rate: dropout before the classifier.
+        drop_connect_rate: rate of the last block; block i of n (the stem's block is 1) has rate * i / n.
     """
 
     def __init__(self, config: NetworkConfig, dropout_rate: float = 0.0, drop_connect_rate: float = 0.0):
@@ -39,9 +39,9 @@ class NetworkEval(nn.Module):
         init_weights(self)
 
     def forward_features_list(self, x: Tensor) -> list[Tensor]:
-        """What detection and segmentation build on: images [N, 3, H, W] -> the last feature map of each resolution.
+        """Return the last feature map of each resolution, for detection and segmentation, of images [N, 3, H, W].
 
-        Those of TF-NAS have strides 2, 4, 8, 16 and 32; see `feature_info`.
+        TF-NAS networks have maps of strides 2, 4, 8, 16 and 32; see `feature_info`.
         """
         maps = [self.second_stem(self.first_stem(x))]
         for name, keeps in zip(self.stage_names, self._keeps_size(), strict=True):
@@ -50,7 +50,7 @@ class NetworkEval(nn.Module):
         return maps
 
     def feature_info(self) -> list[tuple[int, int]]:
-        """(stride, channels) of each map of `forward_features_list`."""
+        """Return (stride, channels) of each map of `forward_features_list`."""
         stem = self.config.second_stem
         info = [(self.config.first_stem.stride * stem.stride, stem.out_channels)]
         for specs, keeps in zip(self.config.stages.values(), self._keeps_size(), strict=True):
@@ -60,11 +60,11 @@ class NetworkEval(nn.Module):
         return info
 
     def _keeps_size(self) -> list[bool]:
-        """Whether each stage has the resolution of the one before it."""
+        """Return whether each stage keeps the resolution of its input."""
         return [all(spec.stride == 1 for spec in specs) for specs in self.config.stages.values()]
 
     def parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """What a forward pass runs in succession: stem, each block, what follows them. For timings part by part."""
+        """Return the parts of a forward pass in order (stem, each block, head), to be timed separately."""
         blocks = [block for name in self.stage_names for block in getattr(self, name)]
         return [lambda x: self.second_stem(self.first_stem(x)), *blocks, self._classify]
 
@@ -75,7 +75,7 @@ class NetworkEval(nn.Module):
         return self._classify(x)
 
     def _classify(self, x: Tensor) -> Tensor:
-        """The last feature map -> logits."""
+        """Return the logits of the last feature map."""
         x = self.feature_mix_layer(x).mean((2, 3))
         return self.classifier(self.dropout(x))
 
@@ -83,7 +83,7 @@ class NetworkEval(nn.Module):
 def load_network(
     config_path: str | Path, weights: str | Path | None = None, num_classes: int | None = None
 ) -> NetworkEval:
-    """A found network in evaluation mode, from its config file and, where given, its weights file.
+    """Return a found network in evaluation mode, with the weights of a file if one is given.
 
         net = load_network('model.config', weights='model_best.pth.tar')
         maps = net.forward_features_list(images)
@@ -93,7 +93,7 @@ def load_network(
         num_classes: None: as in the config. A classifier of another size in the weights is left out, and initial.
 
     Raises:
-        BadInput: a file that cannot be read, or weights of another network.
+        BadInput: a file cannot be read, or the weights are of another network.
     """
     config = load_config(config_path)
     net = NetworkEval(config.with_classes(num_classes) if num_classes else config)

@@ -18,17 +18,17 @@ from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weigh
 from models.search_space import Block, SearchSpace, Stage, Widths
 
 Choice = Sequence[int] | Tensor
-"""What a forward pass runs: an op index per block (a path), or mixture weights [blocks, ops]."""
+"""Input of a forward pass: an op index per block (a path), or mixture weights [blocks, ops]."""
 
 
 @dataclass(frozen=True)
 class ExecutionMode:
-    """How a supernet is computed; results differ by rounding only.
+    """How a supernet is computed. Modes differ only by rounding.
 
     Args:
-        fused: operators of one kernel size at once, see `fused_mixture`; few launches, which pays on a GPU.
-        recompute: in the backward pass compute what is inside the operators again instead of keeping it.
-        compiled: batch norms with their activations by torch.compile.
+        fused: run operators of one kernel size together (see `fused_mixture`): fewer launches, faster on a GPU.
+        recompute: recompute the operators' activations in the backward pass instead of keeping them.
+        compiled: compile batch norms with their activations by torch.compile.
     """
 
     fused: bool = False
@@ -37,12 +37,12 @@ class ExecutionMode:
 
     @property
     def norm_act(self) -> Callable:
-        """What computes a batch norm and the activation behind it."""
+        """Function that computes a batch norm and its activation."""
         return compiled_norm_act() if self.compiled else norm_act
 
 
 UNFUSED = ExecutionMode()
-"""One operator after the other."""
+"""Mode that runs the operators one after the other."""
 
 
 class MixedOp(nn.Module):
@@ -57,7 +57,7 @@ class MixedOp(nn.Module):
         self.log_alphas = nn.Parameter(torch.full((len(self.m_ops),), 1 / len(self.m_ops)).log())
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
-        """Run one operator, or the sum of all weighted by `choice` [ops]: [N, in_ch, H, W] -> [N, out_ch, H', W'].
+        """Run one operator, or all weighted by `choice` [ops]: [N, in_ch, H, W] -> [N, out_ch, H', W'].
 
         Mixture weights sum to 1, so the residual connection that all operators share is added once.
         """
@@ -80,7 +80,7 @@ class MixedOp(nn.Module):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     def set_widths(self, widths: dict[int, int]) -> None:
-        """Rebuild the operators whose width differs; their weights are then uninitialised. The others are kept."""
+        """Rebuild the operators whose width changes, with arbitrary weights; keep the others."""
         for index, width in widths.items():
             old = self.m_ops[index]
             if old.spec.mid_channels != width:
@@ -90,7 +90,7 @@ class MixedOp(nn.Module):
 
 
 class MixedStage(nn.Module):
-    """The blocks of one stage, each joined to the sink, and the sink's log-weights `betas` [exits]."""
+    """The blocks of one stage, all connected to its sink, and the sink's log-weights `betas` [exits]."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class MixedStage(nn.Module):
         self.betas = nn.Parameter(torch.zeros(len(stage.exit_depths)))
 
     def forward(self, x: Tensor, choices: Sequence[int | Tensor]) -> Tensor:
-        """Sum of the exits weighted by softmax(betas). `choices`: one a block, see `MixedOp`."""
+        """Return the sum of the exits weighted by softmax(betas). `choices`: one per block, see `MixedOp`."""
         at_depth = [x]
         for name, choice in zip(self.block_names, choices, strict=True):
             at_depth.append(getattr(self, name)(at_depth[-1], choice))
@@ -116,7 +116,7 @@ class MixedStage(nn.Module):
         return sum(weight * y for weight, y in zip(self.depth_weights().unbind(), exits, strict=True))
 
     def depth_weights(self) -> Tensor:
-        """softmax(betas) [exits]."""
+        """Return softmax(betas) [exits]."""
         return F.softmax(self.betas, dim=0)
 
 
@@ -129,7 +129,7 @@ class Network(nn.Module):
         space: operators and stages.
         widths: mid channels of every operator in this network.
         num_classes: outputs of the classifier.
-        mode: how it is computed.
+        mode: see `ExecutionMode`.
     """
 
     def __init__(self, widths: Widths, num_classes: int, space: SearchSpace, mode: ExecutionMode = UNFUSED):
@@ -146,27 +146,26 @@ class Network(nn.Module):
         self.classifier = LinearLayer(fixed['classifier'])
         self.num_blocks = len(blocks)
         init_weights(self)
-        self.to(
-            memory_format=torch.channels_last
-        )  # 1.5 times as fast as contiguous on a CPU, and what tensor cores want
+        # 1.5 times as fast as contiguous on a CPU, and the native layout of tensor cores
+        self.to(memory_format=torch.channels_last)
 
     def stages(self) -> list[MixedStage]:
-        """The stages in order."""
+        """Return the stages in order."""
         return [getattr(self, name) for name in self.space.stage_names]
 
     def mixed_ops(self) -> list[MixedOp]:
-        """The blocks in the network's order."""
+        """Return the blocks in the network's order."""
         return [getattr(stage, name) for stage in self.stages() for name in stage.block_names]
 
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         return self.searched(self.stem(x), choice)
 
     def stem(self, x: Tensor) -> Tensor:
-        """The part before the first stage, which every path shares: [N, 3, H, W] -> [N, C, H / 2, W / 2]."""
+        """Run the stem, which all paths share: [N, 3, H, W] -> [N, C, H / 2, W / 2]."""
         return self.second_stem(self.first_stem(x))
 
     def searched(self, x: Tensor, choice: Choice) -> Tensor:
-        """The part behind the stem: its output -> logits [N, classes]."""
+        """Run the stages and the head: output of the stem -> logits [N, classes]."""
         choices, start = list(choice), 0
         for stage in self.stages():
             x = stage(x, choices[start : start + len(stage.block_names)])
@@ -174,11 +173,11 @@ class Network(nn.Module):
         return self.classifier(self.feature_mix_layer(x).mean((2, 3)))
 
     def sample(self, how: str, generator: torch.Generator, exclude: Sequence[int] | None = None) -> list[int]:
-        """Draw one path: an op index for each block.
+        """Draw one path: an op index per block.
 
         Args:
-            how: 'gumbel', the argmax of log_alphas plus Gumbel noise; or 'random', uniform over the operators.
-            generator: a CPU generator, so that a seed gives the same draws on every device. One transfer a call.
+            how: 'gumbel' for the argmax of log_alphas plus Gumbel noise, 'random' for uniform over the operators.
+            generator: a CPU generator, so that a seed gives the same draws on every device.
             exclude: with 'random', a path whose operators are not drawn.
         """
         if how == 'gumbel':
@@ -194,7 +193,7 @@ class Network(nn.Module):
         return ((torch.tensor(exclude) + others) % count).tolist()
 
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
-        """Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
+        """Draw Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
         log_alphas = self.log_alphas()
         noise = _gumbel(tuple(log_alphas.shape), generator)
         noise = noise.pin_memory() if log_alphas.is_cuda else noise
@@ -206,15 +205,15 @@ class Network(nn.Module):
         return torch.stack([op.log_alphas for op in self.mixed_ops()])
 
     def depth_weights(self) -> list[Tensor]:
-        """softmax(betas) [exits] of each stage."""
+        """Return softmax(betas) [exits] of each stage."""
         return [stage.depth_weights() for stage in self.stages()]
 
     def arch_parameters(self) -> list[nn.Parameter]:
-        """log_alphas of every block, then betas of every stage."""
+        """Return log_alphas of every block, then betas of every stage."""
         return [op.log_alphas for op in self.mixed_ops()] + [stage.betas for stage in self.stages()]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """All parameters that are not architecture."""
+        """Return all parameters other than log_alphas and betas."""
         arch = {id(p) for p in self.arch_parameters()}
         return [p for p in self.parameters() if id(p) not in arch]
 
@@ -226,7 +225,7 @@ class Network(nn.Module):
         torch._foreach_copy_(self.arch_parameters(), [*alphas, *betas])
 
     def widths(self) -> Widths:
-        """Mid channels of every operator."""
+        """Return the mid channels of every operator."""
         found: Widths = {name: {} for name in self.space.stage_names}
         for op in self.mixed_ops():
             found[op.block.stage][op.block.name] = {i: o.spec.mid_channels for i, o in enumerate(op.m_ops)}

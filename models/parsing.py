@@ -1,4 +1,4 @@
-"""From a search checkpoint to an architecture, its widths, and the config of the found network."""
+"""Reading of search checkpoints: architecture, widths, and the config of the found network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +14,14 @@ Masks = dict[str, dict[str, dict[int, Tensor]]]
 """0/1 masks of mid channels, [max width] each: masks[stage name][block name][op index]."""
 
 MASKS_KEY = 'mc_mask_dddict'
+"""Key of the masks in a search checkpoint."""
 
 
 def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
-    """The most probable operator of each block and exit of each stage; blocks behind the exit fall away.
+    """Return the most probable exit of each stage, and the most probable operator of each block before it.
 
     Args:
-        state: names without `module.`.
+        state: has log_alphas and betas, names without `module.`.
     """
     arch: Arch = {}
     for name, stage in zip(space.stage_names, space.stages, strict=True):
@@ -30,7 +31,7 @@ def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
 
 
 def mask_widths(masks: Masks) -> Widths:
-    """Number of channels that each mask keeps."""
+    """Return the number of channels that each mask keeps."""
     return {
         stage: {block: {op: int(mask.sum()) for op, mask in ops.items()} for block, ops in blocks.items()}
         for stage, blocks in masks.items()
@@ -38,7 +39,7 @@ def mask_widths(masks: Masks) -> Widths:
 
 
 def is_config_file(path: str | Path) -> bool:
-    """Whether a file holds JSON text (a config) rather than a checkpoint.
+    """Return whether a file holds JSON text (a config) rather than a checkpoint.
 
     Raises:
         BadInput: the file cannot be read.
@@ -51,10 +52,10 @@ def is_config_file(path: str | Path) -> bool:
 
 
 def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace) -> NetworkConfig:
-    """The config of the network in `path`, a searched model or a `model.config`.
+    """Return the config of the network in `path`, a searched model or a `model.config`.
 
     Args:
-        num_classes: classifier outputs for a searched model; a config keeps its own, and needs none here.
+        num_classes: classifier outputs for a searched model; ignored for a config, which has them.
 
     Raises:
         BadInput: the file is neither.
@@ -66,7 +67,7 @@ def load_architecture(path: str | Path, num_classes: int | None, space: SearchSp
 
 
 def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:
-    """Full-width weights (names without `module.`) and masks of a searched model.
+    """Return the full-width weights (names without `module.`) and masks of a searched model.
 
     Raises:
         BadInput: not a search checkpoint, or one of another search space.
@@ -84,7 +85,7 @@ def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[s
 def unpack_search_checkpoint(
     checkpoint: Mapping, path: str | Path, space: SearchSpace
 ) -> tuple[dict[str, Tensor], Masks]:
-    """Full-width weights (names without `module.`) and masks of a searched model that was read from `path`.
+    """Check a searched model that was read from `path`; return its full-width weights and masks.
 
     Raises:
         BadInput: it is of another search space.

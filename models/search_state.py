@@ -1,4 +1,4 @@
-"""The state of a search, in and out of checkpoints.
+"""The state of a search, and its checkpoints.
 
 A search writes `searched_model_NN.pth.tar` after NN epochs: weights at full width, masks and flags, all that the next
 epoch needs. Within an epoch it writes `checkpoint.pth.tar`, which also has both optimizers, the sums for the log,
@@ -36,7 +36,7 @@ def position(checkpoint: dict) -> tuple[int, int]:
 
 
 def published_position(epoch: int, step: int) -> dict[str, int]:
-    """Return what a checkpoint has of the next batch to train: `epoch` alone, the last one done, between two epochs."""
+    """Return `epoch` and `step` of the next batch to train; between two epochs only `epoch`, the last one done."""
     return {'epoch': epoch, 'step': step} if step else {'epoch': epoch - 1}
 
 
@@ -81,8 +81,9 @@ def temperature(epoch: int, args) -> float:
 
 
 def architecture_steps(epoch: int, step: int, steps_an_epoch: int, args) -> int:
-    """Return the number of architecture steps, one batch each, before a weight step: one at every second weight step
-    after the warm-up.
+    """Return the number of architecture steps, and so of batches, before a weight step.
+
+    After the warm-up, every second weight step has an architecture step.
 
     Args:
         args: warmup_epochs.
@@ -102,12 +103,12 @@ def remove_old_models(folder: Path | None, epochs_done: int, keep: int | None) -
 
 @dataclass
 class SearchState:
-    """All that a search changes.
+    """Everything that a search changes.
 
-    `net` has the widths that `masks` keep, and is what steps train; `full` are all weights at full width. Batch `step`
-    of `epoch` is the next one to train. `sums` are those of the two `Tally`s over the epoch so far (weights,
-    architecture), of all processes, and held by the first one. `latency` is that of the mixture at the last
-    architecture step, in ms. The optimizers are new in each epoch; each has a precision, with its scale of gradients.
+    Steps train `net`, which has the widths that `masks` keep. `full` has all weights at full width. Batch `step` of
+    `epoch` is the next one to train. `sums` are the sums of both `Tally`s (weights, architecture) over the epoch so far
+    and over all processes; only the first process has them. `latency` is that of the mixture at the last architecture
+    step, in ms. Both optimizers are new in each epoch; each has a `Precision`, which holds its gradient scale.
     """
 
     net: Network
@@ -128,25 +129,25 @@ class SearchState:
         return self.w_optimizer.param_groups[0]['lr']
 
     def begin_epoch(self, args) -> None:
-        """Give the network the widths and weights of the epoch, and make the optimizers.
+        """Copy widths and weights of the epoch into the network, and make the optimizers.
 
         Args:
-            args: flags of both optimizers, and what `weights_lr` needs.
+            args: those of `make_optimizers` and `weights_lr`.
         """
         gather(self.net, self.full, self.masks)
         self.sums, self.latency = [0.0] * 8, torch.zeros(())
         self.w_optimizer, self.a_optimizer = make_optimizers(self.net, weights_lr(self.epoch, args), args)
 
     def scatter_to_full(self) -> None:
-        """Copy the network's weights into those at full width; channels that the masks drop keep their values."""
+        """Copy the network's weights into the full-width weights; channels that the masks drop keep their values."""
         scatter(self.net, self.full, self.masks)
 
     def broadcast_full(self, world: World) -> None:
-        """Give all processes the first one's weights at full width."""
+        """Copy the full-width weights of the first process to all others."""
         world.broadcast(self.full.values())
 
     def end_epoch(self) -> None:
-        """Go to the beginning of the next epoch."""
+        """Advance to the start of the next epoch."""
         self.epoch, self.step = self.epoch + 1, 0
 
     def to_checkpoint(self, flags: Mapping[str, Any]) -> dict:
@@ -167,10 +168,10 @@ class SearchState:
         return {'state_dict': weights, **published_position(self.epoch, self.step), **checkpoint}
 
     def load(self, checkpoint: Mapping, where: str | Path, world: World, args) -> None:
-        """Go on from a checkpoint that `find_snapshot` read from `where`.
+        """Continue from a checkpoint that `find_snapshot` read from `where`.
 
         Raises:
-            BadInput: it is of another search space, number of classes, or of other flags.
+            BadInput: it is of another search space or number of classes, or damaged.
         """
         state, masks = unpack_search_checkpoint(checkpoint, f'--snapshot {where}', self.net.space)
         check_weights(self.full, state, f'--snapshot {where}')
@@ -196,12 +197,12 @@ class SearchState:
 def start_search(
     snapshot: Snapshot, space: SearchSpace, num_classes: int, world: World, args
 ) -> tuple[SearchState, Snapshot]:
-    """Return the state that a search starts from, fresh or the snapshot's, and the snapshot without it.
+    """Return the initial state of a search, fresh or from the snapshot, and the snapshot without its checkpoint.
 
-    Fresh weights are drawn from torch's generator.
+    Fresh weights are drawn from torch's global generator.
 
     Args:
-        args: aligned_start, checkpoint_ops, compile, amp, and the flags of both optimizers.
+        args: aligned_start, checkpoint_ops, compile, amp, and those of `SearchState.begin_epoch`.
 
     Raises:
         BadInput: the snapshot does not fit the network.

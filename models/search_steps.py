@@ -1,4 +1,4 @@
-"""The two steps of a search: backward passes of the weights on paths, and of the architecture on the mixture."""
+"""Optimizers and backward passes of a search: weights on sampled paths, architecture on the mixture."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ from tools.training import begin_momentum
 
 
 def make_optimizers(net: Network, w_lr: float, args) -> tuple[torch.optim.SGD, torch.optim.Adam]:
-    """Return fresh optimizers of the weights and of the architecture, with few kernel launches a step.
+    """Return fresh optimizers of the weights and of the architecture. Fused, for few kernel launches per step.
 
     Args:
         w_lr: learning rate of the weights.
@@ -28,12 +28,13 @@ def make_optimizers(net: Network, w_lr: float, args) -> tuple[torch.optim.SGD, t
 def backward_on_paths(
     net: Network, images: Tensor, labels: Tensor, paths: Sequence[Sequence[int]], precision: Precision
 ) -> tuple[list[Tensor], Tensor]:
-    """Add the gradients of the losses on some paths, one operator a block each (paper, section 3.2).
+    """Add the weights' gradients of the cross entropy on each path (paper, section 3.2).
 
     All paths share the stem: it runs once, and its backward pass gets the sum of their gradients.
 
     Args:
-        precision: of the weights' optimizer.
+        paths: an op index per block, for each path.
+        precision: that of the weights' optimizer.
 
     Returns:
         The loss of each path, and the logits [N, classes] of the first.
@@ -56,14 +57,14 @@ def backward_on_paths(
 def backward_on_mixture(
     net: Network, images: Tensor, labels: Tensor, op_weights: Tensor, latency_loss: LatencyLoss, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the gradients of log_alphas and betas: cross entropy of the mixture plus the loss of its latency.
+    """Add the gradients of log_alphas and betas: cross entropy of the mixture plus its latency loss (section 3.1).
 
     Args:
-        op_weights: of the mixture [blocks, ops], from `Network.mixture_weights`.
-        precision: of the architecture's optimizer.
+        op_weights: mixture weights [blocks, ops], from `Network.mixture_weights`.
+        precision: that of the architecture's optimizer.
 
     Returns:
-        The cross entropy, the logits [N, classes], and the latency of the mixture.
+        The cross entropy, the logits [N, classes], and the latency of the mixture in the table's unit.
     """
     with precision.autocast():
         logits = net(images, op_weights).float()
@@ -74,7 +75,7 @@ def backward_on_mixture(
 
 
 def train_only(wanted: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
-    """Let gradients be computed for `wanted` and not for `others`."""
+    """Enable gradients for `wanted` and disable them for `others`."""
     for p in others:
         p.requires_grad_(False)
     for p in wanted:

@@ -14,18 +14,18 @@ from models.search_space import Arch, SearchSpace
 from tools.errors import BadInput
 
 ROUNDING = 1e-9
-"""Share of the target by which sums of latencies may differ through rounding."""
+"""Tolerance for rounding in sums of latencies, as a share of the target."""
 
 OBJECTIVE_SCALE = 1e3
-"""HiGHS stops within 1e-6 of the optimum; this makes that 1e-9 in log-probability."""
+"""Factor on log-probabilities; HiGHS stops within 1e-6 of the optimum, so within 1e-9 of log-probability."""
 
 
 def most_probable(state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float) -> Arch:
     """Return the architecture of the highest log-probability, over operators and exits, that can meet the target.
 
-    An architecture can meet it if its latency at the least widths is at most `target`, and at the most widths at least
-    `target`. A block behind the exit counts as its most probable operator. So the architecture of `parse_architecture`
-    has the highest log-probability of all, and is returned if it can meet the target.
+    An architecture can meet the target if its latency is at most `target` at the least widths and at least `target` at
+    the most widths. A block after the exit counts with its most probable operator. So the architecture of
+    `parse_architecture` has the highest log-probability of all, and is returned if it can meet the target.
 
     Args:
         state: has log_alphas and betas, names without `module.`.
@@ -49,13 +49,13 @@ def most_probable(state: Mapping[str, Tensor], table: LatencyTable, space: Searc
 
 
 def can_meet(arch: Arch, table: LatencyTable, space: SearchSpace, target: float) -> bool:
-    """Whether some widths give this architecture the target latency."""
+    """Return whether some widths give this architecture the target latency."""
     least, most = latency_range(arch, table, space)
     return least <= target * (1 + ROUNDING) and target * (1 - ROUNDING) <= most
 
 
 class _Program:
-    """The choice of one exit a stage and one operator a block, as binaries: all exits first, then [blocks, ops]."""
+    """Choice of one exit per stage and one operator per block, as binary variables: all exits, then [blocks * ops]."""
 
     def __init__(self, state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float):
         self.space, self.target, self.base = space, target, table.base
@@ -77,7 +77,7 @@ class _Program:
         ]
 
     def solve(self) -> np.ndarray | None:
-        """Return the chosen exits and operators, bool [exits + blocks * ops]; None if there is no feasible choice."""
+        """Return the chosen exits and operators, bool [exits + blocks * ops]; None if no choice is feasible."""
         found = milp(
             -OBJECTIVE_SCALE * self.logp,
             integrality=np.ones(len(self.logp)),
@@ -100,11 +100,11 @@ class _Program:
         return arch
 
     def _exits_of(self, name: str) -> np.ndarray:
-        """Coefficients of the exits of one stage."""
+        """Return the coefficients that count the chosen exits of a stage."""
         return np.array([stage == name for stage, _ in self.exits] + [False] * len(self.ops), dtype=float)
 
     def _kept(self, name: str, number: int) -> np.ndarray:
-        """Coefficients of the operators of block `number` of a stage, less those of the exits at or behind it."""
+        """Return the coefficients of a block's operators minus those of the stage's exits at or after the block."""
         exits = [-float(stage == name and depth >= number) for stage, depth in self.exits]
         return np.array(exits + [float((b.stage, b.name) == (name, f'block{number}')) for b, _ in self.ops])
 
@@ -114,5 +114,5 @@ def _stages(space: SearchSpace) -> list:
 
 
 def _places(space: SearchSpace) -> list[tuple[str, int]]:
-    """(stage name, number from 1) of each block."""
+    """Return (stage name, number from 1) of each block."""
     return [(name, number) for name, stage in _stages(space) for number in range(1, stage.depth + 1)]

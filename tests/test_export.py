@@ -119,6 +119,9 @@ def test_folding_batch_norms_keeps_the_function_and_drops_the_layers(folder):
     with torch.no_grad():
         fused.second_stem.point_linear.conv.bias += 0.5
     assert largest_difference(net, fused, 32) > 1e-3  # the check can fail
+    with torch.no_grad():
+        fused.second_stem.point_linear.conv.bias += torch.nan
+    assert not largest_difference(net, fused, 32) <= 1e-3
 
 
 def test_a_layer_without_batch_norm_and_bias_folds_into_one_with_a_bias_of_zero():

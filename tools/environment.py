@@ -1,4 +1,4 @@
-"""What a run was made with: libraries, device, commit; and how a process is prepared for it."""
+"""Environment of a run (libraries, device, commit), and settings of its process."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def git_commit() -> str | None:
-    """The commit of this project's files, with `-dirty` where they were changed since; None outside a repository."""
+    """Return the commit of this project, with `-dirty` if files have changed since; None outside a repository."""
     command = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--exclude', '*', '--abbrev=12']
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -26,7 +26,7 @@ def git_commit() -> str | None:
 
 
 def describe_environment(device: torch.device) -> dict:
-    """Versions, device and commit, as plain values."""
+    """Return versions, device and commit, as plain values."""
     return {
         'python': platform.python_version(),
         'torch': str(torch.__version__),
@@ -40,13 +40,15 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def fingerprint(path: str | Path) -> str:
-    """The first 16 digits of a file's SHA-256."""
+    """Return the first 16 hex digits of a file's SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def prepare(device: torch.device, deterministic: bool = False) -> None:
-    """Prepare this process for many steps: the fastest kernels, or on a GPU only those that give the same bits each
-    time (on a CPU all that are used here do), and memory that is kept from step to step.
+    """Set up this process for many steps: fastest kernels, and on a CPU memory that is kept from step to step.
+
+    Args:
+        deterministic: instead use only kernels that give the same bits each time. On a CPU all used here do.
     """
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
@@ -58,16 +60,17 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor with its family and model, where the system tells them: virtual machines may
-    call several generations by one name.
+    """Return the name of a GPU, or of the processor with its family and model if the system lists them.
+
+    Virtual machines may give several processor generations one name.
     """
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
         first = Path('/proc/cpuinfo').read_text().split('\n\n', 1)[0]
-        said = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines() if ':' in line)
-        kind = [f'{word} {said[key]}' for word, key in (('family', 'cpu family'), ('model', 'model')) if key in said]
-        return ', '.join([said['model name'], *kind])
+        info = dict(re.split(r'\s*:\s*', line, maxsplit=1) for line in first.splitlines() if ':' in line)
+        kind = [f'{word} {info[key]}' for word, key in (('family', 'cpu family'), ('model', 'model')) if key in info]
+        return ', '.join([info['model name'], *kind])
     except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
@@ -76,14 +79,14 @@ MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep all memory that is freed for the next step, instead of handing it back.
+    """Make glibc's allocator keep freed memory for the next step instead of returning it to the system.
 
-    What is handed back comes again page by page, each with a fault and filled with zeros: a quarter of a training step
-    on a CPU, and up to a third of a forward pass, by the layout of the heap. The process stays as large as it ever was.
-    No effect without glibc.
+    Returned memory costs a page fault and zeroing per page when it is allocated again: a quarter of a training step on
+    a CPU, and up to a third of a forward pass, depending on the layout of the heap. The process does not shrink. No
+    effect without glibc.
     """
     if libc := _libc():
-        libc.mallopt(MALLOC_MMAP_MAX, 0)  # large tensors too come from the heap that is kept
+        libc.mallopt(MALLOC_MMAP_MAX, 0)  # allocate large tensors on the heap too
         libc.mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -9,15 +9,15 @@ import torch
 
 
 class BadInput(ValueError):
-    """Input that cannot be used: the message names the value, where it came from, and what would be good.
+    """Input that cannot be used. The message names the value, where it came from, and what would be right.
 
-    A script turns it into one line on stderr and exit code 2. Any exception without such a meaning is a bug of ours and
-    keeps its traceback.
+    A script prints it as one line on stderr and exits with code 2. An unexpected exception is a bug and keeps its
+    traceback.
     """
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on though its input was good, such as for want of disk space: one line, exit code 1."""
+    """A run that cannot continue although its input was good. A script prints one line and exits with code 1."""
 
 
 def silence(stream: TextIO) -> None:
@@ -35,7 +35,7 @@ def has_no_reader(stream: TextIO) -> bool:
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-"""Full, over the quota, over a limit, read-only (a file system, a folder, for this user), broken."""
+"""Errors of writing: disk full, quota, file size limit, read-only file system, no permission, broken disk."""
 
 ENOUGH_FILES = 65536
 
@@ -44,7 +44,7 @@ MEMORY_FLAGS = ('checkpoint_ops', 'amp', 'opt_level', 'grad_accum')
 
 
 def explain(error: Exception, args) -> str:
-    """One line about an error that is neither the input's fault nor a bug; empty for others.
+    """Return one line about an error caused by the machine (memory, disk, processes); empty for other errors.
 
     Args:
         args: the flags of the run.
@@ -62,15 +62,13 @@ def explain(error: Exception, args) -> str:
     if isinstance(error, (EOFError, ConnectionError)) or text.startswith('DataLoader worker'):
         detail = text.splitlines()[0] if text else 'in the middle of a batch'
         return (
-            f'a process that loads images ended ({detail}); the system may have killed it for want of memory: fewer'
-            ' --workers need less; --snapshot auto goes on from the last checkpoint'
+            f'a process that loads images ended ({detail}); the system may have killed it to free memory: fewer'
+            ' --workers need less; --snapshot auto resumes from the last checkpoint'
         )
     if isinstance(error, OSError):
         where = error.filename or 'a file'
         return (
-            f'{where} could not be written ({error.strerror}); the files before it are whole'
-            if error.errno in DISK
-            else ''
+            f'{where} could not be written ({error.strerror}); earlier files are intact' if error.errno in DISK else ''
         )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         sizes = ', '.join(f'--{name} {getattr(args, name)}' for name in ('batch_size', 'img_size') if name in args)

@@ -1,4 +1,4 @@
-"""A network in the formats of other programs. The packages are optional, and named where they are missing."""
+"""Export of networks to the formats of other programs. The packages are optional."""
 
 import importlib
 import io
@@ -19,7 +19,7 @@ def need(module: str, package: str, what: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        BadInput: it is not there; the message has the command that installs it.
+        BadInput: it is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -28,7 +28,7 @@ def need(module: str, package: str, what: str) -> ModuleType:
 
 
 def save_onnx(net: nn.Module, path: str | Path, img_size: int) -> None:
-    """Write an ONNX model with input 'images' [batch, 3, img_size, img_size], any batch, and output 'logits'.
+    """Write an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits'.
 
     Raises:
         BadInput: onnx or onnxscript is missing.
@@ -47,21 +47,21 @@ def save_onnx(net: nn.Module, path: str | Path, img_size: int) -> None:
     write_atomic(path, lambda f: f.write(program.model_proto.SerializeToString()))
 
 
-def open_onnx(path: str | Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """A function from images to logits that runs an ONNX model by onnxruntime on the CPU.
+def open_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """Return a function from images to logits that runs an ONNX model by onnxruntime, on one CPU thread.
 
     Raises:
         BadInput: onnxruntime is missing.
     """
     onnxruntime = need('onnxruntime', 'onnxruntime', f'checking {path}')
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
 def save_program(net: nn.Module, path: str | Path, img_size: int) -> None:
-    """Write a program of torch.export, for any batch: `torch.export.load(path).module()`."""
+    """Write a torch.export program for any batch size. Load it by `torch.export.load(path).module()`."""
     batch = torch.export.Dim('batch', min=1)
     program = torch.export.export(net, (torch.zeros(2, 3, img_size, img_size),), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
@@ -82,7 +82,7 @@ def save_safetensors(net: nn.Module, path: str | Path) -> None:
 
 @torch.inference_mode()
 def time_call(call: Callable[[Tensor], object], img_size: int, repeats: int = 30) -> float:
-    """Median time of a call with one random image on the CPU, in ms, after a warm-up."""
+    """Return the median time of a call with one random image on the CPU, in ms, after a warm-up."""
     images, times = torch.randn(1, 3, img_size, img_size), []
     for i in range(repeats + 5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checkpoints that cannot run code."""
+"""Atomic writing of files, and reading of checkpoints without running code."""
 
 import argparse
 import errno
@@ -26,10 +26,10 @@ WRAPPERS = re.compile(r'^((module|_orig_mod|model)\.)+')
 
 
 def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
-    """Call `write(binary file)` on a temporary file beside `path`, sync it to disk, then rename it to `path`."""
+    """Call `write(binary file)` on a temporary file in the folder of `path`, sync it to disk, then rename it."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask, as any new file
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # minus the umask, as for any new file
     try:
         with os.fdopen(handle, 'wb') as f:
             write(f)
@@ -56,10 +56,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Find out before the work is done whether its result can be written.
+    """Check before any work that its result can be written.
 
     Args:
-        inputs: files that are read, None for those that are not given.
+        inputs: files that are read; None for those that are not given.
 
     Raises:
         BadInput: the folder of `path` does not exist or cannot be written to, or `path` is a folder or one of `inputs`.
@@ -71,7 +71,7 @@ def check_target(path: str | Path, flag: str, inputs: Iterable[str | Path | None
     if not folder.is_dir():
         raise BadInput(f'{flag} {path}: its folder does not exist; make it first')
     if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise BadInput(f'{flag} {path}: cannot be written; expected a file in a folder of yours')
+        raise BadInput(f'{flag} {path}: cannot be written; expected a file in a writable folder')
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -83,11 +83,11 @@ def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda
     """Write a checkpoint whole or not at all.
 
     Raises:
-        OSError: the disk is full, or the like; `path` is as it was.
+        OSError: the file cannot be written, such as on a full disk; `path` is unchanged.
     """
     try:
         write_atomic(path, lambda f: torch.save(data, f), before_rename)
-    except (OSError, RuntimeError) as e:  # torch hides the error of the disk behind one of its own
+    except (OSError, RuntimeError) as e:  # torch wraps the error of the disk in a RuntimeError
         cause = e
         while cause and not isinstance(cause, OSError):
             cause = cause.__context__
@@ -97,14 +97,14 @@ def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda
 
 
 def previous_of(path: str | Path) -> Path:
-    """Where `save_and_keep_previous` keeps the file before: `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
+    """Return the path of the previous file, such as `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
     path = Path(path)
     stem, _, suffixes = path.name.partition('.')
     return path.with_name(f'{stem}.previous.{suffixes}')
 
 
 def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint whole or not at all, and keep the one before; at no time is there none of them."""
+    """Write a checkpoint whole or not at all, and keep the previous one. At least one of them exists at any time."""
     path = Path(path)
 
     def keep() -> None:
@@ -115,7 +115,7 @@ def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
         try:
             os.link(path, link)
             os.replace(link, previous_of(path))
-        except OSError:  # a file system without hard links: for a moment there is the previous file only
+        except OSError:  # no hard links: for a moment only the previous file exists
             os.replace(path, previous_of(path))
 
     save_checkpoint(data, path, keep)
@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu', whole:
         whole: check all of the file for damage. Without, tensors stay in the file until they are used.
 
     Raises:
-        BadInput: no such file, damaged, or it holds other objects than tensors, numbers, strings and containers.
+        BadInput: no such file, damaged, or with objects other than tensors, numbers, strings and containers.
     """
     try:
         if Path(path).suffix == '.safetensors':
@@ -182,7 +182,7 @@ def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str,
     except ImportError as e:
         raise BadInput(f'{path}: reading it needs a package that is not here: pip install safetensors') from e
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except SafetensorError as e:
         raise ValueError(str(e)) from e
 
@@ -192,16 +192,14 @@ def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {WRAPPERS.sub('', name): value for name, value in state.items()}
 
 
-def read_weights(
-    path: str | Path, device: torch.device | str = 'cpu', average: bool = True
-) -> tuple[dict[str, Tensor], str]:
-    """Weights of a plain state dict or a checkpoint, without `module.`, and the checkpoint's key they stood under ('').
+def read_weights(path: str | Path, average: bool = True) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a state dict or checkpoint, without `module.`, and their key in the file ('' if none).
 
     Args:
-        average: take the moving average of the weights where the file has one.
+        average: prefer the moving average of the weights if the file has one.
 
     Raises:
-        BadInput: unreadable, or without weights.
+        BadInput: the file is unreadable or has no weights.
     """
     checkpoint = load_checkpoint(path, device)
     keys = (*AVERAGE_KEYS, *WEIGHT_KEYS) if average else WEIGHT_KEYS
@@ -216,20 +214,20 @@ def _is_weight(item: tuple) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def load_weights(model: nn.Module, path: str | Path, device: torch.device | str = 'cpu') -> None:
-    """Load a network's weights from a file: see `read_weights` and `put_weights`.
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a network's weights from a file; see `read_weights` and `put_weights`.
 
     Raises:
-        BadInput: unreadable, or of another network; the message counts and names what does not fit.
+        BadInput: the file is unreadable or of another network; the message counts and names what does not fit.
     """
-    put_weights(model, read_weights(path, device)[0], path)
+    put_weights(model, read_weights(path)[0], path)
 
 
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load a state dict without `module.` that came from `where`.
 
     Raises:
-        BadInput: of another network; the message counts and names what does not fit.
+        BadInput: it is of another network; the message counts and names what does not fit.
     """
     own = model.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith('num_batches_tracked')}
@@ -239,10 +237,10 @@ def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path
 
 
 def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Compare names and shapes of a state dict without `module.` that came from `where` with those wanted.
+    """Compare names and shapes of a state dict without `module.`, which came from `where`, with those wanted.
 
     Raises:
-        BadInput: of another network; the message counts and names what does not fit.
+        BadInput: it is of another network; the message counts and names what does not fit.
     """
     problems = [
         _name_some('missing', [name for name in wanted if name not in state]),

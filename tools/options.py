@@ -15,34 +15,32 @@ DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that a help text does not tell."""
+    """Help formatter that appends defaults that are not in the help text."""
 
     def add_argument(self, action):
-        """An option of the help."""
-        says = action.help or ''
-        has_default = action.default is not None and action.default is not False  # 0 is one
-        if has_default and action.default != argparse.SUPPRESS and 'default' not in says:
-            action.help = f'{says} (default: %(default)s)'.strip()
+        """Add an option with its default."""
+        text = action.help or ''
+        has_default = action.default is not None and action.default is not False  # 0 is a default
+        if has_default and action.default != argparse.SUPPRESS and 'default' not in text:
+            action.help = f'{text} (default: %(default)s)'.strip()
         super().add_argument(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, whose unknown flags name the nearest known one, and whose help shows
-    the script's docstring (its runnable commands) and every default."""
+    """ArgumentParser with errors of one line, which name the closest known flag for an unknown one.
+
+    The help shows the script's docstring (its runnable commands) and every default.
+    """
 
     def __init__(self, description: str | None):
-        super().__init__(
-            description=description,
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Report in one line and exit with code 2."""
+        """Print the error in one line and exit with code 2."""
         self.exit(2, f'{self.prog}: error: {message}\n')
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; unknown flags are errors."""
+        """Parse the flags; unknown ones are errors."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split('=')[0]
@@ -52,10 +50,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
-    """Run `main(args)` and exit with what it returns (None: 0).
+    """Run `main(args)` and exit with the code that it returns (None: 0).
 
-    Input that cannot be used ends in one line on stderr and exit code 2, a run that cannot go on in one line and exit
-    code 1.
+    Bad input gives one line on stderr and exit code 2; a run that cannot continue gives one line and exit code 1.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace')  # a console of few characters, such as Latin-1, shows ? for others
@@ -63,7 +60,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         code = main(args)
         sys.stdout.flush()
     except BadInput as e:
-        message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without a traceback of a process that loads images
+        message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without the traceback of a worker
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
     except (OSError, EOFError, RuntimeError, MemoryError) as e:
@@ -80,7 +77,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float from `low` to `high` (`open_low`: above `low`)."""
+    """Return an argparse type: an int or float from `low` to `high` (above `low` if `open_low`)."""
 
     def check(text: str) -> float:
         try:
@@ -97,39 +94,39 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 def count(low: int = 1, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a whole number from `low` to `high`."""
+    """Return an argparse type: a whole number from `low` to `high`."""
     return number(int, low, high)
 
 
 image_size = count(32, 4096)
-"""An argparse type: pixels of an input's side."""
+"""Argparse type: height and width of an input in pixels."""
 
 class_count = count(2, 65536)
-"""An argparse type: number of classes."""
+"""Argparse type: number of classes."""
 
 process_count = count(0, 1024)
-"""An argparse type: number of processes or threads."""
+"""Argparse type: number of processes or threads."""
 
 
 def fraction(text: str) -> float:
-    """An argparse type: a float from 0 up to, but not including, 1."""
+    """Parse a float of at least 0 and below 1, as an argparse type."""
     return number(float, 0, math.nextafter(1, 0))(text)
 
 
 def count_or_all(text: str) -> int | None:
-    """An argparse type: a whole number of at least 1; None for the word 'all'."""
+    """Parse a whole number of at least 1, or 'all' as None, as an argparse type."""
     return None if text == 'all' else count()(text)
 
 
 def yes_no(text: str) -> bool:
-    """An argparse type for flags that take the words True or False."""
+    """Parse True or False, as an argparse type."""
     if text.lower() not in ('true', 'false'):
         raise argparse.ArgumentTypeError(f'{text!r} should be True or False')
     return text.lower() == 'true'
 
 
 def dynamic_or_positive(text: str) -> str | float:
-    """An argparse type: the word 'dynamic' or a positive float."""
+    """Parse 'dynamic' or a positive float, as an argparse type."""
     return text if text == 'dynamic' else number(float, 0, open_low=True)(text)
 
 
@@ -140,14 +137,12 @@ def project_file(path: str, default: str) -> str:
 
 
 def add_device_arg(parser: Parser) -> None:
-    """--device."""
-    parser.add_argument(
-        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU where there is one'
-    )
+    """Add --device."""
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU if available')
 
 
 def add_bad_images_arg(parser: Parser) -> None:
-    """--bad_images."""
+    """Add --bad_images."""
     parser.add_argument(
         '--bad_images',
         choices=('error', 'skip'),
@@ -157,22 +152,22 @@ def add_bad_images_arg(parser: Parser) -> None:
 
 
 def add_image_args(parser: Parser) -> None:
-    """How images for training are loaded."""
+    """Add flags of training images."""
     add_bad_images_arg(parser)
     parser.add_argument(
         '--device_aug', action='store_true', help='jitter colours on the device: workers load many times as fast'
     )
 
 
-def add_arch_args(parser: Parser, required: bool = True) -> None:
-    """--model_path and --config_path, of which one names the network."""
-    group = parser.add_mutually_exclusive_group(required=required)
+def add_arch_args(parser: Parser) -> None:
+    """Add --model_path and --config_path, exactly one of which names the network."""
+    group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument('--model_path', help='a searched model (searched_model_NN.pth.tar) or a model.config')
     group.add_argument('--config_path', help='a model.config')
 
 
 def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
-    """The validation images, and how they are loaded."""
+    """Add flags of the validation images and their loading."""
     parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
     parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
     parser.add_argument('--workers', type=process_count, default=workers, help='processes that load images')
@@ -182,7 +177,7 @@ def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: 
 
 
 def add_training_args(parser: Parser) -> None:
-    """All flags of the training scripts, with the paper's recipe as defaults."""
+    """Add all flags of the training scripts, with the paper's recipe as defaults."""
     add_arch_args(parser)
     parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
     parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
@@ -190,10 +185,10 @@ def add_training_args(parser: Parser) -> None:
     parser.add_argument('--weights', help='start from the weights in this file, all but a classifier of other classes')
     add_image_args(parser)
     add_device_arg(parser)
-    parser.add_argument('--save', default='./checkpoints', help='folder that gets eval-<time>-<note>/')
+    parser.add_argument('--save', default='./checkpoints', help='folder in which eval-<time>-<note>/ is created')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
     add_snapshot_args(parser)
-    parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
+    parser.add_argument('--print_freq', type=count(), default=100, help='steps between log lines')
     add_watch_args(parser)
     parser.add_argument('--epochs', type=count(), default=250)
     parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
@@ -209,7 +204,7 @@ def add_training_args(parser: Parser) -> None:
 
 
 def add_watch_args(parser: Parser) -> None:
-    """What a run leaves to look at, besides log.txt and metrics.jsonl."""
+    """Add flags of what a run writes besides log.txt and metrics.jsonl."""
     parser.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
     parser.add_argument(
         '--report',
@@ -220,11 +215,11 @@ def add_watch_args(parser: Parser) -> None:
 
 
 def add_snapshot_args(parser: Parser) -> None:
-    """How often a run saves where it stands, and what it goes on from."""
+    """Add flags of checkpoints, resuming and determinism."""
     parser.add_argument(
         '--snapshot',
         help='a checkpoint to resume from, in its run folder; auto: the newest good one of this --note under --save, '
-        'also right for runs that torchrun restarts (--max-restarts)',
+        'which also serves restarts by torchrun (--max-restarts)',
     )
     parser.add_argument(
         '--save_freq',
@@ -238,23 +233,23 @@ def add_snapshot_args(parser: Parser) -> None:
 
 
 def add_speed_args(parser: Parser) -> None:
-    """Flags that change how fast a network is trained and not what it learns."""
+    """Add flags that change the speed of training but not its results, except for rounding."""
     parser.add_argument(
         '--channels_last',
         action=argparse.BooleanOptionalAction,
-        help='NHWC memory layout; by default on the CPU and in mixed precision',
+        help='NHWC memory layout; default: on the CPU and in mixed precision',
     )
     parser.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
     add_rank_arg(parser)
 
 
 def add_rank_arg(parser: Parser) -> None:
-    """What older launchers pass to each of many processes."""
+    """Add the flag that older launchers pass to each process."""
     parser.add_argument('--local_rank', '--local-rank', type=count(0), help='set by launchers')
 
 
 def add_recipe_args(parser: Parser) -> None:
-    """Flags that leave the paper's recipe; all off by default."""
+    """Add flags that depart from the paper's recipe; all off by default."""
     alpha = number(float, 0)
     parser.add_argument(
         '--ema_decay', type=fraction, default=0.0, help='keep and evaluate a moving average of the weights'
@@ -264,22 +259,22 @@ def add_recipe_args(parser: Parser) -> None:
         '--cutmix', type=alpha, default=0.0, help='alpha of CutMix; with --mixup: one of them at random'
     )
     parser.add_argument(
-        '--auto_augment', choices=('autoaugment', 'randaugment', 'trivialaugment'), help='in place of colour jitter'
+        '--auto_augment', choices=('autoaugment', 'randaugment', 'trivialaugment'), help='instead of colour jitter'
     )
-    parser.add_argument('--grad_accum', type=count(), default=1, help='batches whose gradients make one update')
+    parser.add_argument('--grad_accum', type=count(), default=1, help='batches per update, their gradients averaged')
     parser.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
     parser.add_argument(
-        '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images an update'
+        '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images per update'
     )
-    parser.add_argument('--max_steps', type=count(), help='stop after so many updates, for trials')
+    parser.add_argument('--max_steps', type=count(), help='stop after this many updates, for trials')
 
 
 def add_amp_args(parser: Parser) -> None:
-    """Flags of mixed precision."""
+    """Add flags of mixed precision."""
     parser.add_argument(
         '--opt_level',
         choices=('O0', 'O1', 'O2', 'O3'),
-        help='O0: float32 (default); O1: autocast; O2, O3: of apex, with --amp_backend apex',
+        help='O0: float32 (default); O1: autocast; O2, O3: only with --amp_backend apex',
     )
     parser.add_argument(
         '--amp_dtype', choices=('float16', 'bfloat16'), help='default: float16 on GPUs, bfloat16 on CPUs'
@@ -290,11 +285,9 @@ def add_amp_args(parser: Parser) -> None:
 
 
 def add_step_args(parser: Parser) -> None:
-    """Flags that change how fast a search is and what memory it needs, and not what it computes but for rounding."""
-    parser.add_argument(
-        '--amp', choices=('float16', 'bfloat16'), help='autocast to this format; by default all is float32'
-    )
+    """Add flags that change the speed and memory of a search but not its results, except for rounding."""
+    parser.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
     parser.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
     parser.add_argument(
-        '--checkpoint_ops', action='store_true', help='compute operators again in backward passes, to save memory'
+        '--checkpoint_ops', action='store_true', help='recompute operators in backward passes to save memory'
     )

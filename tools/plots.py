@@ -1,9 +1,9 @@
 """Draw the pictures and the report of a run from its metrics.jsonl, or compare runs.
 
     python -m tools.plots checkpoints/search-<time>-try                 (writes plots/ and report.html there)
-    python -m tools.plots RUN_A RUN_B RUN_C --out comparison            (accuracy against latency and multiply-adds)
+    python -m tools.plots RUN_A RUN_B RUN_C --out comparison            (accuracy against latency and MACs)
 
-Needs neither images nor a GPU; may be run while the run goes on.
+Needs neither images nor a GPU, and also works during the run.
 """
 
 import sys
@@ -20,7 +20,7 @@ def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='a run folder, or a metrics.jsonl')
-    parser.add_argument('--out', help="folder of the pictures; default: the run's, or comparison")
+    parser.add_argument('--out', help='folder of the pictures; default: that of the run, or comparison for several')
     return parser.parse_args()
 
 

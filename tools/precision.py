@@ -1,4 +1,4 @@
-"""Number formats of training behind one interface: float32, autocast, apex."""
+"""Number formats of training with one interface: float32, autocast, apex."""
 
 from contextlib import AbstractContextManager
 
@@ -11,12 +11,12 @@ DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
 
 class Precision:
-    """Autocast and gradient scaling, both no-ops in float32; the interface of `ApexPrecision` too.
+    """Autocast and gradient scaling, both no-ops in float32.
 
     Args:
-        device: where the model runs.
-        dtype: of autocast; None for full precision.
-        loss_scale: a fixed scale, or None for the scaler's dynamic one. Only float16 is scaled.
+        device: device of the model.
+        dtype: format of autocast; None for float32.
+        loss_scale: a fixed loss scale; None for a dynamic one. Only float16 is scaled.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None, loss_scale: float | None = None):
@@ -26,19 +26,19 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16, **options)
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Convert a network and the optimizer of its parameters, before anything wraps them or is loaded into them."""
+        """Convert a network and its optimizer. Call it before wrapping them or loading into them."""
         return net, optimizer
 
     def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of the parameters."""
+        """Add the scaled gradients of a loss to those of the parameters."""
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-        """Clip the unscaled gradients of all parameters to a total norm, update, and clear the gradients."""
+        """Unscale the gradients, clip their total norm, update the parameters, and clear the gradients."""
         self.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(optimized(optimizer), grad_clip)
         self.scaler.step(optimizer)
@@ -46,14 +46,14 @@ class Precision:
         optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps beside weights and optimizer."""
+        """Return the state that a checkpoint keeps besides weights and optimizer."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned; empty from a run that did not scale.
+        """Load a result of `state_dict`, which is empty if the run did not scale gradients.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not such a result.
         """
         if state and self.scaler.is_enabled() and self.loss_scale is None:
             try:
@@ -63,10 +63,10 @@ class Precision:
 
 
 class ApexPrecision(Precision):
-    """`apex.amp`, for those who have a release that still ships it.
+    """Mixed precision by `apex.amp`, which only old releases of apex have.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no apex with `apex.amp` is installed.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class ApexPrecision(Precision):
 
 
 def make_precision(args, device: torch.device) -> Precision:
-    """Return the number format that the flags ask for: float32 for O0 (the default), autocast for O1, apex for others.
+    """Return the number format of the flags: float32 for O0 (default), autocast for O1; all levels with apex.
 
     Args:
         args: opt_level, amp_dtype, amp_backend, loss_scale, keep_batchnorm_fp32; see `options.add_amp_args`.
 
     Raises:
-        BadInput: flags that contradict each other or the machine; the message names the nearest that works.
+        BadInput: the flags contradict each other or the machine; the message names the closest that work.
     """
     level = args.opt_level or 'O0'
     if args.amp_backend == 'apex':
@@ -143,5 +143,5 @@ def make_precision(args, device: torch.device) -> Precision:
 
 
 def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All parameters that an optimizer updates."""
+    """Return all parameters that an optimizer updates."""
     return [p for group in optimizer.param_groups for p in group['params']]

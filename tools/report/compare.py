@@ -1,4 +1,4 @@
-"""Several trainings in one picture, with published networks, and in a CSV file."""
+"""Comparison of several trainings, in pictures with published networks and in a CSV file."""
 
 import csv
 import io
@@ -14,10 +14,10 @@ from tools.report.figures import BLUE, GREEN, ORANGE, PURPLE
 from tools.run.metrics import Run
 
 SETTING = ('device', 'batch_size', 'threads', 'img_size')
-"""What measured latencies must have in common to stand on one axis."""
+"""Settings that measured latencies must share to be drawn on one axis."""
 
 IMAGENET = (1000, 224)
-"""Classes and input size of the published numbers."""
+"""Number of classes and input size of the published networks."""
 
 PUBLISHED = (
     ('TF-NAS (paper)', 'o', [
@@ -31,13 +31,13 @@ PUBLISHED = (
 
 
 def compare_runs(runs: list[Run], out: Path) -> list[Path]:
-    """Draw the comparisons that the runs allow, and tabulate them; returns the files.
+    """Draw the comparisons that the runs allow, tabulate the runs, and return the paths of the files.
 
     Args:
         runs: trainings.
 
     Raises:
-        BadInput: a run that is no training or has no epoch yet; latencies measured in different settings.
+        BadInput: a run is not a training or has no epoch yet, or latencies were measured in different settings.
     """
     for run in runs:
         if run.header['task'] != 'training' or not run.of('epoch'):
@@ -47,7 +47,7 @@ def compare_runs(runs: list[Run], out: Path) -> list[Path]:
     written, _ = save_figure(lambda: _macs_figure(runs), out / 'accuracy_multiply_adds')
     for run in runs:
         if run not in timed:
-            print(f'{run.name}: no measured latency in it, so it is not in the picture of latencies')
+            print(f'{run.name}: no measured latency, so it is not in the picture of latencies')
     if timed:
         written += save_figure(lambda: _latency_figure(timed, setting), out / 'accuracy_latency')[0]
     write_text(out / 'results.csv', results_csv(runs))
@@ -67,14 +67,14 @@ def results_csv(runs: list[Run]) -> str:
 
 
 def _common_setting(runs: list[Run]) -> dict:
-    """The setting that all latencies were measured in."""
+    """Return the setting that all latencies were measured in."""
     settings = [{name: run.of('latency')[-1].get(name) for name in SETTING} for run in runs]
     for run, setting in zip(runs, settings, strict=True):
         for name in SETTING:
             if setting[name] != settings[0][name]:
                 raise BadInput(
                     f'{run.name} was measured with {name} {setting[name]}, {runs[0].name} with {settings[0][name]}: '
-                    'latencies of different settings do not go on one axis; compare runs of one'
+                    'latencies of different settings do not go on one axis; compare runs of one setting'
                 )
     return settings[0]
 
@@ -84,7 +84,7 @@ def _best(run: Run) -> float:
 
 
 def _macs_figure(runs: list[Run]) -> Figure:
-    """Accuracy against MACs; with published networks if the runs are on ImageNet."""
+    """Draw accuracy against MACs, with published networks if all runs are on ImageNet."""
     figure = Figure(figsize=(7.2, 5.0))
     axis = figure.subplots()
     if all((run.header['flags'].get('num_classes'), run.header['flags'].get('img_size')) == IMAGENET for run in runs):
@@ -107,7 +107,7 @@ def _latency_figure(runs: list[Run], setting: dict) -> Figure:
 
 
 def _draw_runs(axis: Axes, points: list[tuple[float, Run]], xlabel: str) -> None:
-    """A marker a run, numbered in the order of the legend."""
+    """Draw a marker per run, numbered in the order of the legend."""
     for number, (x, run) in enumerate(points, start=1):
         axis.plot(x, _best(run), '*', color=BLUE, markersize=11, label=f'{number}: {run.name}')
         axis.annotate(str(number), (x, _best(run)), (6, 0), textcoords='offset points', va='center', fontsize=8)

@@ -9,11 +9,11 @@ from tools.run.metrics import read_run
 
 
 def draw_run(path: str | Path, out: str | Path | None = None) -> list[Path]:
-    """Write `plots/*.png`, `plots/*.svg` and `report.html` of a run; returns what was written.
+    """Write `plots/*.png`, `plots/*.svg` and `report.html` of a run, and return their paths.
 
     Args:
         path: a run folder or its metrics.jsonl.
-        out: where to; by default the run's folder.
+        out: output folder; by default that of the run.
 
     Raises:
         BadInput: see `read_run`.
@@ -33,7 +33,7 @@ def draw_run(path: str | Path, out: str | Path | None = None) -> list[Path]:
 
 
 def save_figure(draw: Callable, stem: Path) -> tuple[list[Path], bytes]:
-    """Write what `draw()` draws as `<stem>.png` and `<stem>.svg`; returns both paths and the bytes of the SVG."""
+    """Write the figure of `draw()` as `<stem>.png` and `<stem>.svg`; return both paths and the bytes of the SVG."""
     import matplotlib
 
     from tools.report.figures import STYLE
@@ -52,7 +52,7 @@ def save_figure(draw: Callable, stem: Path) -> tuple[list[Path], bytes]:
 
 
 def draw_at_end(folder: Path, log: Callable[..., None]) -> None:
-    """`draw_run` at the end of a run, which a picture that cannot be drawn must not cost: then one line of the log."""
+    """Call `draw_run` at the end of a run. An error of drawing is only logged: the results of the run are safe."""
     try:
         written = draw_run(folder)
     except Exception as e:

@@ -1,7 +1,7 @@
-"""The pictures of one run, each from what `metrics.jsonl` holds.
+"""The pictures of one run, drawn from its `metrics.jsonl`.
 
-Values are shown by place, shade and line style before colour, so that the pictures can be read in grey and by the
-colour-blind (palette: Okabe & Ito 2008; shades: cividis, whose lightness rises evenly).
+Position, shade and line style carry the values, with colour only in addition, so that the pictures can be read in grey
+and by colour-blind readers (palette: Okabe & Ito 2008; shades: cividis, whose lightness rises evenly).
 """
 
 import math
@@ -33,11 +33,11 @@ STYLE = {
     'figure.constrained_layout.use': True,
 }
 CLOSE = 0.01
-"""Half width of the band around the target, as a share of it."""
+"""Half-width of the band around the target, as a share of the target."""
 
 
 def network_figure(network: dict, title: str) -> Figure:
-    """A network, one column a block: kernel, widths against their range, squeeze-excitation, and what a block costs.
+    """Draw a network, one column per block: width in its range, kernel, channels, squeeze-excitation, and costs.
 
     Args:
         network: see `models.describe.describe_network`.
@@ -56,7 +56,7 @@ def network_figure(network: dict, title: str) -> Figure:
 
 
 def _draw_widths(axis: Axes, rows: list[dict]) -> None:
-    """Mid channels over input channels of each block, as a filled part of the range that its operator has."""
+    """Draw mid over input channels of each block, as the filled part of its operator's range."""
     for x, row in enumerate(rows):
         ratio = row['mid'] / row['in']
         low, high = (row[end] / row['in'] if row[end] else ratio for end in ('low', 'high'))
@@ -76,7 +76,7 @@ def _draw_widths(axis: Axes, rows: list[dict]) -> None:
 
 
 def _draw_layers(axis: Axes, rows: list[dict]) -> None:
-    """Kernel to scale as a grid, channels in and out, squeeze-excitation, activation."""
+    """Draw the kernel as a grid, and write channels, squeeze channels and sizes."""
     cell = 0.125
     for x, row in enumerate(rows):
         kernel, height = row['kernel'], cell * 1.25
@@ -96,9 +96,9 @@ def _draw_layers(axis: Axes, rows: list[dict]) -> None:
 
 
 def _draw_costs(axis: Axes, network: dict) -> None:
-    """Shares of latency and multiply-adds by block; the fixed layers around them come last."""
+    """Draw the share of each block in latency and MACs; the last column is the fixed stem and head."""
     rows, unit = network['blocks'], network['unit']
-    shares = [('multiply-adds', [row['macs'] for row in rows], network['macs'], {'color': 'white', 'hatch': '/////'})]
+    shares = [('MACs', [row['macs'] for row in rows], network['macs'], {'color': 'white', 'hatch': '/////'})]
     if network['latency'] is not None and unit != 'M multiply-adds':
         latency = [row['latency'] for row in rows]
         shares.insert(0, ('latency' if unit == 'ms' else unit, latency, network['latency'], {'color': BLUE}))
@@ -121,7 +121,7 @@ def _block_number(row: dict) -> str:
 
 
 def _mark_stages(axes: list[Axes], rows: list[dict]) -> None:
-    """Shade every second stage; name the stage and its activation."""
+    """Shade every second stage, and write the names and activations of stages."""
     start = 0
     for i, (stage, own) in enumerate(groupby(rows, key=lambda row: row['stage'])):
         own = list(own)
@@ -135,7 +135,7 @@ def _mark_stages(axes: list[Axes], rows: list[dict]) -> None:
 
 
 def search_figure(run: Run) -> Figure:
-    """Latency of the current architecture by epoch, before and after scaling; loss; accuracy."""
+    """Draw latency of the current architecture before and after scaling, loss and accuracy, over epochs."""
     figure = Figure(figsize=(7.2, 6.6))
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.5, 1, 1])
     _draw_latency(axes[0], run)
@@ -162,7 +162,7 @@ def _draw_latency(axis: Axes, run: Run) -> None:
     reach = [most - least for least, most in zip(values['least'], values['most'], strict=True)]
     axis.bar(epochs, reach, 1, values['least'], color='#E3E3E3', linewidth=0, label='reach of its operators')
     mixed = [line for line in run.of('step') if line.get('mixture_latency')]
-    axis.plot(*_over(mixed, 'mixture_latency'), color=ORANGE, linewidth=1.2, label='mixture that is trained')
+    axis.plot(*_over(mixed, 'mixture_latency'), color=ORANGE, linewidth=1.2, label='mixture in training')
     axis.axhspan(target * (1 - CLOSE), target * (1 + CLOSE), color=GREEN, alpha=0.3, linewidth=0)
     axis.axhline(target, color=GREEN, linewidth=1.4, label=f'target {target:.4g} {unit} ± {CLOSE:.0%}')
     axis.plot(epochs, values['before'], 'o', markerfacecolor='white', color=BLUE, markersize=5, label='before scaling')
@@ -201,13 +201,13 @@ def _mark_warmup(axes: list[Axes], run: Run) -> None:
 
 
 def _over(lines: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """(epochs done, values) of a number in step lines."""
+    """Return (epochs done, values) of a number in step lines."""
     lines = [line for line in lines if line.get(name) is not None]
     return [line['epoch'] + line['step'] / line['steps'] for line in lines], [line[name] for line in lines]
 
 
 def _draw_curves(axis: Axes, lines: list[dict], names: dict[str, str]) -> None:
-    """Numbers of step lines, a line each, told apart by style and colour; they begin anew with each epoch."""
+    """Draw numbers of step lines as curves of different style and colour, interrupted between epochs."""
     for (name, label), style, colour in zip(names.items(), ('-', '--', ':'), (BLUE, ORANGE, GREEN), strict=False):
         for _, epoch in groupby(lines, key=lambda line: line['epoch']):
             x, y = _over(list(epoch), name)
@@ -217,7 +217,7 @@ def _draw_curves(axis: Axes, lines: list[dict], names: dict[str, str]) -> None:
 
 
 def operators_figure(run: Run) -> Figure:
-    """Probabilities of each block's operators over epochs, in the network's order; and their entropy."""
+    """Draw the operator probabilities of each block over epochs, and their entropy."""
     lines = [line for line in run.of('epoch') if 'ops' in line]
     labels = [op['label'] for op in run.header['space']['ops']]
     values = np.zeros((len(lines), len(run.header['space']['blocks']), len(labels)))  # [epochs, blocks, ops]
@@ -248,7 +248,7 @@ def operators_figure(run: Run) -> Figure:
         axis.step(epochs, winners, where='mid', color='white', linewidth=2.4)
         axis.step(epochs, winners, where='mid', color=BLACK, linewidth=1.1)
         name, kept = f'{blocks[i]["stage"]}.{blocks[i]["name"][5:]}', _is_kept(run, lines[-1], i)
-        found = labels[values[-1, i].argmax()] if kept else 'falls away'
+        found = labels[values[-1, i].argmax()] if kept else 'dropped'
         axis.set_title(f'{name}: {found}', fontsize=8, color=BLACK if kept else '#767676')
         axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
         axis.spines[:].set_visible(False)
@@ -261,7 +261,7 @@ def operators_figure(run: Run) -> Figure:
 
 
 def _is_kept(run: Run, line: dict, block: int) -> bool:
-    """Whether a block stands before the most probable exit of its stage."""
+    """Return whether a block comes before the most probable exit of its stage."""
     blocks = run.header['space']['blocks']
     stage = blocks[block]['stage']
     number = sum(other['stage'] == stage for other in blocks[: block + 1])
@@ -269,7 +269,7 @@ def _is_kept(run: Run, line: dict, block: int) -> bool:
 
 
 def _draw_entropy(axis: Axes, lines: list[dict], values: np.ndarray, run: Run) -> None:
-    """Entropy of each block's operator probabilities, 1 for equal ones and 0 where one operator has taken all."""
+    """Draw the entropy of each block's operator probabilities: 1 if all are equal, 0 if one operator has all."""
     epochs = [line['epoch'] + 1 for line in lines]
     most = np.log([max(len(ops), 2) for ops in lines[-1]['ops']])
     entropy = -(values * np.log(np.maximum(values, 1e-12))).sum(axis=2) / most
@@ -281,20 +281,20 @@ def _draw_entropy(axis: Axes, lines: list[dict], values: np.ndarray, run: Run) -
         axis.axhline(level, color=BLACK, linewidth=0.8, linestyle=look, label=f'one operator has {share:.0%}')
     axis.set_ylim(0, 1.04)
     axis.set_ylabel('entropy')
-    axis.set_title('Entropy of the operator probabilities, as a share of the most possible')
+    axis.set_title('Entropy of the operator probabilities, as a share of its maximum')
     axis.set_xlabel('epochs done')
     axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
     _mark_warmup([axis], run)
 
 
 def _collapsed(share: float, count: int) -> float:
-    """Normalised entropy where one operator has `share` and the others are equal."""
+    """Return the normalised entropy if one operator has `share` and the others are equal."""
     rest = (1 - share) / max(count - 1, 1)
     return -(share * math.log(share) + (1 - share) * math.log(rest)) / math.log(max(count, 2))
 
 
 def depth_figure(run: Run) -> Figure:
-    """Weights of the sinks' exits, and the widths of the current architecture in their ranges, over epochs."""
+    """Draw exit weights, and widths of the most probable operators in their ranges, over epochs."""
     lines = [line for line in run.of('epoch') if 'exits' in line]
     exits, blocks = run.header['space']['exits'], run.header['space']['blocks']
     names = [(stage, i) for stage, depths in exits.items() for i in range(len(depths))]
@@ -333,14 +333,14 @@ def _stage_sizes(blocks: list[dict]) -> list[int]:
 
 
 def _at_right(axis: Axes, y: int, text: str) -> None:
-    """Text beside row `y` of a heat map."""
+    """Write text to the right of row `y` of a heat map."""
     axis.annotate(
         text, (1, y), (3, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', va='center', fontsize=7
     )
 
 
 def _width_shares(run: Run, lines: list[dict]) -> np.ndarray:
-    """Where the width of each block's most probable operator lies between least (0) and most (1): [blocks, epochs]."""
+    """Return the width of each block's most probable operator between least (0) and most (1): [blocks, epochs]."""
     shares = np.zeros((len(run.header['space']['blocks']), len(lines)))
     for y, block in enumerate(run.header['space']['blocks']):
         for x, line in enumerate(lines):
@@ -351,7 +351,7 @@ def _width_shares(run: Run, lines: list[dict]) -> np.ndarray:
 
 
 def training_figure(run: Run) -> Figure:
-    """Loss and accuracy of training and validation, and the learning rate."""
+    """Draw loss and accuracy of training and validation, and the learning rate, over epochs."""
     figure = Figure(figsize=(7.2, 6.2))
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.3, 1.3, 0.7])
     lines = run.of('epoch')
@@ -385,7 +385,7 @@ def training_figure(run: Run) -> Figure:
 
 
 def figures_of(run: Run) -> dict[str, tuple[str, Callable[[], Figure]]]:
-    """The pictures that a run has: name -> (caption, function that draws it)."""
+    """Return the pictures that a run allows: name -> (caption, function that draws it)."""
     epochs = run.of('epoch')
     found: dict[str, tuple[str, Callable[[], Figure]]] = {}
     network = run.header.get('network') or (epochs[-1].get('network') if epochs else None)
@@ -402,8 +402,8 @@ def figures_of(run: Run) -> dict[str, tuple[str, Callable[[], Figure]]]:
 
 
 def network_title(run: Run, network: dict) -> str:
-    """One line about a run's network."""
-    parts = [f'{network["macs"]:.1f} M multiply-adds', f'{network["params"]:.2f} M parameters']
+    """Return a line with MACs, parameters and latencies of a run's network."""
+    parts = [f'{network["macs"]:.1f} M MACs', f'{network["params"]:.2f} M parameters']
     if network['latency'] is not None and network['unit'] == 'ms':
         parts.append(f'{network["latency"]:.2f} ms by the table')
     for line in run.of('latency'):

@@ -1,4 +1,4 @@
-"""`report.html`: one file with a run's pictures, flags, environment and tables; opens from disk without a server."""
+"""`report.html`: pictures, tables, flags and environment of a run in one file that needs no server."""
 
 import base64
 from html import escape
@@ -18,7 +18,7 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 
 
 def make_report(run: Run, pictures: dict[str, tuple[str, bytes]]) -> str:
-    """The page's HTML.
+    """Return the HTML of the page.
 
     Args:
         pictures: name -> (caption, SVG).
@@ -56,7 +56,6 @@ def _summary(run: Run) -> str:
 
 
 def _epochs(run: Run) -> str:
-    """A table of the numbers of each epoch."""
     rows = [_flat({key: line[key] for key in line if key not in SKIPPED}) for line in run.of('epoch')]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return _table(names, [[row.get(name, '') for name in names] for row in rows])
