@@ -121,8 +121,8 @@ def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
     save_checkpoint(data, path, keep)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu', whole: bool = True) -> Any:
-    """Read a checkpoint of tensors and plain values; nothing in the file is executed.
+def load_checkpoint(path: str | Path, whole: bool = True) -> Any:
+    """Read a checkpoint of tensors and plain values to the CPU. Nothing in the file is executed.
 
     Args:
         whole: check all of the file for damage. Without, tensors stay in the file until they are used.
@@ -132,14 +132,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = 'cpu', whole:
     """
     try:
         if Path(path).suffix == '.safetensors':
-            return _read_safetensors(path, device)
+            return _read_safetensors(path)
         if whole and zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f'{damaged} is damaged')
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
             warnings.simplefilter('ignore')  # of torch, on files that are no pickles
-            return torch.load(path, map_location=device, weights_only=True, mmap=not whole and zipfile.is_zipfile(path))
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=not whole and zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file can raise anything at all
         if found := re.search(r'Unsupported (?:global|class|type)\S* (?:GLOBAL )?([\w.]+)', str(e)):
             reason = f'it holds a {found[1]}; only tensors, numbers, strings and containers of them are read'
@@ -175,7 +175,7 @@ STAND_INS = [
 """Types that other programs store beside the weights; none of them runs anything of the file."""
 
 
-def _read_safetensors(path: str | Path, device: torch.device | str) -> dict[str, Tensor]:
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -201,7 +201,7 @@ def read_weights(path: str | Path, average: bool = True) -> tuple[dict[str, Tens
     Raises:
         BadInput: the file is unreadable or has no weights.
     """
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     keys = (*AVERAGE_KEYS, *WEIGHT_KEYS) if average else WEIGHT_KEYS
     key = next((key for key in keys if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)), '')
     state = checkpoint[key] if key else checkpoint
