@@ -73,7 +73,7 @@ def load_net(args):
     """Return the network in evaluation mode with its weights, and its number of classes."""
     path = args.model_path or args.config_path
     weights, key = read_weights(args.weights, average=not args.no_average)
-    in_weights = weights.get('classifier.linear.bias', torch.empty(0)).numel()
+    in_weights = len(weights.get('classifier.linear.weight', ()))
     num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
         print(f'--num_classes {num_classes}: from {args.weights}')

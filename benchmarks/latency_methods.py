@@ -64,7 +64,8 @@ def main(args):
     torch.set_num_threads(table.setting('threads', 1))
     batch_size = table.setting('batch_size', 1)
     rng, standard = random.Random(args.seed), standard_of(table, batch_size, device)
-    methods, measured, alone_seconds = {'in-context table': [], 'blocks timed alone': []}, [], 0.0
+    methods, measured = {'in-context table': [], 'blocks timed alone': []}, []
+    alone_seconds, parts = 0.0, 0
     for _ in range(args.networks):
         config = random_config(rng, ends=False, num_classes=1000, space=SPACE)
         build = partial(build_network, config, device, args.seed)
@@ -74,6 +75,7 @@ def main(args):
         start = time.monotonic()
         alone = in_fresh_process(isolated_sum, build, batch_size, args.img_size, device)
         alone_seconds += time.monotonic() - start
+        parts += len(list(config.blocks())) + 1  # the first stem is timed with the block behind it
         methods['blocks timed alone'].append(
             alone / (whole.slowness or 1)
         )  # at the same speed of the machine as the whole
@@ -85,8 +87,7 @@ def main(args):
             f'mean error {np.abs(errors).mean():.2f} %, worst {np.abs(errors).max():.2f} %, bias {errors.mean():+.2f} %'
         )
     widths = sum(high for _, high in SPACE.table_widths(args.img_size).values())
-    blocks = args.networks * 12
-    hours = alone_seconds / blocks * widths / 3600
+    hours = alone_seconds / parts * widths / 3600
     print(f'Timing all {widths} widths alone would take some {hours:.1f} hours here')
     if args.plot:
         plot(args.plot, measured, methods)

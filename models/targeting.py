@@ -16,6 +16,9 @@ from tools.errors import BadInput
 ROUNDING = 1e-9
 """Tolerance for rounding in sums of latencies, as a share of the target."""
 
+INFEASIBLE = 2
+"""Status of `milp` if no choice meets the constraints."""
+
 OBJECTIVE_SCALE = 1e3
 """Factor on log-probabilities; HiGHS stops within 1e-6 of the optimum, so within 1e-9 of log-probability."""
 
@@ -85,6 +88,8 @@ class _Program:
             constraints=self.constraints,
             options={'mip_rel_gap': 0},
         )
+        if found.x is None and found.status != INFEASIBLE:
+            raise RuntimeError(f'the solver failed: {found.message}')
         return None if found.x is None else found.x > 0.5
 
     def exclude(self, chosen: np.ndarray) -> None:

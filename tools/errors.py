@@ -34,8 +34,11 @@ def has_no_reader(stream: TextIO) -> bool:
     return bool(poll.poll(0))
 
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-"""Errors of writing: disk full, quota, file size limit, read-only file system, no permission, broken disk."""
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors of writing: disk full, quota, file size limit, read-only file system."""
+
+ACCESS = {errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of reading or writing: no permission, broken disk."""
 
 ENOUGH_FILES = 65536
 
@@ -59,17 +62,18 @@ def explain(error: Exception, args) -> str:
         )
     if 'Too many open files' in text or 'ancdata' in text:
         return f'too many open files; run: ulimit -n {ENOUGH_FILES}, or use fewer --workers, 0 at least'
-    if isinstance(error, (EOFError, ConnectionError)) or text.startswith('DataLoader worker'):
+    from_worker = isinstance(error, (EOFError, ConnectionError)) and getattr(args, 'workers', 0)
+    if from_worker or text.startswith('DataLoader worker'):
         detail = text.splitlines()[0] if text else 'in the middle of a batch'
         return (
             f'a process that loads images ended ({detail}); the system may have killed it to free memory: fewer'
             ' --workers need less; --snapshot auto resumes from the last checkpoint'
         )
     if isinstance(error, OSError):
-        where = error.filename or 'a file'
-        return (
-            f'{where} could not be written ({error.strerror}); earlier files are intact' if error.errno in DISK else ''
-        )
+        verb = 'written' if error.errno in DISK else 'opened'
+        name = error.filename or 'a file'
+        known = error.errno in DISK | ACCESS
+        return f'{name} could not be {verb} ({error.strerror}); earlier files are intact' if known else ''
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         sizes = ', '.join(f'--{name} {getattr(args, name)}' for name in ('batch_size', 'img_size') if name in args)
         flags = ', '.join(f'--{name}' for name in MEMORY_FLAGS if name in args)
