@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_the_files_before_it_whole(project):
     before = {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')}
     words = command('train_search.py', flags(project, save, epochs=3, snapshot='auto'))
     line = last_line(finish(start(['bash', '-c', 'ulimit -f 60; exec "$@"', 'bash', *words], cwd=project), 1))
-    assert re.search(r'searched_model_02.pth.tar could not be written \(File too large\)', line)
+    assert re.search(r'searched_model_03.pth.tar could not be written \(File too large\)', line)
     assert {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')} == before
     assert not list(folder.glob('.*.pth.tar.*'))
 
