@@ -1,6 +1,7 @@
 """Images from lists, in batches whose order and augmentation depend on seed, epoch and image alone."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import Sample, count_classes, read_list, warn_of_overlap
+from dataset.lists import Sample, check_labels, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
@@ -19,6 +20,9 @@ from tools.run.stop import outlive_signals
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""
+
+FIRST_IMAGES, FLAT, DARK = 4, 2.0, 64
+"""Images of a list that are looked at, and the standard deviation and the value, of 255, below which they are odd."""
 
 
 class ImageList(Dataset):
@@ -216,16 +220,39 @@ def read_train_val(
         warn: called with warnings, and with the number of classes if the training list decides it.
 
     Raises:
-        BadInput: see `read_list`.
+        BadInput: see `read_list` and `check_labels`.
     """
     train = read_list(paths[0], roots[0], num_classes, warn)
     if num_classes is None:
         num_classes = count_classes(train)
         warn(f'--num_classes {num_classes}: from the labels in {paths[0]}')
     val = read_list(paths[1], roots[1], num_classes, warn)
+    check_labels((train, val), paths, warn)
+    for root, samples, path in zip(roots, (train, val), paths, strict=True):
+        warn_of_flat_images(root, samples, path, warn)
     if Path(roots[0]).resolve() == Path(roots[1]).resolve():
         warn_of_overlap(train, val, paths, warn)
     return train, val, num_classes
+
+
+def warn_of_flat_images(
+    root: str | Path, samples: Sequence[Sample], path: str | Path, warn: Callable[[str], object] = print
+) -> None:
+    """One line if the first images of a list are all nearly constant or nearly black.
+
+    Then their values are probably of another range than their format has, such as 12 bits in 16.
+    """
+    spreads, peaks = [], []
+    for relative, _ in samples[:FIRST_IMAGES]:
+        with suppress(BadInput):  # when it is needed, it ends the run or is skipped
+            pixels = load_pixels(Path(root) / relative).float()
+            spreads.append(pixels.std((1, 2), correction=0).max().item())
+            peaks.append(int(pixels.max()))
+    if spreads and (max(spreads) < FLAT or max(peaks) < DARK):
+        warn(
+            f'warning: the first {len(spreads)} images of {path} are nearly constant or black (standard deviation up to'
+            f' {max(spreads):.1f}, values up to {max(peaks)}, of 255), such as {samples[0][0]}; is their range right?'
+        )
 
 
 def transforms(args) -> tuple[Callable, Callable]:
