@@ -19,8 +19,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from tools.errors import BadInput
 
-SIXTEEN_BIT = ('I', 'I;16', 'I;16L', 'I;16B', 'I;16N')
-"""PIL's modes of grey images with more than 8 bits; it would clip them at 255."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""Tags of TIFF files, and a value of the second."""
 
 
 def load_rgb(path: str | Path) -> Image.Image:
@@ -69,10 +69,44 @@ def opened(path: str | Path) -> Iterator[tuple[Image.Image, bytes]]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB."""
+    """An image of any mode as 8-bit RGB.
+
+    Raises:
+        ValueError: grey values in a range without a fixed meaning, see `grey_to_8_bits`.
+    """
     image.load()
-    if image.mode in SIXTEEN_BIT:
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == 'F' or image.mode.startswith('I'):
+        image = grey_to_8_bits(image)
     if image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale a grey image of more than 8 bits, integer or float, by the meaning of its format: 'L'. PIL would clip.
+
+    Black is 0. White is 65535 in 16 bits, also if a camera of 12 bits wrote them: a guess from the largest value would
+    change the brightness from image to image. White is 4095 in TIFF files of 12 bits. In 32 bits it depends on the
+    largest value: 255 or 65535 for integers, 1 or 255 for floats.
+
+    Raises:
+        ValueError: values outside of these ranges.
+    """
+    values, tags = np.asarray(image), getattr(image, 'tag_v2', {})
+    low, high = values.min(), values.max()
+    if image.mode == 'F':
+        white = 1 if high <= 1 else 255
+    elif image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+        white = 255 if high <= 255 else 65535
+    else:
+        white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+    if not (low >= 0 and high <= white):
+        expected = '0 to 1 or 0 to 255' if image.mode == 'F' else '0 to 255 or 0 to 65535'
+        raise ValueError(f'grey values from {low:g} to {high:g}, of mode {image.mode}; expected {expected}')
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = white - values
+    if image.mode == 'F':
+        scaled = np.rint(values * (255 / white))
+    else:
+        scaled = values.astype(np.int64) * 256 // (white + 1)
+    return Image.fromarray(scaled.astype(np.uint8))
