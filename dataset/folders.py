@@ -1,4 +1,4 @@
-"""Folders of images: what a class folder holds, what other programs left in it, which folders are splits."""
+"""Folders of images: class folders, leftovers of other programs, splits such as train/ and val/."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ LEFTOVERS = {
     'thumbs.db',
     'desktop.ini',
 }
-"""Files and folders of other programs, in lower case; hidden ones besides."""
+"""Files and folders of other programs, in lower case. Hidden ones need no entry."""
 
 ROLES = {
     'train': re.compile('train(ing)?(set|data|images)?'),
@@ -31,14 +31,14 @@ ROLES = {
 """Words that name a split."""
 
 FILLERS = {'set', 'data', 'dataset', 'images', 'imgs', 'folder', 'split'}
-"""Words that may stand beside them, in one name of a pair or in both."""
+"""Words in names of splits that are ignored."""
 
 MOST_WRAPPERS = 8
-"""Folders within each other that hold nothing but one folder."""
+"""Upper bound on nested folders that hold nothing but one folder."""
 
 
 class ClassFolders:
-    """Images of class folders under a root, and what was left out. Links are followed, each real folder is read once.
+    """Reader of class folders under a root. Follows links, as ImageFolder does, but reads each real folder once.
 
     Attributes:
         leftovers: files and folders of other programs, as paths relative to the root.
@@ -66,7 +66,7 @@ class ClassFolders:
             folder = folders.pop(0)
             real = os.path.realpath(self.root / folder)
             if folder != name and os.path.commonpath([real, top]) == real:
-                continue  # a link to a folder around it
+                continue  # a link back to a folder above
             owner = self.owners.get(real)
             if owner == name:
                 continue
@@ -81,7 +81,7 @@ class ClassFolders:
         return sorted(found, key=lambda path: path.split('/'))
 
     def _entries(self, folder: str) -> list[tuple[str, bool]]:
-        """The folders and images in a folder, sorted: (name, is it a folder)."""
+        """Return (name, whether a folder) of the folders and images in a folder, sorted."""
         kept = []
         try:
             entries = sorted(os.scandir(self.root / folder), key=lambda entry: entry.name)
@@ -105,7 +105,7 @@ class ClassFolders:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder is none of the user's images: hidden, or of another program."""
+    """Return whether a file or folder is hidden or of another program."""
     return name.startswith('.') or name.lower() in LEFTOVERS
 
 
@@ -115,7 +115,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def unwrap(folder: Path) -> Path:
-    """Return the innermost of folders that hold one folder each, if that one holds folders; else `folder`."""
+    """Descend while a folder holds nothing but one folder that holds folders; return the last one."""
     for _ in range(MOST_WRAPPERS):
         inside = subfolders(folder)
         if len(inside) != 1 or not subfolders(folder / inside[0]):
@@ -125,7 +125,7 @@ def unwrap(folder: Path) -> Path:
 
 
 def split_name(name: str) -> tuple[str, list[str]] | None:
-    """Return the role of a folder named as a split ('train', 'val' or 'test') and the other words of its name."""
+    """Return the role of a split ('train', 'val' or 'test') and the other words of its name; None: no split."""
     words = [word for word in re.findall(r'[^\W\d_]+|\d+', name.lower()) if word not in FILLERS]
     roles = [(role, word) for word in words for role, pattern in ROLES.items() if pattern.fullmatch(word)]
     if len(roles) != 1:
@@ -135,10 +135,10 @@ def split_name(name: str) -> tuple[str, list[str]] | None:
 
 
 def find_pair(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return the names of the folders of training and of validation images, or of test images without such.
+    """Return the names of a training and a validation folder; a test folder if there is no validation folder.
 
-    Capitals do not count. Both names must agree but for the word of the split: seg_train and seg_test, Training and
-    Testing, but not train_station and test_tube.
+    Case is ignored. Both names must agree but for the word of the split: seg_train and seg_test do, train_station and
+    test_tube do not.
     """
     named = [(name, *split) for name in names if (split := split_name(name))]
     for wanted in ('val', 'test'):
@@ -155,8 +155,8 @@ def check_no_splits(root: Path, images: Mapping[str, list[str]]) -> None:
         images: the images of each folder, relative to the root.
 
     Raises:
-        BadInput: names of a pair of splits; or two folders that hold no images themselves, but images in folders of
-            equal names; or such a folder beside other ones, if it is named as a split.
+        BadInput: the names are those of a pair of splits; two folders hold no images themselves, but sub-folders of
+            equal names; a folder named as a split holds sub-folders only.
     """
     advice = 'to make all lists of both, use --to; if they are classes, name them with --classes'
     if pair := find_pair(images):
@@ -181,10 +181,10 @@ def check_no_splits(root: Path, images: Mapping[str, list[str]]) -> None:
 
 
 def note_left_out(folders: ClassFolders, warn: Callable[[str], object]) -> None:
-    """Count leftovers and dangling links, in one line for each of both."""
+    """Report the number of leftovers and the number of dangling links, in one line each."""
     if folders.leftovers:
         first, count = folders.leftovers[0], len(folders.leftovers)
         warn(f'{folders.root}: left out {count} hidden files, or files of other programs, such as {first}')
     if folders.dangling:
         first, count = folders.dangling[0], len(folders.dangling)
-        warn(f'warning: {folders.root}: left out {count} links that lead nowhere, such as {first}')
+        warn(f'warning: {folders.root}: left out {count} links to files that do not exist, such as {first}')

@@ -33,7 +33,7 @@ def read_list(
     Args:
         root: folder that the paths start from; the first and last image must be there.
         num_classes: labels are 0 to num_classes - 1; None: the list decides.
-        warn: called with a line about what is odd but legal: images listed twice, classes without images.
+        warn: called with a line each if images are listed twice and if classes have no images.
 
     Raises:
         BadInput: see `parse_list`; or an image is absent.
@@ -47,7 +47,7 @@ def read_list(
 
 
 def parse_list(path: str | Path, num_classes: int | None = None) -> list[Sample]:
-    """Read a list without a look at its images.
+    """Read the lines of a list; ignore the image files.
 
     Raises:
         BadInput: unreadable, empty, or a bad line (named by its number).
@@ -68,14 +68,14 @@ def parse_list(path: str | Path, num_classes: int | None = None) -> list[Sample]
 
 
 def count_classes(samples: Sequence[Sample]) -> int:
-    """Number of classes that the labels of a list ask for: the largest label plus one, at least two."""
+    """Return the number of classes that labels ask for: the largest label plus one, at least two."""
     return max(2, 1 + max(label for _, label in samples))
 
 
 def warn_of_overlap(
     train: Sequence[Sample], val: Sequence[Sample], paths: tuple[str, str], warn: Callable[[str], object] = print
 ) -> None:
-    """One line where two lists of one folder share images."""
+    """Warn in one line if two lists of one folder share images."""
     if shared := {path for path, _ in train} & {path for path, _ in val}:
         warn(f'warning: {len(shared)} images are both in {paths[0]} and in {paths[1]}, such as {min(shared)}')
 
@@ -120,7 +120,7 @@ def class_folders(lists: Sequence[Sequence[Sample]]) -> list[dict[str, set[int]]
 
 
 def _folder_labels(samples: Sequence[Sample]) -> list[tuple[tuple[str, ...], set[int]]]:
-    """The folders of a list, without outer ones that all share, as parts of their paths; with their labels."""
+    """Return (parts of its path, labels) of each folder, without the outer folders that all share."""
     by_folder = _merge((relative.rpartition('/')[0], {label}) for relative, label in samples)
     folders = [(PurePosixPath(folder).parts, labels) for folder, labels in by_folder.items()]
     folders = [(parts, labels) for parts, labels in folders if parts]
@@ -136,7 +136,7 @@ def _merge(items: Iterable[tuple[str, set[int]]]) -> dict[str, set[int]]:
 
 
 def _share_of_mixed(lists: Sequence[Mapping[str, set[int]]]) -> float:
-    """Share of the folders that have several labels in one list."""
+    """Return the share of folders with several labels within a list."""
     sizes = [len(labels) for folders in lists for labels in folders.values()]
     return sum(size > 1 for size in sizes) / max(1, len(sizes))
 
@@ -152,7 +152,7 @@ def check_labels(
 
     Args:
         paths: names of the lists in messages.
-        warn: called with a line if folders have several labels all the same, or a label has another folder in each list.
+        warn: called with a line if folders with several labels are accepted, and if the folder of a label differs.
 
     Raises:
         BadInput: a class folder with two labels, named with them.
@@ -182,8 +182,8 @@ def check_labels(
     if mixed := sorted(name for name, labels in union.items() if len(labels) > 1):
         shown = ' and '.join(map(str, sorted(union[mixed[0]])[:2]))
         warn(
-            f'warning: {len(mixed)} of {len(union)} folders have several labels in {" and ".join(map(str, paths))}, such'
-            f' as {mixed[0]} ({shown}); right only if these folders are not classes'
+            f'warning: {len(mixed)} of {len(union)} folders have several labels in {" and ".join(map(str, paths))},'
+            f' such as {mixed[0]} ({shown}); right only if these folders are not classes'
         )
     _warn_of_other_folders(compared, warn)
 
@@ -193,7 +193,7 @@ def _count_labels(folders: Mapping[str, set[int]]) -> int:
 
 
 def _warn_of_other_folders(found: Mapping[str | Path, Mapping[str, set[int]]], warn: Callable) -> None:
-    """One line if two lists agree in the folders of some labels, and differ in those of others."""
+    """Warn in one line if two lists agree on the folders of some labels and differ in those of others."""
     if len(found) != 2:
         return
     first, second = (_folders_by_label(folders) for folders in found.values())
@@ -296,7 +296,7 @@ def list_folder(
 def _present_classes(
     root: Path, names: list[str], absent: list[str], there: list[str], warn: Callable[[str], object]
 ) -> list[str]:
-    """The class folders that are there, of those that a list names; lines about those absent and those unnamed."""
+    """Return the classes that have folders; warn of the absent ones, and of folders that are no classes."""
     if len(absent) == len(names):
         shown = ', '.join(names[:3])
         raise BadInput(f'image root {root}: has none of the {len(names)} class folders of the list, such as {shown}')
@@ -343,13 +343,13 @@ def read_classes(path: str | Path, root: str | Path | None = None, warn: Callabl
 
 
 def _name_in(root: Path, name: str) -> str:
-    """The name as the file system spells it: accents may be one character or two."""
+    """Return the name as the file system spells it: an accent may be part of a letter or a character after it."""
     spellings = (name, *(unicodedata.normalize(form, name) for form in ('NFC', 'NFD')))
     return next((spelling for spelling in spellings if (root / spelling).is_dir()), name)
 
 
 def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Split each class at random into two parts, the first with a share of `ratio` (at least one image in each part).
+    """Split each class at random into two parts, the first with a share of `ratio`; each gets at least one image.
 
     Raises:
         BadInput: a class of a single image.
@@ -366,7 +366,7 @@ def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tup
 
 
 def write_list(samples: Sequence[Sample], path: str | Path) -> None:
-    """Write a list, whole or not at all.
+    """Write a list atomically.
 
     Raises:
         BadInput: a path with a line break or not in UTF-8, or a folder that cannot be written to.

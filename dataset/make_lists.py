@@ -1,7 +1,7 @@
 """Make image lists from class folders.
 
-All lists that the scripts need, from a folder with train/ and val/ or from one folder of class folders; then it prints
-the commands that search:
+All lists that the scripts need, from a folder with train/ and val/ or from one folder of class folders. Prints the
+commands for a search with them:
 
     python dataset/make_lists.py --img_root photos --to lists
 
@@ -42,8 +42,8 @@ def get_args():
     parser.add_argument('--train_list', help='write the first part of a split here')
     parser.add_argument('--val_list', help='write the second part of a split here')
     ratio = number(float, 0, 1, open_low=True)
-    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of the first part of a split, in each class')
-    parser.add_argument('--seed', type=count(0), default=2)
+    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
+    parser.add_argument('--seed', type=count(0), default=2, help='of the split')
     args = parser.parse_args()
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
@@ -58,14 +58,14 @@ def get_args():
 
 
 def wanted_classes(args, root):
-    """The class folders of `root` that the flags ask for, with labels if another list gives them; None: all."""
+    """Return the class folders of `root` that the flags name, with labels if --like gives them; None: all."""
     if args.like:
         return read_numbering(args.like)
     return read_classes(args.classes, root) if args.classes else None
 
 
 def find_roots(args):
-    """The folders of training and of validation images; one folder twice if --img_root has no such pair.
+    """Return the folders of training and of validation images; one folder twice if --img_root has no such pair.
 
     Folders that hold nothing but one folder are skipped, unless --classes names what to take.
     """
@@ -76,6 +76,8 @@ def find_roots(args):
     pair = find_pair(subfolders(outer))
     if not pair:
         return outer, outer
+    if others := [name for name in subfolders(outer) if name not in pair]:
+        print(f'{outer}: left out {", ".join(others)}; the lists are of {pair[0]} and {pair[1]}')
     train_root, val_root = (unwrapped(outer / name) for name in pair)
     if not subfolders(val_root):
         raise BadInput(f'{val_root}: no class folders in it; to split the training images: --img_root {train_root}')
@@ -83,12 +85,12 @@ def find_roots(args):
 
 
 def flat(by_class):
-    """All samples of all classes."""
+    """Return the samples of all classes as one list."""
     return [sample for samples in by_class for sample in samples]
 
 
 def all_lists(args):
-    """Everything that search and training need: ({path: samples}, root of training, root of validation, names)."""
+    """Return all lists for search and training: ({path: samples}, root of training, root of validation, names)."""
     to = Path(args.to)
     train_root, val_root = find_roots(args)
     classes = wanted_classes(args, train_root)
@@ -113,7 +115,7 @@ def all_lists(args):
 
 
 def next_commands(to, train_root, val_root):
-    """The commands that go on from the lists to a search and to a trained network."""
+    """Return the commands that use the lists, for a search and a training."""
     to, train_root, val_root = (shlex.quote(str(path)) for path in (to, train_root, val_root))
     return f"""next, at 224 pixels (a table of another size: --img_size in all of them):
 python latency_pkl/make_lat_lut.py --save_path {to}/latency.pkl
@@ -124,7 +126,7 @@ and, to train what it finds: train_eval.py with --train_root {train_root} --trai
 
 
 def main(args):
-    """Write the lists that the flags ask for."""
+    """Write the lists that the flags name."""
     if args.to:
         parts, *roots, names = all_lists(args)
     else:

@@ -153,3 +153,12 @@ def test_images_that_cannot_be_read_are_no_matter_of_the_warning(tmp_path):
     lines = []
     read_train_val((tmp_path / 'train.txt', tmp_path / 'val.txt'), (tmp_path, tmp_path), None, lines.append)
     assert not [line for line in lines if 'nearly' in line]
+
+
+def test_a_tiff_of_an_unknown_kind_is_not_called_no_image(tmp_path):
+    data = np.linspace(0, 1, 4, dtype='<f8').tobytes()
+    with pytest.raises(BadInput, match='a TIFF file of a kind that PIL cannot read'):
+        load_rgb(write_tiff(tmp_path / 'x.tif', data, 64, sample_format=FLOAT))
+    (tmp_path / 'x.tif').write_text('no image')
+    with pytest.raises(BadInput, match='not an image'):
+        load_rgb(tmp_path / 'x.tif')

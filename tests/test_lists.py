@@ -274,6 +274,12 @@ def test_named_classes_are_taken_whatever_they_look_like(tmp_path, lister):
     assert 'test is the only class folder' in lister(*flags, code=2)
 
 
+def test_folders_beside_a_pair_are_left_out_with_a_line(tmp_path, lister):
+    root = fill(tmp_path / 'data', [f'{split}/{name}' for split in ('train', 'val', 'test') for name in 'ab'], count=3)
+    out = lister('--img_root', root, '--to', tmp_path / 'lists')
+    assert f'{root}: left out test; the lists are of train and val' in out
+
+
 # --- leftovers
 
 
@@ -341,12 +347,12 @@ def test_a_folder_in_two_classes_is_refused(tmp_path, lister, link, target):
     assert f'class folders cat and {link.split("/")[0]} both lead to {root / target}' in error
 
 
-def test_links_that_lead_nowhere_are_counted(tmp_path, lister):
+def test_dangling_links_are_counted(tmp_path, lister):
     root = fill(tmp_path / 'data', ['cat', 'dog'])
     for name, target in (('gone.jpg', 'absent.jpg'), ('self', 'self'), ('text.txt', 'absent.txt')):
         (root / 'cat' / name).symlink_to(target)
     out = lister('--img_root', root, '--list', tmp_path / 'all.txt')
-    assert 'left out 2 links that lead nowhere, such as cat/gone.jpg' in out and '4 images of 2 classes' in out
+    assert 'left out 2 links to files that do not exist, such as cat/gone.jpg' in out and '4 images of 2 classes' in out
 
 
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, lister, monkeypatch):
@@ -453,3 +459,8 @@ def lines(*folders, start=0):
 def test_labels_are_named_by_their_folders(samples, names):
     assert class_names(samples) == names
     assert class_names(samples[::-1]) == names
+
+
+def test_names_of_ordinary_lists_are_those_of_the_listed_folders(tmp_path):
+    by_class = list_folder(fill(tmp_path, TEN))
+    assert class_names([sample for samples in by_class for sample in samples]) == TEN
