@@ -1,7 +1,7 @@
-"""Colours on the device: processes that load images decode, crop and flip to uint8, a whole batch is jittered at once.
+"""Colour jitter on the device, of whole batches; the loader's workers only decode, crop and flip, to uint8.
 
-Draws are those of `train_transform`, in the same order, so that an image gets the same crop, flip, factors and order of
-operations either way; pixels differ by the rounding to 8 bits that PIL does after every operation.
+Random draws are those of `train_transform`, in the same order: an image gets the same crop, flip, factors and order of
+operations either way. Pixels differ only because PIL rounds to 8 bits after every operation.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ IDENTITY = (1.0, 0.0, 0.0)
 
 
 class TrainPixels:
-    """As `train_transform`, colours left out: uint8 [3, h, w] -> (uint8 [3, size, size], colours [19])."""
+    """`train_transform` without its colours: uint8 [3, h, w] -> (uint8 [3, size, size], colours [19])."""
 
     def __init__(self, size: int):
         self.crop, self.jitter = crop_and_flip(size), v2.ColorJitter(**JITTER)
@@ -27,7 +27,7 @@ class TrainPixels:
 
 
 class ValPixels:
-    """As `val_transform`, without its normalisation: uint8 [3, h, w] -> (uint8 [3, size, size], no colours [0])."""
+    """`val_transform` without its normalisation: uint8 [3, h, w] -> (uint8 [3, size, size], no colours [0])."""
 
     def __init__(self, size: int):
         self.crop = resize_and_crop(size)
@@ -38,20 +38,22 @@ class ValPixels:
 
 @dataclass
 class RawImages:
-    """A batch that becomes float images when it is moved to a device.
+    """Batch that becomes float images when it is moved to a device.
 
-    `pixels` uint8 [N, 3, H, W]; `colours` [N, 19] of `pack_colours`, or [N, 0] for images that keep theirs.
+    Attributes:
+        pixels: uint8 [N, 3, H, W].
+        colours: [N, 19] of `pack_colours`; [N, 0]: no jitter.
     """
 
     pixels: Tensor
     colours: Tensor
 
     def pin_memory(self) -> 'RawImages':
-        """The same in page-locked memory; DataLoader calls it."""
+        """Return a copy in page-locked memory. DataLoader calls it."""
         return RawImages(self.pixels.pin_memory(), self.colours.pin_memory())
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
-        """The images on the device, jittered and normalised, float [N, 3, H, W]; no waiting for the device."""
+        """Return the images on the device, jittered and normalised, float [N, 3, H, W]. Do not wait for the device."""
         images = self.pixels.to(device, non_blocking=non_blocking).float().div_(255)
         if self.colours.shape[1]:
             images = jitter(images, self.colours.to(device, non_blocking=non_blocking))
@@ -63,11 +65,11 @@ class RawImages:
 def pack_colours(
     fn_idx: Tensor, brightness_factor: float, contrast_factor: float, saturation_factor: float, hue_factor: float
 ) -> Tensor:
-    """What `jitter` does to one image, [19], from the parameters that ColorJitter draws.
+    """Pack the parameters that ColorJitter draws for one image into [19], for `jitter`.
 
-    Hue stands in the middle of six slots; the operations before and after it fill slots on their side, the other slots
-    change nothing. So a batch has all orders of operations at once. A slot is (share of the image, share of its mean
-    grey, share of its grey); the last value is the hue's shift.
+    Three slots before the change of hue and three after it hold the other operations; free slots change nothing. So
+    the images of a batch may differ in the order of operations. A slot is (share of the image, share of its mean grey,
+    share of its grey). The last value is the shift of the hue.
     """
     blends = (
         (brightness_factor, 0.0, 0.0),
@@ -83,7 +85,7 @@ def pack_colours(
 
 
 def jitter(images: Tensor, colours: Tensor) -> Tensor:
-    """ColorJitter with factors and an order of its own for each image. Both: float [N, 3, H, W] from 0 to 1.
+    """Apply ColorJitter, with the factors and the order of each image. Images: float [N, 3, H, W] from 0 to 1.
 
     Args:
         colours: [N, 19], see `pack_colours`.
@@ -98,7 +100,7 @@ def jitter(images: Tensor, colours: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, slot: Tensor) -> Tensor:
-    """Brightness, contrast or saturation of each image, as torchvision defines them.
+    """Change brightness, contrast or saturation of each image, as torchvision defines them.
 
     Args:
         images: [N, 3, H, W].
@@ -112,7 +114,7 @@ def blend(images: Tensor, slot: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of each image: to HSV, hue plus `shift` of a full circle, and back.
+    """Add `shift` full circles to the hue of each image, in HSV.
 
     Args:
         images: [N, 3, H, W] from 0 to 1.

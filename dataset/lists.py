@@ -1,22 +1,28 @@
 """Image lists: one image a line, `relative/path.JPEG label`. Paths may hold spaces."""
 
 import itertools
+import os
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from dataset.folders import SUFFIXES, ClassFolders, check_no_splits, note_left_out, subfolders
 from tools.errors import BadInput
 from tools.files import write_text
 
 Sample = tuple[str, int]
 """(path relative to the image root, label)"""
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
-"""Of the files that torchvision's ImageFolder takes for images; torchvision takes seconds to import."""
-
 MOST_CLASSES = 65536
-"""That a list without `--num_classes` may ask for."""
+"""Upper bound on the classes of a list without `--num_classes`."""
+
+READINGS = (lambda parts: parts[0], lambda parts: parts[-1], '/'.join)
+"""Candidates for the class folder among the folders of a path: the outermost, the innermost, all of them."""
+
+MOST_NAMES = 3
+"""Folders that may share a label and still name it."""
 
 
 def read_list(
@@ -26,8 +32,22 @@ def read_list(
 
     Args:
         root: folder that the paths start from; the first and last image must be there.
-        num_classes: labels are 0 to num_classes - 1; None where the list says how many there are.
-        warn: called with a line about what is odd but legal: images listed twice, classes without images.
+        num_classes: labels are 0 to num_classes - 1; None: the list decides.
+        warn: called with a line each if images are listed twice and if classes have no images.
+
+    Raises:
+        BadInput: see `parse_list`; or an image is absent.
+    """
+    samples = parse_list(path, num_classes)
+    for relative, _ in (samples[0], samples[-1]):
+        if not (Path(root) / relative).is_file():
+            raise BadInput(f'image list {path}: no file {relative} under {root}')
+    _warn_of_oddities(samples, path, num_classes or count_classes(samples), warn)
+    return samples
+
+
+def parse_list(path: str | Path, num_classes: int | None = None) -> list[Sample]:
+    """Read the lines of a list; ignore the image files.
 
     Raises:
         BadInput: unreadable, empty, or a bad line (named by its number).
@@ -44,22 +64,18 @@ def read_list(
     ]
     if not samples:
         raise BadInput(f"image list {path}: is empty; expected lines of 'relative/path label'")
-    for relative, _ in (samples[0], samples[-1]):
-        if not (Path(root) / relative).is_file():
-            raise BadInput(f'image list {path}: no file {relative} under {root}')
-    _warn_of_oddities(samples, path, num_classes or count_classes(samples), warn)
     return samples
 
 
 def count_classes(samples: Sequence[Sample]) -> int:
-    """Number of classes that the labels of a list ask for: the largest label plus one, at least two."""
+    """Return the number of classes that labels ask for: the largest label plus one, at least two."""
     return max(2, 1 + max(label for _, label in samples))
 
 
 def warn_of_overlap(
     train: Sequence[Sample], val: Sequence[Sample], paths: tuple[str, str], warn: Callable[[str], object] = print
 ) -> None:
-    """One line where two lists of one folder share images."""
+    """Warn in one line if two lists of one folder share images."""
     if shared := {path for path, _ in train} & {path for path, _ in val}:
         warn(f'warning: {len(shared)} images are both in {paths[0]} and in {paths[1]}, such as {min(shared)}')
 
@@ -90,55 +106,250 @@ def _parse_line(line: str, where: str, num_classes: int | None) -> Sample:
     return relative, int(label)
 
 
-def list_folder(root: str | Path, classes: Sequence[str] | None = None) -> list[list[Sample]]:
-    """Images of each class folder under `root`, sorted by name; labels by the sorted order of the classes.
+def class_folders(lists: Sequence[Sequence[Sample]]) -> list[dict[str, set[int]]]:
+    """Return the labels of each class folder, for each list; images without a folder are left out.
+
+    Folders that all images of a list share, such as train/, do not count. Of the rest, the outermost folder is the
+    class folder, as in ImageFolder. The innermost one or the whole path takes its place if fewer of these have several
+    labels within a list. So dog/2021/x.JPEG is of class dog; train/n01440764/x.JPEG, in a list with images of other
+    classes under train/ and extra/, is of class n01440764.
+    """
+    trees = [_folder_labels(samples) for samples in lists]
+    readings = [[_merge((read(parts), labels) for parts, labels in tree) for tree in trees] for read in READINGS]
+    return min(readings, key=_share_of_mixed)
+
+
+def _folder_labels(samples: Sequence[Sample]) -> list[tuple[tuple[str, ...], set[int]]]:
+    """Return (parts of its path, labels) of each folder, without the outer folders that all share."""
+    by_folder = _merge((relative.rpartition('/')[0], {label}) for relative, label in samples)
+    folders = [(PurePosixPath(folder).parts, labels) for folder, labels in by_folder.items()]
+    folders = [(parts, labels) for parts, labels in folders if parts]
+    shared = len(os.path.commonprefix([parts[:-1] for parts, _ in folders]))
+    return [(parts[shared:], labels) for parts, labels in folders]
+
+
+def _merge(items: Iterable[tuple[str, set[int]]]) -> dict[str, set[int]]:
+    merged = defaultdict(set)
+    for name, labels in items:
+        merged[name] |= labels
+    return dict(merged)
+
+
+def _share_of_mixed(lists: Sequence[Mapping[str, set[int]]]) -> float:
+    """Return the share of folders with several labels within a list."""
+    sizes = [len(labels) for folders in lists for labels in folders.values()]
+    return sum(size > 1 for size in sizes) / max(1, len(sizes))
+
+
+def check_labels(
+    lists: Sequence[Sequence[Sample]], paths: Sequence[str | Path], warn: Callable[[str], object] = print
+) -> None:
+    """Refuse lists in which one class folder has two labels, as lists that were numbered apart have.
+
+    Folders need not be classes, but may be cameras or patients. So a list of which most folders have several labels is
+    not compared. If a folder has two labels within a list, the lists are refused only if they name about as many labels
+    as folders. Several folders may share a label.
 
     Args:
-        classes: folders to take; all of them where None.
+        paths: names of the lists in messages.
+        warn: called with a line if folders with several labels are accepted, and if the folder of a label differs.
 
     Raises:
-        BadInput: no such folder, no classes, a class without images.
+        BadInput: a class folder with two labels, named with them.
+    """
+    found = dict(zip(paths, class_folders(lists), strict=True))
+    compared = {path: folders for path, folders in found.items() if _share_of_mixed([folders]) <= 0.5}
+    union = _merge(item for folders in compared.values() for item in folders.items())
+    folder_a_class = len(union) < 2 * _count_labels(union)
+    each_list_agrees = _share_of_mixed(list(compared.values())) == 0
+    wrong = sorted(
+        name
+        for name, labels in union.items()
+        if len(labels) > 1 and (each_list_agrees or (len(labels) == 2 and folder_a_class))
+    )
+    if wrong:
+        places = [
+            f'{" and ".join(map(str, sorted(folders[wrong[0]])))} in {path}'
+            for path, folders in compared.items()
+            if wrong[0] in folders
+        ]
+        raise BadInput(
+            f'class folder {wrong[0]} has label {", ".join(places)} ({len(wrong)} of {len(union)} class folders have'
+            ' several labels); number one list like the other: dataset/make_lists.py --like'
+        )
+    many = [folders for folders in found.values() if len(folders) >= _count_labels(folders)]
+    union = _merge(item for folders in many for item in folders.items())
+    if mixed := sorted(name for name, labels in union.items() if len(labels) > 1):
+        shown = ' and '.join(map(str, sorted(union[mixed[0]])[:2]))
+        warn(
+            f'warning: {len(mixed)} of {len(union)} folders have several labels in {" and ".join(map(str, paths))},'
+            f' such as {mixed[0]} ({shown}); right only if these folders are not classes'
+        )
+    _warn_of_other_folders(compared, warn)
+
+
+def _count_labels(folders: Mapping[str, set[int]]) -> int:
+    return len(set().union(*folders.values()))
+
+
+def _warn_of_other_folders(found: Mapping[str | Path, Mapping[str, set[int]]], warn: Callable) -> None:
+    """Warn in one line if two lists agree on the folders of some labels and differ in those of others."""
+    if len(found) != 2:
+        return
+    first, second = (_folders_by_label(folders) for folders in found.values())
+    single = [label for label in sorted(first) if len(first[label]) == len(second.get(label, ())) == 1]
+    other = [label for label in single if first[label] != second[label]]
+    if 0 < len(other) < len(single):
+        label = other[0]
+        names = ', '.join(f'{by[label][0]} in {path}' for by, path in zip((first, second), found, strict=True))
+        warn(f'warning: {len(other)} labels have different class folders in the two lists: label {label} is {names}')
+
+
+def _folders_by_label(folders: Mapping[str, set[int]]) -> dict[int, list[str]]:
+    by_label = defaultdict(list)
+    for name in sorted(folders):
+        for label in folders[name]:
+            by_label[label].append(name)
+    return by_label
+
+
+def class_names(samples: Sequence[Sample]) -> list[str] | None:
+    """Return the name of each label of a list: its class folder, see `class_folders`.
+
+    A label of two or three folders has their names, joined by commas. One without images has its number.
+
+    Returns:
+        Names by label, as many as `count_classes`; None if the folders do not name classes: images without a folder, a
+        folder of two labels, a label of more than `MOST_NAMES` folders.
+    """
+    (folders,) = class_folders([samples])
+    by_label = _folders_by_label(folders)
+    named = all('/' in os.path.normpath(relative) for relative, _ in samples)
+    if not named or _share_of_mixed([folders]) or max(map(len, by_label.values())) > MOST_NAMES:
+        return None
+    return [', '.join(by_label.get(label, [str(label)])) for label in range(count_classes(samples))]
+
+
+def read_numbering(path: str | Path) -> dict[str, int]:
+    """Return the label of each class folder of a list, for lists that must agree with it.
+
+    Raises:
+        BadInput: see `parse_list`; or its folders do not decide the labels.
+    """
+    (folders,) = class_folders([parse_list(path)])
+    if not folders:
+        raise BadInput(f'--like {path}: its images are in no class folders, which --like takes labels from')
+    if mixed := sorted(name for name, labels in folders.items() if len(labels) > 1):
+        labels = ' and '.join(map(str, sorted(folders[mixed[0]])[:2]))
+        raise BadInput(
+            f'--like {path}: folder {mixed[0]} has labels {labels}; --like takes a list with one label a class folder'
+        )
+    return {name: label for name, (label,) in folders.items()}
+
+
+def list_folder(
+    root: str | Path,
+    classes: Sequence[str] | Mapping[str, int] | None = None,
+    warn: Callable[[str], object] = print,
+) -> list[list[Sample]]:
+    """List the images of each class folder under `root`, sorted by name; labels by the sorted order of the classes.
+
+    Args:
+        classes: folders to take; None: all of them. A mapping gives their labels; then folders may be absent.
+        warn: called with lines about what was left out: leftovers of other programs, dangling links, and, with a
+            mapping, classes without a folder and folders without a class.
+
+    Raises:
+        BadInput: no such folder, no classes or a single one, a class without images, folders that look like splits, two
+            classes with the same folder.
     """
     root = Path(root)
     if not root.is_dir():
         raise BadInput(f'image root {root}: no such folder; expected one folder a class in it')
-    names = sorted(
-        classes if classes is not None else (p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
-    )
+    folders = ClassFolders(root)
+    there = folders.names()
+    names = sorted(there if classes is None else classes)
     if not names:
         raise BadInput(f'image root {root}: no class folders in it')
     absent = [name for name in names if not (root / name).is_dir()]
-    if absent:
+    numbers = classes if isinstance(classes, Mapping) else {name: label for label, name in enumerate(names)}
+    if isinstance(classes, Mapping):
+        names = _present_classes(root, names, absent, there, warn)
+    elif absent:
         raise BadInput(
             f'image root {root}: {len(absent)} of {len(names)} class folders absent: {", ".join(absent[:3])}'
         )
-    listed = []
-    for label, name in enumerate(names):
-        files = sorted(p for p in (root / name).rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
+    if len(set(numbers.values())) < 2:
+        inside = f'; if its folders are the classes, give --img_root {root / names[0]}'
+        hint = inside if subfolders(root / names[0]) else ''
+        raise BadInput(f'image root {root}: {names[0]} is the only class folder; expected two or more{hint}')
+    images = {name: folders.images(name) for name in names}
+    if classes is None:
+        check_no_splits(root, images)
+    for name in names:
+        if not images[name]:
             raise BadInput(f'image root {root}: class folder {name} holds no images ({", ".join(SUFFIXES)})')
-        listed.append([(p.relative_to(root).as_posix(), label) for p in files])
-    return listed
+    note_left_out(folders, warn)
+    return [[(path, numbers[name]) for path in images[name]] for name in names]
 
 
-def read_classes(path: str | Path) -> list[str]:
-    """Class folder names, one a line.
+def _present_classes(
+    root: Path, names: list[str], absent: list[str], there: list[str], warn: Callable[[str], object]
+) -> list[str]:
+    """Return the classes that have folders; warn of the absent ones, and of folders that are no classes."""
+    if len(absent) == len(names):
+        shown = ', '.join(names[:3])
+        raise BadInput(f'image root {root}: has none of the {len(names)} class folders of the list, such as {shown}')
+    if absent:
+        warn(f'warning: image root {root} lacks {len(absent)} of {len(names)} classes: {", ".join(absent[:5])}')
+    if others := sorted(set(there) - {PurePosixPath(name).parts[0] for name in names}):
+        warn(f'{root}: left out {len(others)} folders without a label in the list: {", ".join(others[:5])}')
+    return [name for name in names if name not in absent]
+
+
+def read_classes(path: str | Path, root: str | Path | None = None, warn: Callable[[str], object] = print) -> list[str]:
+    """Read names of class folders, one a line.
+
+    Args:
+        root: folder of the class folders. If none of the lines with spaces names a folder there, the first words do, as
+            in ImageNet's LOC_synset_mapping.txt.
+        warn: called with a line if first words are taken.
 
     Raises:
-        BadInput: unreadable or empty.
+        BadInput: unreadable or empty, a path, or a name twice.
     """
     try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f'{path}: cannot be read as a list of classes ({e})') from e
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip().rstrip('/') for line in lines if line.strip()]
     if not names:
         raise BadInput(f'{path}: names no classes')
+    if root is not None:
+        names = [_name_in(Path(root), name) for name in names]
+        with_space = [name for name in names if len(name.split()) > 1]
+        firsts = {name: name.split()[0] for name in with_space if (Path(root) / name.split()[0]).is_dir()}
+        if firsts and not any((Path(root) / name).is_dir() for name in with_space):
+            warn(
+                f'{path}: took the first words of {len(firsts)} lines as class folders, such as {min(firsts.values())}'
+            )
+            names = [firsts.get(name, name) for name in names]
+    for name, times in Counter(names).items():
+        if '/' in name or name in ('', '.', '..'):
+            raise BadInput(f'{path}: {name!r} is no name of a class folder; expected a name without /')
+        if times > 1:
+            raise BadInput(f'{path}: names class {name} {times} times; its images would get several labels')
     return names
 
 
+def _name_in(root: Path, name: str) -> str:
+    """Return the name as the file system spells it: an accent may be part of a letter or a character after it."""
+    spellings = (name, *(unicodedata.normalize(form, name) for form in ('NFC', 'NFD')))
+    return next((spelling for spelling in spellings if (root / spelling).is_dir()), name)
+
+
 def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Split each class at random into two parts, the first with a share of `ratio` (at least one image in each part).
+    """Split each class at random into two parts, the first with a share of `ratio`; each gets at least one image.
 
     Raises:
         BadInput: a class of a single image.
@@ -155,7 +366,7 @@ def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tup
 
 
 def write_list(samples: Sequence[Sample], path: str | Path) -> None:
-    """Write a list, whole or not at all.
+    """Write a list atomically.
 
     Raises:
         BadInput: a path with a line break or not in UTF-8, or a folder that cannot be written to.

@@ -1,6 +1,7 @@
-"""Images from lists, in batches whose order and augmentation depend on seed, epoch and image alone."""
+"""Batches of images from lists. Order and augmentation depend only on seed, epoch and image."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import Sample, count_classes, read_list, warn_of_overlap
+from dataset.lists import Sample, check_labels, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
@@ -20,18 +21,21 @@ from tools.run.stop import outlive_signals
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""
 
+FIRST_IMAGES, FLAT, DARK = 4, 2.0, 64
+"""Number of images that `warn_of_flat_images` reads; its bounds on standard deviation and largest value, of 255."""
+
 
 class ImageList(Dataset):
-    """The images of a list: items (what `transform` makes of an image, label), asked for by (epoch, index).
+    """Images of a list. Key: (epoch, index); item: (transformed image, label).
 
     Seed, epoch and index decide the augmentation: it is the same in any worker and after any interruption.
 
     Args:
-        skip: go on without images that cannot be read: the next one of the list takes the place of such a one.
-        replace: with `skip` and False, nothing takes its place, and the item is None.
+        skip: go on without images that cannot be read.
+        replace: with `skip`, the next image of the list replaces a skipped one; if False, the item is None.
 
     Raises (in `__getitem__`):
-        BadInput: a file that is missing or no image; with `skip`, only where these are more than `MOST_BAD` of all.
+        BadInput: a file is missing or no image; with `skip`, only if these are more than `MOST_BAD` of all.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class ImageList(Dataset):
         self.skip, self.replace = skip, replace
         by_transform = {TrainPixels: partial(load_pixels, fast=True), ValPixels: load_pixels}
         self.load = by_transform.get(type(transform), load_rgb)
-        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # which were skipped, in any worker
+        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # skipped in any worker
         self.logged: set[int] = set()
 
     def __len__(self) -> int:
@@ -77,18 +81,18 @@ class ImageList(Dataset):
         self.check_share(str(error))
 
     def check_share(self, last: str) -> None:
-        """Raise BadInput where more than `MOST_BAD` of the images were skipped. `last`: why the last one was."""
+        """Raise BadInput if more than `MOST_BAD` of the images were skipped. `last`: the last one's error."""
         if (count := int(self.bad.sum())) > MOST_BAD * len(self.samples):
             share = f'{count} of {len(self.samples)} images are bad, more than {MOST_BAD:.0%}'
             raise BadInput(f'--bad_images skip: {share}; the last one: {last}')
 
     def log_skipped(self, log: Callable[[str], object], world: World) -> None:
-        """Log, with path and reason, the images skipped since it was last asked, in any worker of any process.
+        """Log path and reason of the images skipped since the last call, in any worker of any process.
 
-        All processes must ask together.
+        All processes must call it together.
 
         Raises:
-            BadInput: in all processes, where these are more than `MOST_BAD` of all images.
+            BadInput: in all processes, if more than `MOST_BAD` of all images were skipped.
         """
         if not self.skip:
             return
@@ -108,7 +112,7 @@ class ImageList(Dataset):
 
 
 def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor] | None:
-    """A batch (images, labels) of the items of an `ImageList`; None where none of the images could be read."""
+    """Return the batch (images, labels) of items of an `ImageList`; None if no image could be read."""
     items = [item for item in items if item is not None]
     if not items:
         return None
@@ -119,7 +123,7 @@ def collate(items: list[tuple | None]) -> tuple[Tensor | RawImages, Tensor] | No
 class EpochSampler(DistributedSampler):
     """torch's DistributedSampler that yields (epoch, index) and can start at a later batch.
 
-    It gives no image twice: where the images do not divide evenly, some processes get one fewer.
+    No image comes twice: if the images do not divide evenly, some processes get one fewer.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, world: World, seed: int, *, for_training: bool):
@@ -134,7 +138,7 @@ class EpochSampler(DistributedSampler):
         self.batch_size, self.start_batch = batch_size, 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the order of the next iteration, and the batch it starts with."""
+        """Set the epoch, which decides the order of the next iteration, and its first batch."""
         super().set_epoch(epoch)
         self.start_batch = start_batch
 
@@ -159,9 +163,9 @@ def make_loader(
 
     Args:
         args: batch_size and workers, totals over all processes; seed; bad_images ('error' if absent).
-        source: name of the images in error messages.
-        for_training: shuffled, whole batches only, and a bad image is replaced by the next one. Otherwise in order, the
-            last batch of what is left, and bad images are left out.
+        source: list or folder that error messages name.
+        for_training: shuffle, drop the last, incomplete batch, replace a bad image by the next one. If False: keep
+            order and last batch, leave bad images out.
 
     Raises:
         BadInput: for training, fewer images than one batch, or batches too small for batch norm.
@@ -184,7 +188,7 @@ def make_loader(
         pin_memory=world.device.type == 'cuda',
         drop_last=for_training,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # of worker seeds, which nothing uses; keeps the global generator untouched
+        generator=torch.Generator(),  # otherwise worker seeds are drawn from the global generator
     )
 
 
@@ -209,54 +213,80 @@ def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLo
 def read_train_val(
     paths: tuple[str, str], roots: tuple[str, str], num_classes: int | None, warn: Callable[[str], object]
 ) -> tuple[list[Sample], list[Sample], int]:
-    """Read both lists of a run and check each, and one against the other: (training, validation, number of classes).
+    """Read both lists of a run, check them and compare them.
 
     Args:
         num_classes: None: as many as the training list names.
         warn: called with warnings, and with the number of classes if the training list decides it.
 
+    Returns:
+        (training, validation, number of classes)
+
     Raises:
-        BadInput: see `read_list`.
+        BadInput: see `read_list` and `check_labels`.
     """
     train = read_list(paths[0], roots[0], num_classes, warn)
     if num_classes is None:
         num_classes = count_classes(train)
         warn(f'--num_classes {num_classes}: from the labels in {paths[0]}')
     val = read_list(paths[1], roots[1], num_classes, warn)
+    check_labels((train, val), paths, warn)
+    for root, samples, path in zip(roots, (train, val), paths, strict=True):
+        warn_of_flat_images(root, samples, path, warn)
     if Path(roots[0]).resolve() == Path(roots[1]).resolve():
         warn_of_overlap(train, val, paths, warn)
     return train, val, num_classes
 
 
+def warn_of_flat_images(
+    root: str | Path, samples: Sequence[Sample], path: str | Path, warn: Callable[[str], object] = print
+) -> None:
+    """Warn in one line if the first images of a list are all nearly constant or all nearly black.
+
+    A likely cause is a range of values that their format does not have, such as 12 bits in 16.
+    """
+    spreads, peaks = [], []
+    for relative, _ in samples[:FIRST_IMAGES]:
+        with suppress(BadInput):  # loading it for a batch will raise or skip
+            pixels = load_pixels(Path(root) / relative).float()
+            spreads.append(pixels.std((1, 2), correction=0).max().item())
+            peaks.append(int(pixels.max()))
+    if spreads and (max(spreads) < FLAT or max(peaks) < DARK):
+        warn(
+            f'warning: the first {len(spreads)} images of {path} are nearly constant or black (standard deviation up to'
+            f' {max(spreads):.1f}, values up to {max(peaks)}, of 255), such as {samples[0][0]}; is their range right?'
+        )
+
+
 def transforms(args) -> tuple[Callable, Callable]:
-    """The transforms for training and for validation.
+    """Return the transforms for training and for validation.
 
     Args:
-        args: img_size, device_aug, and auto_augment where there is a choice.
+        args: img_size, device_aug, and auto_augment in scripts that have it.
 
     Raises:
         BadInput: both device_aug and auto_augment.
     """
     policy = getattr(args, 'auto_augment', None)
     if args.device_aug and policy:
-        raise BadInput(f'--auto_augment {policy} runs where images are decoded; leave out --device_aug')
+        raise BadInput(f'--auto_augment {policy} does not run on the device; leave out --device_aug')
     if args.device_aug:
         return TrainPixels(args.img_size), ValPixels(args.img_size)
     return train_transform(args.img_size, policy), val_transform(args.img_size)
 
 
 def log_skipped(*loaders: DataLoader, log: Callable[[str], object], world: World) -> None:
-    """Log which images the loaders of `make_loader` skipped, in any process, since they were last asked."""
+    """Log the images that loaders of `make_loader` skipped since the last call, in any process."""
     for loader in loaders:
         loader.dataset.log_skipped(log, world)
 
 
 class Batches:
-    """An endless stream of batches: pass after pass over a loader, each in another order.
+    """Endless stream of batches: pass after pass over a loader, each in another order.
 
     Args:
         loader: see `make_loader`.
-        start: batches to skip, so that a stream can go on where another ended.
+        start: batches to skip, to continue an interrupted stream.
     """
 
     def __init__(self, loader: DataLoader, start: int = 0):

@@ -1,14 +1,18 @@
 """Make image lists from class folders.
 
-All lists that the scripts need, from a folder with train/ and val/ or from one folder of class folders; then it prints
-the commands that search:
+All lists that the scripts need, from a folder with train/ and val/ or from one folder of class folders. Prints the
+commands for a search with them:
 
     python dataset/make_lists.py --img_root photos --to lists
 
-A training and a validation list from one folder, split 80/20 in each class; one list of all images of a folder:
+A training and a validation list from one folder, split 80/20 in each class:
 
     python dataset/make_lists.py --img_root images --train_list train.txt --val_list val.txt
-    python dataset/make_lists.py --img_root images/val --list val.txt
+
+One list of all images of a folder, and a second one with the classes and labels of the first:
+
+    python dataset/make_lists.py --img_root images/train --list train.txt
+    python dataset/make_lists.py --img_root images/val --list val.txt --like train.txt
 """
 
 import shlex
@@ -17,19 +21,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset.lists import list_folder, read_classes, split_by_class, write_list
+from dataset.folders import find_pair, subfolders, unwrap
+from dataset.lists import list_folder, read_classes, read_numbering, split_by_class, write_list
 from tools.errors import BadInput
 from tools.files import write_text
 from tools.options import Parser, count, number, run_script
-
-TRAIN_NAMES, VAL_NAMES = ('train', 'training'), ('val', 'valid', 'validation', 'test')
 
 
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument('--img_root', required=True, help='folder with one folder a class, or with train/ and val/')
-    parser.add_argument('--classes', help='file that names the class folders to take, one a line; default: all')
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument('--classes', help='file that names the class folders to take, one a line; default: all')
+    chosen.add_argument('--like', help='list that gives the class folders to take and their labels, such as train.txt')
     parser.add_argument(
         '--to', help='folder that gets train.txt, val.txt, search_train.txt, search_val.txt, classes.txt'
     )
@@ -37,32 +42,58 @@ def get_args():
     parser.add_argument('--train_list', help='write the first part of a split here')
     parser.add_argument('--val_list', help='write the second part of a split here')
     ratio = number(float, 0, 1, open_low=True)
-    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of the first part of a split, in each class')
-    parser.add_argument('--seed', type=count(0), default=2)
+    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
+    parser.add_argument('--seed', type=count(0), default=2, help='of the split')
     args = parser.parse_args()
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
         parser.error('give --to, or --list, or both --train_list and --val_list')
+    if args.like and any(
+        Path(args.like).resolve() == Path(p).resolve() for p in (args.list, args.train_list, args.val_list) if p
+    ):
+        parser.error(f'--like {args.like}: would be overwritten; write the new list to another file')
+    if args.to and args.like:
+        parser.error('--like goes with --list, or with --train_list and --val_list; the lists of --to agree anyway')
     return args
 
 
-def find_pair(root: Path) -> tuple[Path, Path] | None:
-    """The folders of training and validation images in `root`, where it has both."""
-    found = [
-        next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAIN_NAMES, VAL_NAMES)
-    ]
-    return None if None in found else tuple(found)
+def wanted_classes(args, root):
+    """Return the class folders of `root` that the flags name, with labels if --like gives them; None: all."""
+    if args.like:
+        return read_numbering(args.like)
+    return read_classes(args.classes, root) if args.classes else None
+
+
+def find_roots(args):
+    """Return the folders of training and of validation images; one folder twice if --img_root has no such pair.
+
+    Folders that hold nothing but one folder are skipped, unless --classes names what to take.
+    """
+    root, unwrapped = Path(args.img_root), Path if args.classes else unwrap
+    if not root.is_dir():
+        raise BadInput(f'image root {root}: no such folder; expected one with class folders, or with train/ and val/')
+    outer = unwrapped(root)
+    pair = find_pair(subfolders(outer))
+    if not pair:
+        return outer, outer
+    if others := [name for name in subfolders(outer) if name not in pair]:
+        print(f'{outer}: left out {", ".join(others)}; the lists are of {pair[0]} and {pair[1]}')
+    train_root, val_root = (unwrapped(outer / name) for name in pair)
+    if not subfolders(val_root):
+        raise BadInput(f'{val_root}: no class folders in it; to split the training images: --img_root {train_root}')
+    return train_root, val_root
 
 
 def flat(by_class):
-    """All samples of all classes."""
+    """Return the samples of all classes as one list."""
     return [sample for samples in by_class for sample in samples]
 
 
-def all_lists(args, classes):
-    """Everything that search and training need: ({path: samples}, root of training, root of validation, names)."""
-    root, to = Path(args.img_root), Path(args.to)
-    train_root, val_root = find_pair(root) or (root, root)
+def all_lists(args):
+    """Return all lists for search and training: ({path: samples}, root of training, root of validation, names)."""
+    to = Path(args.to)
+    train_root, val_root = find_roots(args)
+    classes = wanted_classes(args, train_root)
     train = list_folder(train_root, classes)
     names = [Path(samples[0][0]).parts[0] for samples in train]
     if val_root != train_root:
@@ -70,7 +101,10 @@ def all_lists(args, classes):
         others = [Path(samples[0][0]).parts[0] for samples in val]
         if names != others:
             odd = sorted(set(names) ^ set(others))
-            raise BadInput(f'{train_root} and {val_root} differ in {len(odd)} class folders: {", ".join(odd[:3])}')
+            raise BadInput(
+                f'{train_root} and {val_root} differ in {len(odd)} class folders: {", ".join(odd[:3])}; to list them'
+                ' all the same, use --list train.txt for one and --list val.txt --like train.txt for the other'
+            )
         train_samples, val_samples = flat(train), flat(val)
     else:
         train_samples, val_samples = split_by_class(train, args.ratio, args.seed)
@@ -81,7 +115,7 @@ def all_lists(args, classes):
 
 
 def next_commands(to, train_root, val_root):
-    """The commands that go on from the lists to a search and to a trained network."""
+    """Return the commands that use the lists, for a search and a training."""
     to, train_root, val_root = (shlex.quote(str(path)) for path in (to, train_root, val_root))
     return f"""next, at 224 pixels (a table of another size: --img_size in all of them):
 python latency_pkl/make_lat_lut.py --save_path {to}/latency.pkl
@@ -92,13 +126,11 @@ and, to train what it finds: train_eval.py with --train_root {train_root} --trai
 
 
 def main(args):
-    """Write the lists that the flags ask for."""
-    classes = read_classes(args.classes) if args.classes else None
+    """Write the lists that the flags name."""
     if args.to:
-        parts, *roots, names = all_lists(args, classes)
+        parts, *roots, names = all_lists(args)
     else:
-        by_class = list_folder(args.img_root, classes)
-        names = by_class
+        by_class = list_folder(args.img_root, wanted_classes(args, args.img_root))
         parts = {args.list: flat(by_class)}
     if args.train_list:
         parts = dict(
@@ -106,7 +138,7 @@ def main(args):
         )
     for path, samples in parts.items():
         write_list(samples, path)
-        print(f'{path}: {len(samples)} images of {len(names)} classes')
+        print(f'{path}: {len(samples)} images of {len({label for _, label in samples})} classes')
     if args.to:
         write_text(Path(args.to) / 'classes.txt', ''.join(f'{name}\n' for name in names))
         print(next_commands(args.to, *roots))

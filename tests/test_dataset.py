@@ -10,8 +10,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dataset.demo.unpack import unpack
 from dataset.device_aug import TrainPixels, ValPixels
+from dataset.folders import SUFFIXES
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import SUFFIXES, list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
+from dataset.lists import list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
 from dataset.loaders import Batches, EpochSampler, log_skipped, make_loader, read_train_val
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
@@ -67,13 +68,13 @@ def test_odd_but_legal_lists_are_read_with_a_warning(tmp_path):
 
 
 def test_the_number_of_classes_comes_from_the_training_list_and_is_said(images):
-    args, said = SimpleNamespace(num_classes=None), []
+    said = []
     lists, roots = (images / 'train.txt', images / 'val.txt'), (images, images)
-    train, val = read_train_val(lists, roots, args, said.append)
-    assert args.num_classes == 3 and said == [f'--num_classes 3: from the labels in {lists[0]}']
+    train, val, num_classes = read_train_val(lists, roots, None, said.append)
+    assert num_classes == 3 and said == [f'--num_classes 3: from the labels in {lists[0]}']
     assert (len(train), len(val)) == (20, 16)
     with pytest.raises(BadInput, match='label 2 should be at most 1'):
-        read_train_val(lists, roots, SimpleNamespace(num_classes=2), said.append)
+        read_train_val(lists, roots, 2, said.append)
 
 
 def test_split_is_by_class_and_by_seed(images, tmp_path):
@@ -98,10 +99,10 @@ def test_names_of_classes_may_hold_spaces_and_paths_must_be_utf8(tmp_path):
     assert not (tmp_path / 'list.txt').exists()
 
 
-def loader(images, workers=0, world=None, batch_size=4, shuffle=True, drop_last=True):
+def loader(images, workers=0, world=None, batch_size=4):
     args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=5)
     samples = read_list(images / 'train.txt', images, 3)
-    return make_loader(images, samples, train_transform(32), args, world or World(CPU), shuffle, drop_last, 'train')
+    return make_loader(images, samples, train_transform(32), args, world or World(CPU), 'train', for_training=True)
 
 
 def test_batches_do_not_depend_on_workers_or_interruptions(images):
@@ -122,7 +123,7 @@ def test_batches_do_not_depend_on_workers_or_interruptions(images):
 
 def test_processes_share_images_without_repeating_any():
     data = list(range(11))
-    parts = [EpochSampler(data, 2, World(CPU, r, 4), shuffle=True, drop_last=False, seed=0) for r in range(4)]
+    parts = [EpochSampler(data, 2, World(CPU, r, 4), seed=0, for_training=False) for r in range(4)]
     for part in parts:
         part.set_epoch(3)
     seen = sorted(index for part in parts for _, index in part)
@@ -262,7 +263,7 @@ def spoiled_loader(folder, bad, count=300, workers=0, replace=True, bad_images='
             Image.new('RGB', (8, 8), (i % 256, i // 256, 0)).save(path)
     args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=1, bad_images=bad_images)
     samples = [(f'{i}.png', i % 7) for i in range(count)]
-    return make_loader(folder, samples, val_transform(32), args, World(CPU), replace, replace, 'train')
+    return make_loader(folder, samples, val_transform(32), args, World(CPU), 'train', for_training=replace)
 
 
 def test_bad_images_are_replaced_alike_by_any_number_of_workers(tmp_path):
@@ -288,7 +289,7 @@ def test_skipped_images_are_counted_and_named_once(tmp_path, workers):
 def test_a_batch_of_bad_images_alone_is_left_out(tmp_path, workers):
     data = spoiled_loader(tmp_path, {140}, count=141, workers=workers, replace=False, batch_size=20)
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 7))
-    assert len(data) == 8 and evaluate(net, data, Precision(CPU), World(CPU))['images'] == 140
+    assert len(data) == 8 and evaluate(net, data, Precision(CPU), World(CPU)).numbers['images'] == 140
 
 
 @pytest.mark.parametrize('workers', [0, 2])

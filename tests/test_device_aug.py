@@ -113,7 +113,7 @@ def args(**changes):
 def stream(images, start=0, **changes):
     chosen = args(**changes)
     samples = read_list(images / 'train.txt', images, 3)
-    loader = make_loader(images, samples, transforms(chosen)[0], chosen, World(CPU), True, True, 'train')
+    loader = make_loader(images, samples, transforms(chosen)[0], chosen, World(CPU), 'train', for_training=True)
     return to_device(Batches(loader, start), CPU)
 
 

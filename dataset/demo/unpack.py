@@ -47,7 +47,7 @@ def unpack(folder: Path, seed: int) -> None:
 
 
 def main(args):
-    """Unpack and say where."""
+    """Unpack, and print the lists with their sizes."""
     folder = Path(args.to)
     unpack(folder, args.seed)
     for name in ('train.txt', 'test.txt', 'search_train.txt', 'search_val.txt'):
