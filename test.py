@@ -15,6 +15,7 @@ from runpy import run_path
 
 import torch
 
+from dataset.folders import ClassFolders
 from dataset.images import load_rgb
 from dataset.lists import read_list
 from dataset.loaders import log_skipped, make_loader
@@ -48,7 +49,7 @@ def get_args():
     add_eval_data_args(parser, batch_size=256, workers=16, required=False)
     parser.add_argument('--weights', required=True, help='a checkpoint or state dict of the network')
     parser.add_argument('--no_average', action='store_true', help='ignore a moving average in --weights')
-    parser.add_argument('--image', help='image file to classify; prints the five most probable classes')
+    parser.add_argument('--image', nargs='+', help='image files or folders; prints the five most probable classes')
     parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
     parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
@@ -70,9 +71,9 @@ def get_args():
 
 
 def load_net(args):
-    """Return the network in evaluation mode with its weights, and its number of classes."""
+    """Return the network in evaluation mode with its weights, and the names of its classes."""
     path = args.model_path or args.config_path
-    weights, key = read_weights(args.weights, average=not args.no_average)
+    weights, key, names = read_weights(args.weights, average=not args.no_average)
     in_weights = len(weights.get('classifier.linear.weight', ()))
     num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
@@ -83,7 +84,8 @@ def load_net(args):
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')
-    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval(), num_classes
+    names = names if names and len(names) == num_classes else [f'class {label}' for label in range(num_classes)]
+    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval(), names
 
 
 def export_files(path):
@@ -94,26 +96,26 @@ def export_files(path):
     return [Path(path), *([Path(path).with_suffix(second)] if second else [])]
 
 
-def export(net, args):
+def export(net, names, args):
     """Write the network to a file, check that the file gives the same outputs, and print the result."""
     (path, *others), times = export_files(args.export), ''
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
-        save_safetensors(net, path)
+        save_safetensors(net, path, names)
         write_text(others[0], dump_config(net.config))
         print(f'Exported: {path}, its config: {others[0]}')
         return
     if path.suffix == '.py':
         (weights,) = others
         title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
-        write_text(path, to_source(net, path.stem, weights.name, title))
+        write_text(path, to_source(net, path.stem, weights.name, title, names))
         save_checkpoint(net.state_dict(), weights)
         exported = run_path(str(path))['load']()
     elif path.suffix == '.pt2':
-        save_program(net, path, args.img_size)
+        save_program(net, path, args.img_size, names)
         exported = torch.export.load(path).module()
     else:
-        save_onnx(net, path, args.img_size)
+        save_onnx(net, path, args.img_size, names)
         exported = open_onnx(path)
         torch.set_num_threads(1)
         ms = [time_call(call, args.img_size) for call in (exported, net)]
@@ -124,29 +126,44 @@ def export(net, args):
         raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {CLOSE}')
 
 
-def predictions_csv(samples, probabilities):
-    """Return CSV text with a line per image: path, label, most probable class, its probability, top five classes."""
+def predictions_csv(samples, probabilities, names):
+    """Return CSV text with a line per image: path, label, most probable class, its probability, top five, its name."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['path', 'label', 'predicted', 'probability', 'top5'])
+    writer.writerow(['path', 'label', 'predicted', 'probability', 'top5', 'name'])
     top = probabilities.topk(min(5, probabilities.shape[1]))
     for (path, label), values, classes in zip(samples, top.values.tolist(), top.indices.tolist(), strict=True):
-        writer.writerow([path, label, classes[0], f'{values[0]:.6f}', ' '.join(map(str, classes))])
+        writer.writerow([path, label, classes[0], f'{values[0]:.6f}', ' '.join(map(str, classes)), names[classes[0]]])
     return text.getvalue()
 
 
 @torch.inference_mode()
-def classify(net, num_classes, args, device):
-    """Print the most probable classes of one image."""
-    image = val_transform(args.img_size)(load_rgb(args.image))
-    top = net(image[None].to(device, memory_format=LAYOUT)).softmax(1)[0].topk(min(5, num_classes))
-    for place, (probability, label) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), start=1):
-        print(f'{place}. class {label} probability {probability:.4f}')
+def classify(net, names, args, device):
+    """Print the most probable classes of each image."""
+    paths = [path for given in args.image for path in images_in(Path(given))]
+    for path in paths:
+        image = val_transform(args.img_size)(load_rgb(path))
+        top = net(image[None].to(device, memory_format=LAYOUT)).softmax(1)[0].topk(min(5, len(names)))
+        if len(paths) > 1:
+            print(path)
+        for place, (probability, label) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True), 1):
+            name = '' if names[label] == f'class {label}' else f' ({names[label]})'
+            print(f'{place}. class {label}{name} probability {probability:.4f}')
 
 
-def test(net, num_classes, args, world):
+def images_in(path):
+    """Return an image file itself, or the images of a folder and its subfolders."""
+    if not path.is_dir():
+        return [path]
+    found = [path / name for name in ClassFolders(path).images('.')]
+    if not found:
+        raise BadInput(f'--image {path}: a folder without images')
+    return found
+
+
+def test(net, names, args, world):
     """Print the accuracies on --val_list; write the predictions if requested."""
-    samples = read_list(args.val_list, args.val_root, num_classes)
+    samples = read_list(args.val_list, args.val_root, len(names))
     loader = make_loader(
         args.val_root, samples, val_transform(args.img_size), args, world, args.val_list, for_training=False
     )
@@ -157,24 +174,24 @@ def test(net, num_classes, args, world):
     log_skipped(loader, log=print, world=world)
     if args.export_predictions:
         samples = [sample for sample, bad in zip(samples, loader.dataset.bad.tolist(), strict=True) if not bad]
-        write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu()))
+        write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu(), names))
 
 
 def main(args):
     """Load the network, then classify an image, evaluate and export, as the flags say."""
     targets = [('--export_predictions', args.export_predictions)] if args.export_predictions else []
     for flag, path in [*targets, *(('--export', path) for path in export_files(args.export))]:
-        check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, args.image))
+        check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, *(args.image or ())))
     world = World(pick_device(args.device))
     prepare(world.device)
-    net, num_classes = load_net(args)
+    net, names = load_net(args)
     net = net.to(world.device, memory_format=LAYOUT)
     if args.image:
-        classify(net, num_classes, args, world.device)
+        classify(net, names, args, world.device)
     if args.val_list:
-        test(net, num_classes, args, world)
+        test(net, names, args, world)
     if args.export:
-        export(net, args)
+        export(net, names, args)
 
 
 if __name__ == '__main__':

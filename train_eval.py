@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from dataset.lists import class_file, class_names
 from dataset.loaders import make_train_val_loaders
 from latency_pkl.timing import log_latency
 from models.config import dump_config
@@ -21,6 +22,7 @@ from models.parsing import load_architecture
 from models.search_space import SPACE
 from tools.distributed import join_world, leave_world
 from tools.environment import prepare
+from tools.files import CLASS_NAMES
 from tools.options import Parser, add_training_args, run_script
 from tools.precision import Precision
 from tools.report.draw import draw_at_end
@@ -55,9 +57,11 @@ def main(args):
     state, snapshot = start_state(net, Precision(world.device), snapshot, world, args)
     network = describe_network(config, args.img_size, SPACE)
     header = run_header('training', flags, world.device, network=network, steps_an_epoch=len(loaders[0]))
-    files = {'model.config': dump_config(config)}
+    names = class_names(loaders[0].dataset.samples)
+    files = {'model.config': dump_config(config), **class_file(names)}
     logger = open_run(args, world, TRAINING.folders, snapshot, (state.epoch, state.step), header, files)
-    checkpointer = Checkpointer(logger, world, args.save_freq, flags, header['environment'])
+    about = {'environment': header['environment'], CLASS_NAMES: names}
+    checkpointer = Checkpointer(logger, world, args.save_freq, flags, about)
     code = fit(state, loaders, num_classes, world, args, checkpointer, logger)
     leave_world(world)
     if args.report and logger.ended:

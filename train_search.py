@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import list_folder, read_classes, split_by_class, write_list
+from dataset.lists import class_file, class_names, list_folder, read_classes, split_by_class, write_list
 from dataset.loaders import Batches, log_skipped, make_loader, read_train_val, transforms
 from models.describe import describe_architecture, describe_space, describe_table
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
@@ -44,6 +44,7 @@ from models.search_steps import backward_on_mixture, backward_on_paths, train_on
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
+from tools.files import CLASS_NAMES
 from tools.options import (
     DEFAULT_TABLE,
     Parser,
@@ -295,12 +296,14 @@ def main(args):
     snapshot = find_snapshot(args, SEARCH)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
+    names = class_names(loaders[0].dataset.samples)
     header = make_header(flags, table, target, world, args, steps)
-    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header)
+    about, files = {'environment': header['environment'], CLASS_NAMES: names}, class_file(names)
+    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, files)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
     with (
-        Checkpointer(logger, world, args.save_freq, flags, header['environment']) as checkpointer,
+        Checkpointer(logger, world, args.save_freq, flags, about) as checkpointer,
         ended_with(*loaders),
     ):
         while state.epoch < args.epochs:

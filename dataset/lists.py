@@ -230,6 +230,11 @@ def class_names(samples: Sequence[Sample]) -> list[str] | None:
     return [', '.join(by_label.get(label, [str(label)])) for label in range(count_classes(samples))]
 
 
+def class_file(names: Sequence[str] | None) -> dict[str, str]:
+    """Return name and text of the file that holds class names, a line each by label; nothing without names."""
+    return {'classes.txt': ''.join(f'{name}\n' for name in names)} if names else {}
+
+
 def read_numbering(path: str | Path) -> dict[str, int]:
     """Return the label of each class folder of a list, for lists that must agree with it.
 

@@ -1,6 +1,7 @@
 """Found networks for use elsewhere: batch norms folded into convolutions, and source code that needs only torch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+CLASSES = {names!r}
 
 
 class Network(nn.Module):
@@ -65,7 +68,7 @@ def _drops(name: str) -> bool:
     return name.endswith('.drop_connect')
 
 
-def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
+def to_source(net: NetworkEval, module: str, weights: str, title: str, class_names: Sequence[str]) -> str:
     """Return Python source of a module with the layers, weight names and outputs of `net` in evaluation mode.
 
     torch.fx traces the forward pass, so the source cannot differ from the network. Layers are written as torch prints
@@ -87,6 +90,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str) -> str:
     code = graph.python_code('self').src.strip('\n')
     forward = re.sub(r'^def forward\(self, x.*\):', 'def forward(self, x):', code, flags=re.MULTILINE)
     return SOURCE.format(
+        names=list(class_names),
         title=re.sub(r'[^\w ().-]', '_', title),
         module=module,
         weights=weights,

@@ -108,7 +108,7 @@ def start_from_weights(net: NetworkEval, path: str | Path) -> str:
     Raises:
         BadInput: unreadable, or weights of another network.
     """
-    weights, key = read_weights(path)
+    weights, key, _ = read_weights(path)
     own = net.state_dict()
     left_out = [
         name

@@ -1,8 +1,12 @@
 """What clusters, copies and other programs do to a run: launchers, signals, copied folders, foreign checkpoints."""
 
 import argparse
+import csv
 import errno
+import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,7 +16,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import safetensors
 import torch
 from training_runs import command, data, finish, flags, load, only_run, run_here, small_config, start, wait_for_steps
 
@@ -328,3 +334,33 @@ def test_scripts_find_their_own_files_from_another_folder(tmp_path, monkeypatch)
     words = [sys.executable, str(ROOT / 'tools' / 'plots.py'), 'absent']
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and 'absent: no such file' in done.stderr
+
+
+def test_names_of_classes_travel_from_folders_to_exports(data, tmp_path, monkeypatch, run_script):
+    """From the folders of the training list to the run, its checkpoint, predictions for images, and exports."""
+    run = run_here(monkeypatch, flags(data, tmp_path / 'run', epochs=1))
+    names = ['class 0', 'class 1', 'class 2']
+    assert (run / 'classes.txt').read_text().splitlines() == names
+    checkpoint = load(run / 'checkpoint.pth.tar')
+    assert checkpoint['class_names'] == names
+    names = ['cat', 'big dog', 'it\'s "a" {cow}']
+    torch.save(checkpoint | {'class_names': names}, tmp_path / 'named.pth.tar')
+    words = ['--config_path', data / 'small.config', '--weights', tmp_path / 'named.pth.tar', '--img_size', '32']
+    images, other = data / 'class 0', data / 'class 1' / '3.png'
+    predictions = ['--val_root', data, '--val_list', data / 'val.txt', '--export_predictions', tmp_path / 'p.csv']
+    out = run_script('test.py', *words, '--workers', '0', '--image', images, other, *predictions).stdout
+    assert out.count('1. class ') == 21 and out.count(f'{data}/class') == 21
+    label, name = re.search(r'1. class (\d) \((.*)\) probability', out).groups()
+    assert name == names[int(label)]
+    rows = list(csv.DictReader((tmp_path / 'p.csv').open()))
+    assert len(rows) == 19 and all(row['name'] == names[int(row['predicted'])] for row in rows)
+    for suffix in ('.py', '.onnx', '.safetensors', '.pt2'):
+        run_script('test.py', *words, '--export', tmp_path / f'found{suffix}')
+    assert runpy.run_path(str(tmp_path / 'found.py'))['CLASSES'] == names
+    session = onnxruntime.InferenceSession(tmp_path / 'found.onnx')
+    assert json.loads(session.get_modelmeta().custom_metadata_map['class_names']) == names
+    with safetensors.safe_open(tmp_path / 'found.safetensors', 'pt') as f:
+        assert json.loads(f.metadata()['class_names']) == names
+    extra = {'class_names.json': ''}
+    torch.export.load(tmp_path / 'found.pt2', extra_files=extra)
+    assert json.loads(extra['class_names.json']) == names

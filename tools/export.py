@@ -2,9 +2,10 @@
 
 import importlib
 import io
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -27,8 +28,10 @@ def need(module: str, package: str, what: str) -> ModuleType:
         raise BadInput(f'{what} needs a package that is not here: pip install {package}') from e
 
 
-def save_onnx(net: nn.Module, path: str | Path, img_size: int) -> None:
+def save_onnx(net: nn.Module, path: str | Path, img_size: int, class_names: Sequence[str]) -> None:
     """Write an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits'.
+
+    Its metadata has the names of the classes, as JSON under 'class_names'; so have the other formats.
 
     Raises:
         BadInput: onnx or onnxscript is missing.
@@ -44,7 +47,9 @@ def save_onnx(net: nn.Module, path: str | Path, img_size: int) -> None:
         output_names=['logits'],
         verbose=False,
     )
-    write_atomic(path, lambda f: f.write(program.model_proto.SerializeToString()))
+    model = program.model_proto
+    model.metadata_props.add(key='class_names', value=json.dumps(list(class_names)))
+    write_atomic(path, lambda f: f.write(model.SerializeToString()))
 
 
 def open_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
@@ -60,16 +65,16 @@ def open_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
-def save_program(net: nn.Module, path: str | Path, img_size: int) -> None:
+def save_program(net: nn.Module, path: str | Path, img_size: int, class_names: Sequence[str]) -> None:
     """Write a torch.export program for any batch size. Load it by `torch.export.load(path).module()`."""
     batch = torch.export.Dim('batch', min=1)
     program = torch.export.export(net, (torch.zeros(2, 3, img_size, img_size),), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={'class_names.json': json.dumps(list(class_names))})
     write_atomic(path, lambda f: f.write(buffer.getvalue()))
 
 
-def save_safetensors(net: nn.Module, path: str | Path) -> None:
+def save_safetensors(net: nn.Module, path: str | Path, class_names: Sequence[str]) -> None:
     """Write the weights as safetensors.
 
     Raises:
@@ -77,7 +82,9 @@ def save_safetensors(net: nn.Module, path: str | Path) -> None:
     """
     save = need('safetensors.torch', 'safetensors', f'--export {path}').save
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    write_atomic(path, lambda f: f.write(save(state, metadata={'format': 'pt'})))
+    write_atomic(
+        path, lambda f: f.write(save(state, metadata={'format': 'pt', 'class_names': json.dumps(list(class_names))}))
+    )
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from tools.errors import BadInput
 AVERAGE_KEYS = ('state_dict_ema', 'model_ema')
 WEIGHT_KEYS = ('state_dict', 'model', 'net', 'model_state_dict', 'weights')
 """Keys of the moving average and of the weights in checkpoints of ours and of common training scripts."""
+
+CLASS_NAMES = 'class_names'
+"""Key of the names of the classes in checkpoints: a list of texts by label, or None."""
 
 WRAPPERS = re.compile(r'^((module|_orig_mod|model)\.)+')
 """What data parallelism, torch.compile and Lightning put before each name."""
@@ -192,8 +195,16 @@ def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {WRAPPERS.sub('', name): value for name, value in state.items()}
 
 
-def read_weights(path: str | Path, average: bool = True) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in a state dict or checkpoint, without `module.`, and their key in the file ('' if none).
+class Weights(NamedTuple):
+    """Weights in a file, without `module.`; their key there, '' if none; the names of the classes, if it has them."""
+
+    state: dict[str, Tensor]
+    key: str
+    class_names: list[str] | None
+
+
+def read_weights(path: str | Path, average: bool = True) -> Weights:
+    """Read the weights in a state dict or checkpoint.
 
     Args:
         average: prefer the moving average of the weights if the file has one.
@@ -207,7 +218,10 @@ def read_weights(path: str | Path, average: bool = True) -> tuple[dict[str, Tens
     state = checkpoint[key] if key else checkpoint
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
         raise BadInput(f'{path}: holds no state dict of tensors')
-    return {name: value for name, value in strip_module_prefix(state).items() if name != 'n_averaged'}, key
+    state = {name: value for name, value in strip_module_prefix(state).items() if name != 'n_averaged'}
+    names = checkpoint.get(CLASS_NAMES) if key else None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Weights(state, key, names if are_names else None)
 
 
 def _is_weight(item: tuple) -> bool:
@@ -220,7 +234,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         BadInput: the file is unreadable or of another network; the message counts and names what does not fit.
     """
-    put_weights(model, read_weights(path)[0], path)
+    put_weights(model, read_weights(path).state, path)
 
 
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:

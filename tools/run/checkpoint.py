@@ -39,12 +39,12 @@ class Checkpointer:
         logger: of the run; its folder gets the files.
         save_freq: minutes between two checkpoints within an epoch.
         flags: of the run, for the checkpoints.
-        environment: what the run is made with, for the checkpoints.
+        about: more entries of the checkpoints, such as the environment and the names of the classes.
     """
 
-    def __init__(self, logger: RunLogger, world: World, save_freq: float, flags: dict[str, Any], environment: dict):
+    def __init__(self, logger: RunLogger, world: World, save_freq: float, flags: dict[str, Any], about: dict[str, Any]):
         self.logger, self.world, self.save_freq = logger, world, save_freq
-        self.flags, self.environment = flags, environment
+        self.flags, self.about = flags, about
         self.stop_request, self.loss_check = StopRequest(), LossCheck(world.device)
         self.signal, self.saved_at = 0, time.monotonic()
 
@@ -92,7 +92,7 @@ class Checkpointer:
         self._stop_at_bad_loss()
         self.saved_at = time.monotonic()
         if self.logger.folder:
-            checkpoint = state.to_checkpoint(self.flags) | {'environment': self.environment}
+            checkpoint = state.to_checkpoint(self.flags) | self.about
             save(_on_cpu(checkpoint), self.logger.folder / name)
 
     def _stop_at_bad_loss(self) -> None:
