@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
+from bad_files import run_here as run_script_here
 from training_runs import command, data, finish, flags, load, only_run, run_here, small_config, start, wait_for_steps
 
 import tools.files
@@ -336,7 +337,7 @@ def test_scripts_find_their_own_files_from_another_folder(tmp_path, monkeypatch)
     assert done.returncode == 2 and 'absent: no such file' in done.stderr
 
 
-def test_names_of_classes_travel_from_folders_to_exports(data, tmp_path, monkeypatch, run_script):
+def test_names_of_classes_travel_from_folders_to_exports(data, tmp_path, monkeypatch, capsys):
     """From the folders of the training list to the run, its checkpoint, predictions for images, and exports."""
     run = run_here(monkeypatch, flags(data, tmp_path / 'run', epochs=1))
     names = ['class 0', 'class 1', 'class 2']
@@ -348,14 +349,16 @@ def test_names_of_classes_travel_from_folders_to_exports(data, tmp_path, monkeyp
     words = ['--config_path', data / 'small.config', '--weights', tmp_path / 'named.pth.tar', '--img_size', '32']
     images, other = data / 'class 0', data / 'class 1' / '3.png'
     predictions = ['--val_root', data, '--val_list', data / 'val.txt', '--export_predictions', tmp_path / 'p.csv']
-    out = run_script('test.py', *words, '--workers', '0', '--image', images, other, *predictions).stdout
+    capsys.readouterr()
+    run_script_here(monkeypatch, 'test.py', [*words, '--workers', '0', '--image', images, other, *predictions])
+    out = capsys.readouterr().out
     assert out.count('1. class ') == 21 and out.count(f'{data}/class') == 21
     label, name = re.search(r'1. class (\d) \((.*)\) probability', out).groups()
     assert name == names[int(label)]
     rows = list(csv.DictReader((tmp_path / 'p.csv').open()))
     assert len(rows) == 19 and all(row['name'] == names[int(row['predicted'])] for row in rows)
     for suffix in ('.py', '.onnx', '.safetensors', '.pt2'):
-        run_script('test.py', *words, '--export', tmp_path / f'found{suffix}')
+        run_script_here(monkeypatch, 'test.py', [*words, '--export', tmp_path / f'found{suffix}'])
     assert runpy.run_path(str(tmp_path / 'found.py'))['CLASSES'] == names
     session = onnxruntime.InferenceSession(tmp_path / 'found.onnx')
     assert json.loads(session.get_modelmeta().custom_metadata_map['class_names']) == names
