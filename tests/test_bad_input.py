@@ -1,6 +1,8 @@
 """Bad input of every kind ends in one line on stderr that names it, exit code 2, and no folder left behind."""
 
+import copy
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +146,7 @@ FLAGS = [
     ('train_eval_amp.py', {'loss_scale': '0'}, '--loss_scale'),
     ('train_eval_amp.py', {'keep_batchnorm_fp32': 'perhaps'}, "'perhaps' should be True or False"),
     ('test.py', {'weights': '@absent.pth.tar'}, 'absent.pth.tar: cannot be read as a checkpoint'),
+    ('test.py', {'weights': '@text.pth.tar'}, 'text.pth.tar: cannot be read as a checkpoint'),
     ('test.py', {'weights': '@truncated.pth.tar'}, 'truncated.pth.tar: cannot be read as a checkpoint'),
     ('test.py', {'weights': '@other.pth.tar'}, 'other.pth.tar: weights of another network'),
     ('test.py', {'weights': '@five.pth.tar'}, 'five.pth.tar is for 5 classes, --num_classes says 3'),
@@ -236,28 +239,41 @@ def test_input_sizes_have_bounds(value, monkeypatch, capsys):
 
 
 def test_from_the_shell_too(files, tmp_path, run_script):
-    for script, changes, message in (
-        (
-            'train_search.py',
-            {'train_list': files / 'damaged.txt', 'workers': 2},
-            'text.png: cannot be read as an image',
-        ),
-        ('test.py', {'weights': files / 'text.pth.tar'}, 'text.pth.tar: cannot be read as a checkpoint'),
-    ):
-        flags = good_flags(script, files, files / 'table.pkl', tmp_path) | changes
-        done = run_script(script, *words_of(flags), code=2)
-        assert message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    flags = good_flags('train_search.py', files, files / 'table.pkl', tmp_path)
+    flags |= {'train_list': files / 'damaged.txt', 'workers': 2}
+    done = run_script('train_search.py', *words_of(flags), code=2)
+    assert 'text.png: cannot be read as an image' in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_good_files_are_good(files, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ('script', 'changes'),
+    [
+        ('train_search.py', {'num_classes': None, 'batch_size': 16, 'no-report': True}),
+        ('train_eval.py', {'num_classes': None, 'no-report': True}),
+        ('train_eval_amp.py', {'num_classes': None, 'no-report': True, 'opt_level': 'O1'}),
+        ('parsing_model.py', {'config_path': None, 'model_path': '@searched.pth.tar', 'target_lat': ['50%', '60%']}),
+        ('parsing_model.py', {}),
+        ('test.py', {'num_classes': None}),
+        ('dataset/make_lists.py', {}),
+    ],
+)
+def test_the_good_files_are_good_and_args_are_only_read(files, tmp_path, monkeypatch, capsys, script, changes):
     """Otherwise the tests above could be refused for another reason."""
-    for script in ('test.py', 'parsing_model.py', 'dataset/make_lists.py'):
-        assert run_here(monkeypatch, script, words_of(good_flags(script, files, files / 'table.pkl', tmp_path))) == 0
-    flags = good_flags('train_eval.py', files, files / 'table.pkl', tmp_path) | {'num_classes': None}
-    assert run_here(monkeypatch, 'train_eval.py', words_of(flags)) == 0
+    flags = good_flags(script, files, files / 'table.pkl', tmp_path) | {
+        name: files / value[1:] if str(value).startswith('@') else value for name, value in changes.items()
+    }
+    flags |= {'lookup_path': files / 'table.pkl'} if 'target_lat' in changes else {}
+    monkeypatch.setattr(sys, 'argv', [script, *words_of(flags)])
+    args = SCRIPTS[script].get_args()
+    before = copy.deepcopy(vars(args))
+    assert not SCRIPTS[script].main(args)
+    assert vars(args) == before
     out = capsys.readouterr()
-    assert f'--num_classes {CLASSES}: from the labels in {files / "train.txt"}' in out.out and out.err == ''
+    assert out.err == ''
+    if 'num_classes' in changes:
+        source = files / ('weights.pth.tar' if script == 'test.py' else 'train.txt')
+        assert f'--num_classes {CLASSES}: from {"" if script == "test.py" else "the labels in "}{source}' in out.out
 
 
 @pytest.mark.parametrize(('size', 'mode'), [((1, 1), 'L'), ((20000, 2), 'RGB')])

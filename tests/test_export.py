@@ -111,10 +111,13 @@ def test_safetensors_are_read_again_with_their_config(run_test, folder, tmp_path
         load_network(tmp_path / 'net.config', tmp_path / 'net.safetensors')
 
 
-def test_folding_batch_norms_keeps_the_function_and_drops_the_layers(folder):
-    net = reference(folder)
+@pytest.mark.parametrize('batch_norm', [True, False])
+def test_folding_batch_norms_keeps_the_function_and_drops_the_layers(folder, batch_norm):
+    net = reference(folder) if batch_norm else NetworkEval(small_config(batch_norm=False)).eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     fused = fuse_batch_norm(net)
     assert largest_difference(net, fused, 32) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in fused.modules())
     with torch.no_grad():
         fused.second_stem.point_linear.conv.bias += 0.5

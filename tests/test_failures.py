@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_files import run_here as run_script_here
 from search_runs import begin, flags, search, small_project, wait_for
 from torch.utils.data import DataLoader
-from training_runs import command, data, finish, load, only_run, run, run_here, start  # noqa: F401  (data: a fixture)
+from training_runs import command, data, finish, load, only_run, run_here, start  # noqa: F401  (data: a fixture)
 from training_runs import flags as training_flags
 
 from models.search_state import remove_old_models, searched_model
@@ -46,8 +47,9 @@ def test_a_search_stops_at_the_step_whose_loss_is_nan(project):
     assert (only_run(save) / 'log.txt').read_text().count(' step ') == step
 
 
-def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path):  # noqa: F811
-    line = last_line(run('train_eval.py', training_flags(data, tmp_path, lr=1e30, epochs=1), 1))
+def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    assert run_script_here(monkeypatch, 'train_eval.py', training_flags(data, tmp_path, lr=1e30, epochs=1)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r'NaN or infinite at epoch 0 step \d+ .*; no checkpoint is written yet', line)
 
 

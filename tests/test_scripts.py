@@ -1,5 +1,6 @@
 """Every script from the shell, on generated images, at the smallest sizes."""
 
+import json
 import os
 import re
 import socket
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from bad_files import run_here
 
+import train_search
 from models.config import load_config
 from models.parsing import load_search_checkpoint
 from models.search_space import SPACE
@@ -137,16 +140,19 @@ def test_parser_agrees_with_the_searchs_last_latency(searched, found):
     assert load_config(path).classifier.out_features == 3
 
 
-def test_a_config_is_only_looked_at_and_keeps_its_classes(found, project_copy, run_script):
+def test_a_config_is_only_looked_at_and_keeps_its_classes(found, tmp_path, monkeypatch, capsys):
     config, _ = found
     before = config.read_bytes()
-    out = run_script('parsing_model.py', '--config_path', config, '--img_size', '32', cwd=project_copy).stdout
-    assert 'Config:' not in out and not (project_copy / 'model.config').exists() and config.read_bytes() == before
-    run_script('parsing_model.py', '--config_path', config, '--img_size', '32', '--save_path', config)
+    monkeypatch.chdir(tmp_path)
+    words = ['--config_path', config, *SIZE]
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    assert 'FLOPs: ' in (out := capsys.readouterr().out) and 'Config:' not in out
+    assert not list(tmp_path.iterdir()) and config.read_bytes() == before
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, '--save_path', config]) == 0
     assert config.read_bytes() == before
 
 
-def test_training_and_testing(trained, found, images, run_script):
+def test_training_and_testing(trained, found, images, run_script, monkeypatch, capsys):
     folder, out = trained
     assert sorted(p.name for p in folder.glob('[!.]*')) == [
         'checkpoint.previous.pth.tar',
@@ -166,8 +172,9 @@ def test_training_and_testing(trained, found, images, run_script):
     checkpoint = torch.load(folder / 'model_best.pth.tar', weights_only=True)
     assert {'epoch', 'state_dict', 'best_acc_top1', 'best_acc_top5', 'optimizer'} <= checkpoint.keys()
     words = ['--val_root', images, '--val_list', images / 'val.txt', '--weights', folder / 'model_best.pth.tar', *SMALL]
-    for flag in ('--config_path', '--model_path'):
-        tested = run_script('test.py', *words, flag, found[0], '--batch_size', '5').stdout
+    shell = run_script('test.py', *words, '--config_path', found[0], '--batch_size', '5').stdout
+    assert run_here(monkeypatch, 'test.py', [*words, '--model_path', found[0], '--batch_size', '5']) == 0
+    for tested in (shell, capsys.readouterr().out):
         top1 = float(re.search(r'Val_acc_top1: (\d+\.\d\d)', tested).group(1))
         assert top1 == pytest.approx(checkpoint['best_acc_top1'], abs=0.01)
         assert 'Val_acc_top5: 100.00' in tested  # three classes
@@ -186,22 +193,38 @@ def test_two_processes_train_together(searched, images, tmp_path, run_script):
     assert 'step 2/2' in log and log.count('val_top1') == 1
 
 
-def test_default_lists_are_made_from_class_folders(project_copy, images, table, run_script):
-    (project_copy / 'dataset' / 'imagenet100_classes.txt').write_text('class_0\nclass_2\n')
-    root = project_copy / 'images'
+def test_default_lists_are_made_from_class_folders(tmp_path, images, table, monkeypatch, capsys):
+    (tmp_path / 'classes.txt').write_text('class_0\nclass_2\n')
+    (tmp_path / 'dataset').mkdir()
+    root = tmp_path / 'images'
     for name in ('0', '2'):
         (root / f'class_{name}').mkdir(parents=True)
         for image in (images / f'class {name}').iterdir():
             os.link(image, root / f'class_{name}' / image.name)
     words = ['--img_root', root, '--lookup_path', table, *SMALL, '--batch_size', '4', '--target_lat', '40%']
     words += ['--epochs', '1', '--warmup_epochs', '1', '--no-report']
-    out = run_script('train_search.py', *words, cwd=project_copy).stdout
-    lists = sorted((project_copy / 'dataset').glob('ImageNet-100-effb0_*.txt'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_search, 'CLASSES', tmp_path / 'classes.txt')
+    assert run_here(monkeypatch, 'train_search.py', words) == 0
+    out = capsys.readouterr().out
+    lists = sorted((tmp_path / 'dataset').glob('ImageNet-100-effb0_*.txt'))
     assert 'made dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt' in out and '20 and 4 images of 2 classes' in out
     assert [len(path.read_text().splitlines()) for path in lists] == [20, 4]
     assert lists[1].read_text().splitlines()[-1].startswith('class_2/') and lists[1].read_text().splitlines()[
         -1
     ].endswith(' 1')
+
+
+IN_ONE_PROCESS = """
+import glob, json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = [glob.glob(word)[0] if '*' in word else word for word in words]
+    try:
+        runpy.run_path(words[0], run_name='__main__')
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+"""Runs several scripts, which imports torch once. A word with a * is a file that an earlier one has written."""
 
 
 def test_a_space_without_se_needs_edited_rows_only(project_copy, images, run_script):
@@ -211,41 +234,27 @@ def test_a_space_without_se_needs_edited_rows_only(project_copy, images, run_scr
     edited = edited.replace("act='swish'", "act='h-swish'")
     assert edited.count('        Op(') == 4 and edited != text
     table_of_space.write_text(edited)
-    path, save = project_copy / 'flops.pkl', project_copy / 'runs'
-    out = run_script(
-        'latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--save_path', path, cwd=project_copy
-    ).stdout
-    assert '16 block shapes' in out  # 8 shapes, 2 kernels
-    run_script(*search(images, path, save), cwd=project_copy)
-    (folder,) = save.iterdir()
-    model = folder / 'searched_model_02.pth.tar'
-    config = project_copy / 'model.config'
-    words = [
-        '--model_path',
-        model,
-        '--save_path',
-        config,
-        '--num_classes',
-        '3',
-        '--lookup_path',
-        path,
-        '--print_lat',
-        '--rounds',
-        '2',
-        *SIZE,
+    path, save, config = project_copy / 'flops.pkl', project_copy / 'runs', project_copy / 'model.config'
+    parsing = ['--model_path', save / 'search-*' / 'searched_model_01.pth.tar', '--save_path', config, *SIZE]
+    testing = ['--weights', save / 'eval-*' / 'checkpoint.pth.tar', '--config_path', config, *SMALL]
+    commands = [
+        ['latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--save_path', path],
+        search(images, path, save, '--epochs', '1', '--warmup_epochs', '0'),
+        ['parsing_model.py', *parsing, '--num_classes', '3', '--lookup_path', path, '--print_lat', '--rounds', '2'],
+        train('train_eval.py', images, save, '--config_path', config, '--epochs', '1'),
+        ['test.py', '--val_root', images, '--val_list', images / 'val.txt', *testing],
     ]
-    run_script('parsing_model.py', *words, cwd=project_copy)
-    run_script(*train('train_eval.py', images, save, '--config_path', config, '--epochs', '1'), cwd=project_copy)
-    weights = next(save.glob('eval-*')) / 'checkpoint.pth.tar'
-    words = ['--val_root', images, '--val_list', images / 'val.txt', '--config_path', config, '--weights', weights]
-    assert 'Val_acc_top1' in run_script('test.py', *words, *SMALL, cwd=project_copy).stdout
+    words = json.dumps([[str(word) for word in one] for one in commands])
+    out = run_script('-c', IN_ONE_PROCESS, words, cwd=project_copy).stdout
+    assert '16 block shapes' in out  # 8 shapes, 2 kernels
+    assert 'Lat_CPU' in out and 'Val_acc_top1' in out
     assert '"se_channels": 0' in config.read_text() and load_config(config).second_stem.se_channels == 8
     assert {spec.se_channels for blocks in load_config(config).stages.values() for spec in blocks} == {0}
 
 
-def test_make_lists_of_any_folder(images, tmp_path, run_script):
+def test_make_lists_of_any_folder(images, tmp_path, run_script, monkeypatch):
     script = 'dataset/make_lists.py'
-    run_script(script, '--img_root', images, '--list', tmp_path / 'all.txt')
+    assert run_here(monkeypatch, script, ['--img_root', images, '--list', tmp_path / 'all.txt']) == 0
     assert len((tmp_path / 'all.txt').read_text().splitlines()) == 36
     lists = ['--train_list', tmp_path / 't.txt', '--val_list', tmp_path / 'v.txt']
     assert '9 images of 3 classes' in run_script(script, '--img_root', images, *lists, '--ratio', '0.75').stdout

@@ -8,6 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.multiprocessing as mp
+from bad_files import run_here
 from torch import nn
 from training_runs import (
     Loader,
@@ -55,10 +56,14 @@ def updates(rank, size, port, path):
         'MASTER_PORT': str(port),
     }
     world = join_world('cpu', None)
-    results = [one_update(world, batch_norm) for batch_norm in (True, False)]
+    results = two_updates(world)
     if world.is_first:
         torch.save(results, path)
     leave_world(world)
+
+
+def two_updates(world):
+    return [one_update(world, batch_norm) for batch_norm in (True, False)]
 
 
 def one_update(world, batch_norm):
@@ -81,33 +86,33 @@ def one_update(world, batch_norm):
     return {'weights': net.state_dict(), 'train': train.numbers, 'val': val.numbers}
 
 
-def skip_some(rank, size, port, bad, path):
-    """Have each process skip other images of 300, and save what it logs, or raises."""
+def skip_some(rank, size, port, cases, path):
+    """In each case have this process skip other images of 300, and save what it logs, or raises."""
     os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(size), 'LOCAL_RANK': str(rank)}
     os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    world, lines = join_world('cpu', None), []
-    images = ImageList(path, [(f'{i}.png', 0) for i in range(300)], None, 0, skip=True)
-    for index in bad[rank]:
-        images.note_bad(index, BadInput('bad'))
-    try:
-        images.log_skipped(lines.append, world)
-        images.log_skipped(lines.append, world)
-    except BadInput as e:
-        lines.append(f'error: {e}')
-    torch.save(lines, path / str(rank))
+    world, logs = join_world('cpu', None), []
+    for bad in cases:
+        images, lines = ImageList(path, [(f'{i}.png', 0) for i in range(300)], None, 0, skip=True), []
+        for index in bad[rank]:
+            images.note_bad(index, BadInput('bad'))
+        try:
+            images.log_skipped(lines.append, world)
+            images.log_skipped(lines.append, world)
+        except BadInput as e:
+            lines.append(f'error: {e}')
+        logs.append(lines)
+    torch.save(logs, path / str(rank))
     leave_world(world)
 
 
-@pytest.mark.parametrize(
-    ('bad', 'last'), [(((5,), (7, 5)), '2 of 300'), (((5, 6), (7, 8)), 'error: .*4 of 300 .*8.png')]
-)
-def test_images_skipped_by_any_process_are_told_and_counted_by_all(tmp_path, bad, last):
-    mp.spawn(skip_some, (2, 29500 + os.getpid() % 2000, bad, tmp_path), nprocs=2)
+def test_images_skipped_by_any_process_are_told_and_counted_by_all(tmp_path):
+    cases, ends = [((5,), (7, 5)), ((5, 6), (7, 8))], ['2 of 300', 'error: .*4 of 300 .*8.png']
+    mp.spawn(skip_some, (2, 29500 + os.getpid() % 2000, cases, tmp_path), nprocs=2)
     for rank in range(2):
-        *lines, end = load(tmp_path / str(rank))
-        told = [re.search(r'/(\d).png: cannot', line).group(1) for line in lines if line.startswith('skipped: ')]
-        assert told == sorted({str(index) for part in bad for index in part})
-        assert re.search(last, end), end
+        for bad, last, (*lines, end) in zip(cases, ends, load(tmp_path / str(rank)), strict=True):
+            told = [re.search(r'/(\d).png: cannot', line).group(1) for line in lines if line.startswith('skipped: ')]
+            assert told == sorted({str(index) for part in bad for index in part})
+            assert re.search(last, end), end
 
 
 def loader(world):
@@ -118,11 +123,8 @@ def loader(world):
 
 
 def test_an_update_and_an_evaluation_on_two_processes_are_those_of_one(tmp_path):
-    results = []
-    for size, port in ((1, 0), (2, 29500 + os.getpid() % 2000)):
-        path = tmp_path / str(size)
-        mp.spawn(updates, (size, port, path), nprocs=size)
-        results.append(load(path))
+    mp.spawn(updates, (2, 29500 + os.getpid() % 2000, tmp_path / 'two'), nprocs=2)
+    results = two_updates(World(torch.device('cpu'))), load(tmp_path / 'two')
     for one, two in zip(*results, strict=True):
         for name, value in one['weights'].items():
             assert (value - two['weights'][name]).abs().max() <= 1e-6, name
@@ -145,9 +147,9 @@ STILL = {'dropout_rate': 0, 'drop_connect_rate': 0, 'max_steps': 1, 'lr': 0.5}
         pytest.param('torch.distributed.run', 'train_eval_amp.py', marks=pytest.mark.slow),
     ],
 )
-def test_the_scripts_on_two_processes_give_the_parameters_of_one(data, tmp_path, launcher, script):  # noqa: F811
+def test_the_scripts_on_two_processes_give_the_parameters_of_one(data, tmp_path, monkeypatch, launcher, script):  # noqa: F811
     changes = STILL | {'config_path': data / 'plain.config'}
-    run(script, flags(data, tmp_path / 'one', **changes))
+    assert run_here(monkeypatch, script, flags(data, tmp_path / 'one', **changes)) == 0
     output = run(script, flags(data, tmp_path / 'two', workers=2, **changes), processes=2, launcher=launcher)
     one, two = (load(only_run(tmp_path / which) / 'checkpoint.pth.tar') for which in ('one', 'two'))
     assert max((value - two['state_dict'][name]).abs().max() for name, value in one['state_dict'].items()) <= 1e-6
@@ -157,12 +159,13 @@ def test_the_scripts_on_two_processes_give_the_parameters_of_one(data, tmp_path,
     assert re.findall(r'step \d+/\d+', log) == ['step 1/1']
 
 
-def test_the_printed_accuracy_is_that_of_one_process_on_the_saved_weights(data, tmp_path):  # noqa: F811
+def test_the_printed_accuracy_is_that_of_one_process_on_the_saved_weights(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     output = run('train_eval_amp.py', flags(data, tmp_path, epochs=1, batch_size=8), processes=2)
     weights = only_run(tmp_path) / 'checkpoint.pth.tar'
     words = ['--val_root', data, '--val_list', data / 'val.txt', '--config_path', data / 'small.config']
     words += ['--num_classes', 3, '--img_size', 32, '--workers', 0, '--weights', weights, '--device', 'cpu']
-    tested = run('test.py', words)
+    assert run_here(monkeypatch, 'test.py', words) == 0
+    tested = capsys.readouterr().out
     for number in ('top1', 'top5'):
         trained = re.search(rf'val_{number} (\S+)', output)[1]
         assert re.search(rf'Val_acc_{number}: (\S+)', tested)[1] == trained
@@ -259,9 +262,13 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
             wrap_model(net, World(torch.device('cuda')), bad)
 
 
-def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path, monkeypatch):  # noqa: F811
-    output = run('train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True), code=1, processes=2)
-    assert 'train_eval_amp.py: error: --sync_bn: ' in output and not (tmp_path / 'save').exists()
+def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr(train_eval_amp, 'join_world', lambda *_: World(torch.device('cpu'), 0, 2))
+        assert run_here(patch, 'train_eval_amp.py', flags(data, tmp_path / 'save', sync_bn=True)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('train_eval_amp.py: error: --sync_bn: ') and len(error.splitlines()) == 1
+    assert not (tmp_path / 'save').exists()
     both = ({'sync_bn': True}, {})
     runs = [train_here(monkeypatch, flags(data, tmp_path / str(len(more)), epochs=1, **more)) for more in both]
     synchronised, plain = (load(run / 'checkpoint.pth.tar')['state_dict'] for run in runs)

@@ -51,7 +51,11 @@ def whole(data, tmp_path_factory):  # noqa: F811
         key = (processes, *changes.items())
         if key not in made:
             save = tmp_path_factory.mktemp('whole')
-            run('train_eval_amp.py', flags(data, save, **changes), processes=processes)
+            if processes == 1:
+                with pytest.MonkeyPatch.context() as patch:
+                    train_here(patch, flags(data, save, **changes))
+            else:
+                run('train_eval_amp.py', flags(data, save, **changes), processes=processes)
             made[key] = only_run(save)
         return made[key]
 
@@ -67,7 +71,11 @@ def kill_and_resume(data, save, processes, kills, rng, **changes):  # noqa: F811
         text = wait_for_steps(process, rng.randint(4, 8))  # a first update is saved by then, also of three batches
         kill_all(process)
         inside += 'goes on from' in text
-    finish(start(command('train_eval_amp.py', words, processes)))
+    if processes == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            train_here(patch, words)
+    else:
+        run('train_eval_amp.py', words, processes=processes)
     return inside
 
 
@@ -135,12 +143,12 @@ def test_all_processes_stop_after_the_same_update(data, whole, tmp_path):  # noq
     assert_same_end(only_run(tmp_path), whole(2))
 
 
-def test_a_signal_during_validation_keeps_the_epoch(data, whole, tmp_path):  # noqa: F811
+def test_a_signal_during_validation_keeps_the_epoch(data, whole, tmp_path, monkeypatch):  # noqa: F811
     process = start(command('train_eval_amp.py', flags(data, tmp_path)))
     wait_for_steps(process, 10)
     process.send_signal(signal.SIGTERM)
     finish(process)
-    run('train_eval_amp.py', flags(data, tmp_path, snapshot='auto'))
+    train_here(monkeypatch, flags(data, tmp_path, snapshot='auto'))
     assert_same_end(only_run(tmp_path), whole(1))
 
 
@@ -152,16 +160,19 @@ def damage(path, how):
     path.write_bytes(content if how == 'flipped' else content[: len(content) // 2])
 
 
-def test_a_damaged_newest_file_and_other_flags_are_said_and_the_run_goes_on(data, tmp_path):  # noqa: F811
-    run('train_eval_amp.py', flags(data, tmp_path, max_steps=3, save_freq=0))
+def test_a_damaged_newest_file_and_other_flags_are_said_and_the_run_goes_on(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    train_here(monkeypatch, flags(data, tmp_path, max_steps=3, save_freq=0))
     newest = only_run(tmp_path) / 'checkpoint.pth.tar'
     damage(newest, 'flipped')
     before = sorted(newest.parent.iterdir())
     again = {'snapshot': 'auto', 'max_steps': 4, 'lr': 0.1}
-    bad = run('train_eval_amp.py', flags(data, tmp_path, **again, batch_size=8), code=2)
+    capsys.readouterr()
+    assert run_here(monkeypatch, 'train_eval_amp.py', flags(data, tmp_path, **again, batch_size=8)) == 2
+    bad = ''.join(capsys.readouterr())
     assert '--batch_size 4, now 8' in bad and len(bad.splitlines()) == 1
     assert sorted(newest.parent.iterdir()) == before
-    output = run('train_eval_amp.py', flags(data, tmp_path, **again))
+    assert run_here(monkeypatch, 'train_eval_amp.py', flags(data, tmp_path, **again)) == 0
+    output = capsys.readouterr().out
     assert f'{newest}: cannot be read as a checkpoint' in output
     assert f'goes on from {previous_of(newest)}: epoch 0 step' in output
     assert 'the snapshot was made with other flags: --lr 0.05, now 0.1' in output
@@ -301,8 +312,10 @@ def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_pat
     assert refused > 5 * len(good)
 
 
-def test_a_bad_snapshot_ends_in_one_line_before_a_folder_is_made(data, tmp_path):  # noqa: F811
-    output = run('train_eval.py', flags(data, tmp_path / 'save', snapshot=tmp_path / 'none'), code=2)
+def test_a_bad_snapshot_ends_in_one_line_before_a_folder_is_made(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    words = flags(data, tmp_path / 'save', snapshot=tmp_path / 'none')
+    assert run_here(monkeypatch, 'train_eval.py', words) == 2
+    output = ''.join(capsys.readouterr())
     assert len(output.splitlines()) == 1 and '--snapshot' in output and not (tmp_path / 'save').exists()
 
 
