@@ -1,4 +1,4 @@
-"""Put the results of several experiments of three_freedoms.py, which differ in their seeds, into one table and picture.
+"""Join the results of several experiments of three_freedoms.py, with different seeds, in one table and one picture.
 
 python experiments/join.py one/results.jsonl another/results.jsonl --save both
 """
@@ -24,7 +24,7 @@ def get_args():
 
 
 def read_results(path: str) -> list[dict]:
-    """The lines of a results.jsonl."""
+    """Return the lines of a results.jsonl."""
     try:
         results = [json.loads(line) for line in Path(path).read_text().splitlines()]
         for result in results:
@@ -35,14 +35,14 @@ def read_results(path: str) -> list[dict]:
 
 
 def main(args):
-    """Each run counts once: networks drawn at random by the same number are the same, and so are seeds."""
+    """Join the files. Of runs with the same arm and seed, the first one counts."""
     experiments = [read_results(path) for path in args.results]
     results = {}
     for path, experiment in zip(args.results, experiments, strict=True):
         for result in experiment:
             name = f'{result["arm"]}-{result["seed"]}'
             if name in results:
-                print(f'left out: {name} of {path}, which is there already')
+                print(f'left out: {name} of {path}: an earlier file has it')
             results.setdefault(name, result)
     runs = list(results.values())
     for what, values in (

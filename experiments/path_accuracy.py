@@ -1,4 +1,4 @@
-"""Accuracy of given architectures with the weights of a searched supernet, without training them.
+"""Print the accuracy of architectures with the weights of a searched supernet, without training them.
 
 python experiments/path_accuracy.py --model_path searched.pth.tar --architectures a.json b.json \
     --val_root images --val_list val.txt --num_classes 10 --img_size 64
@@ -21,6 +21,7 @@ from dataset.transforms import val_transform
 from models.elasticity import gather, update_masks
 from models.model_search import Network
 from models.parsing import load_search_checkpoint, mask_widths
+from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.errors import BadInput
 from tools.options import Parser, add_device_arg, add_eval_data_args, run_script
@@ -40,7 +41,7 @@ def get_args():
 
 
 class OnePath(torch.nn.Module):
-    """A supernet reduced to one path: images -> logits."""
+    """One path of a supernet: images [N, 3, H, W] -> logits [N, classes]."""
 
     def __init__(self, net, path):
         super().__init__()
@@ -51,7 +52,7 @@ class OnePath(torch.nn.Module):
 
 
 def set_path(net, full, masks, chosen):
-    """Give the supernet an architecture's widths and exits; returns the op index of each block."""
+    """Give the supernet an architecture's widths and exits. Return the path: an op index for each block."""
     widths = mask_widths(masks)
     for stage, blocks in chosen['widths'].items():
         for block, ops in blocks.items():
@@ -68,22 +69,22 @@ def set_path(net, full, masks, chosen):
 
 
 def main(args):
-    """Print a line an architecture."""
+    """Print one line for each architecture."""
     world = World(pick_device(args.device))
-    full, masks, space = load_search_checkpoint(args.model_path)
+    full, masks = load_search_checkpoint(args.model_path, SPACE)
     num_classes = len(full['classifier.linear.bias'])
-    net = Network(mask_widths(masks), num_classes, space).to(world.device)
+    net = Network(mask_widths(masks), num_classes, SPACE).to(world.device)
     samples = read_list(args.val_list, args.val_root, num_classes)
-    # batch norms take the statistics of the batch, so the images come shuffled and no batch is left small
-    data = args.val_root, samples, val_transform(args.img_size), args, world, True, True, args.val_list
-    loader = make_loader(*data)
+    transform = val_transform(args.img_size)
+    # batch norms use the statistics of the batch: shuffled images, whole batches only
+    loader = make_loader(args.val_root, samples, transform, args, world, args.val_list, for_training=True)
     for path in args.architectures:
         try:
             chosen = json.loads(Path(path).read_text())
             one = OnePath(net, set_path(net, full, masks, chosen))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{path}: not an architecture of this search space ({type(e).__name__}: {e})') from e
-        result = evaluate(one, loader, Precision(world.device), world, torch.channels_last)
+        result = evaluate(one, loader, Precision(world.device), world, torch.channels_last).numbers
         print(f'{path}: supernet top1 {result["top1"]:.2f} top5 {result["top5"]:.2f}', flush=True)
 
 

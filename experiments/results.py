@@ -1,4 +1,4 @@
-"""What the runs of three_freedoms.py found: results.jsonl, a table in Markdown, pictures."""
+"""The results of three_freedoms.py: results.jsonl, a table in Markdown, a picture."""
 
 import json
 import re
@@ -20,12 +20,19 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 
 ABOVE_CHANCE = 2.0
-"""A supernet counts as evidence where it has so many times the accuracy of chance when architecture steps begin."""
+"""A search counts if its supernet has this many times the accuracy of chance when architecture steps begin."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network's way from search to test. `freedoms` None: drawn at random by the seed, without a search."""
+    """One network from search to test.
+
+    Args:
+        arm: name in the table.
+        seed: of search and training; of the draw if there is no search.
+        target: as for `--target_lat`.
+        freedoms: words after `--freedoms`; None: an architecture drawn at random, no search.
+    """
 
     arm: str
     seed: int
@@ -34,18 +41,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Name of the run's folder."""
         return f'{self.arm}-{self.seed}'
 
 
 def read_numbers(text: str, **patterns: str) -> dict[str, float]:
-    """The last number that each pattern's group has in a text."""
+    """Return the last number that each pattern's group matches in a text, by the pattern's name."""
     found = {name: re.findall(pattern, text) for name, pattern in patterns.items()}
     return {name: float(values[-1]) for name, values in found.items() if values}
 
 
 def result_of(run: Run, args, table) -> dict | None:
-    """What is known of a tested run; None where it is not tested yet."""
+    """Return the results of a tested run as plain values; None if it is not tested yet."""
     folder = Path(args.save) / run.name
     records = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json') if path.stem != 'architecture'}
     if not records.get('test', {}).get('finished'):
@@ -76,7 +83,8 @@ def result_of(run: Run, args, table) -> dict | None:
 
 
 def search_result(folder: Path, args) -> dict:
-    """What the metrics of a search say: the supernet where architecture steps begin and at the end, and its choices."""
+    """Return what the metrics of a search show: the supernet's top-1 when architecture steps begin and at the end, the
+    mean entropy of operators by epoch, and the operator that wins most blocks."""
     (metrics,) = folder.glob('search/*/metrics.jsonl')
     epochs = read_run(metrics).of('epoch')
     entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
@@ -94,7 +102,7 @@ def search_result(folder: Path, args) -> dict:
 
 
 def interval(values: list[float], digits: int = 2) -> str:
-    """Mean and 95 % t-interval."""
+    """Return mean and 95 % t-interval as text."""
     if not values:
         return ''
     mean = statistics.mean(values)
@@ -105,7 +113,7 @@ def interval(values: list[float], digits: int = 2) -> str:
 
 
 def difference(ours: list[float], full: list[float]) -> str:
-    """Mean difference to the full method with Welch's 95 % interval."""
+    """Return the mean difference to the full method with Welch's 95 % interval, as text."""
     if min(len(ours), len(full)) < 2 or ours is full:
         return ''
     ends = stats.ttest_ind(ours, full, equal_var=False).confidence_interval()
@@ -121,7 +129,7 @@ COLUMNS = {
 
 
 def table_text(results: list[dict], planned: Counter[str]) -> str:
-    """The results as Markdown: a row an arm, means with 95 % intervals over seeds.
+    """Return a Markdown table: one row for each arm, means with 95 % intervals over seeds.
 
     Args:
         planned: number of runs by arm.
@@ -144,7 +152,8 @@ def table_text(results: list[dict], planned: Counter[str]) -> str:
 
 
 def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
-    """Rank correlation of supernet and trained-alone accuracy of the random networks, by seed of the full method."""
+    """Return the rank correlation of supernet and trained-alone accuracy of the random networks, as text with one entry
+    for each search of the full method, and the pairs of accuracies."""
     alone = [r['top1'] for r in sorted((r for r in results if r['arm'] == 'random'), key=lambda r: r['seed'])]
     lines, pairs = [], []
     for result in results:
@@ -158,7 +167,7 @@ def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
 
 
 def draw(results: list[dict], pairs: list, save: Path) -> None:
-    """Pictures: accuracy over latency, entropy over epochs, supernet against trained-alone accuracy."""
+    """Draw accuracy over latency, entropy over epochs, and supernet against trained-alone accuracy."""
     arms = list(dict.fromkeys(r['arm'] for r in results))
     colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
@@ -169,7 +178,7 @@ def draw(results: list[dict], pairs: list, save: Path) -> None:
         curves = [r['entropy'] for r in mine if 'entropy' in r]
         if curves:
             axes[1].plot(np.mean(curves, axis=0), color=colours[arm], label=arm)
-    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured where it was', ylabel='test top-1 [%]')
+    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured if available', ylabel='test top-1 [%]')
     axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
     axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
     if pairs:
@@ -183,7 +192,7 @@ def draw(results: list[dict], pairs: list, save: Path) -> None:
 
 
 def report(runs: list[Run], table, args) -> None:
-    """Write results.jsonl, table.md and the pictures from whatever is finished."""
+    """Write results.jsonl, table.md and the picture of the runs that are tested."""
     save = Path(args.save)
     results = [result for run in runs if (result := result_of(run, args, table))]
     write_text(save / 'results.jsonl', ''.join(json.dumps(result) + '\n' for result in results))
@@ -192,7 +201,7 @@ def report(runs: list[Run], table, args) -> None:
 
 
 def summarise(results: list[dict], planned: Counter[str], found: list[tuple[str, list]], save: Path) -> None:
-    """Write table.md and the pictures.
+    """Write table.md and the picture.
 
     Args:
         planned: number of runs by arm.

@@ -1,16 +1,19 @@
-"""What each of the three search freedoms is worth: searches with and without it, at one latency target.
+"""Measure what each of the three search freedoms is worth: searches with and without it, at one latency target.
 
 python experiments/three_freedoms.py --img_root images/train --train_list search_train.txt --val_list search_val.txt \
     --test_root images/test --test_list test.txt --num_classes 10 --img_size 64 --lookup_path my_table.pkl \
     --save evidence
 
-Arms: `full` method; without `operator` freedom (the Gumbel path alone trains the weights), without `depth` freedom (a
-skip operator in place of the sinks), without `width` freedom (no scaling); `random` architectures with fitted widths;
-`targets`, the full method at other targets. Every run is searched, parsed, trained from scratch on both lists and
-tested on a third one by the project's scripts. Prints its plan and how long that takes first. Stopped or killed, it
-goes on where it was with the same command; it writes results.jsonl, table.md and pictures after each run.
+Arms: `full` method; without `operator` freedom (the Gumbel path alone trains the weights); without `width` freedom (no
+scaling); `random` architectures with fitted widths; `targets`, the full method at other targets. A copy of the project
+with no_depth.patch applied has one arm: without `depth` freedom (a skip operator in place of the sinks).
+
+Each run is searched, parsed, trained from scratch on both lists and tested on a third one by the project's scripts. The
+plan and its estimated time are printed first. After each run, results.jsonl, table.md and a picture are written. A
+stopped or killed experiment goes on with the same command.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -40,22 +43,37 @@ from tools.options import Parser, add_device_arg, count, number, run_script
 from tools.run.metrics import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = ('full', 'operator', 'depth', 'width', 'random', 'targets')
+WITHOUT_DEPTH = hasattr(SPACE, 'choices')
+"""Whether no_depth.patch is applied to this copy of the project."""
+
+ARMS = ('depth',) if WITHOUT_DEPTH else ('full', 'operator', 'width', 'random', 'targets')
+"""Arms that this copy of the project can run."""
+
 TIMED_BATCHES = 6
+"""Batches of each kind that the estimate times."""
+
+
+def arm(name: str) -> str:
+    """An argparse type: one of `ARMS`."""
+    if name == 'depth' and not WITHOUT_DEPTH:
+        raise argparse.ArgumentTypeError("'depth' needs a copy of the project with experiments/no_depth.patch applied")
+    if name not in ARMS:
+        raise argparse.ArgumentTypeError(f'{name!r} should be one of {", ".join(ARMS)} in this copy of the project')
+    return name
 
 
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
-    positive = number(float, 0, open_low=True)
-    parser.add_argument('--img_root', required=True, help='folder that the paths in the lists of the search start from')
-    parser.add_argument('--train_list', required=True, help='images that train the weights of the supernet')
-    parser.add_argument('--val_list', required=True, help='images that train the architecture')
-    parser.add_argument('--test_root', help='folder of the test images; default: --img_root')
-    parser.add_argument('--test_list', required=True, help='images that neither search nor training sees')
-    parser.add_argument('--lookup_path', required=True, help='latency table of this machine')
-    parser.add_argument('--save', required=True, help='folder that gets a folder a run and the results')
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
+    positive, path = number(float, 0, open_low=True), os.path.abspath  # the scripts run in the project's folder
+    parser.add_argument('--img_root', type=path, required=True, help='folder that the paths in both lists start from')
+    parser.add_argument('--train_list', type=path, required=True, help='images that train the weights of the supernet')
+    parser.add_argument('--val_list', type=path, required=True, help='images that train the architecture')
+    parser.add_argument('--test_root', type=path, help='folder of the test images; default: --img_root')
+    parser.add_argument('--test_list', type=path, required=True, help='images that neither search nor training uses')
+    parser.add_argument('--lookup_path', type=path, required=True, help='latency table of this machine')
+    parser.add_argument('--save', type=path, required=True, help='folder of the results and of one folder for each run')
+    parser.add_argument('--arms', nargs='+', type=arm, default=list(ARMS))
     parser.add_argument('--seeds', nargs='+', type=count(0), default=[0, 1, 2])
     parser.add_argument('--random_networks', type=count(2), default=10)
     parser.add_argument('--target_lat', default='40%', help='in ms; or a share of the reachable range')
@@ -81,11 +99,11 @@ def get_args():
 
 
 def planned(args) -> list[Run]:
-    """All runs in order: seed by seed, so that an unfinished experiment has the same seeds in every arm."""
+    """Return all runs in order: seed by seed, so that an unfinished experiment has the same seeds in every arm."""
     runs = []
     for seed in args.seeds:
         runs += [Run('full', seed, args.target_lat)] if 'full' in args.arms else []
-        for off in FREEDOMS:
+        for off in ('operator', 'depth', 'width'):
             if off in args.arms:
                 runs.append(Run(f'no-{off}', seed, args.target_lat, tuple(f for f in FREEDOMS if f != off)))
         if seed == args.seeds[0] and 'random' in args.arms:
@@ -97,11 +115,11 @@ def planned(args) -> list[Run]:
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came; the running script has written its state."""
+    """SIGTERM or SIGINT came, and the running scripts have written their state."""
 
 
 class Scripts:
-    """Runs the project's scripts, each until it is done once, some at a time; passes signals on to them."""
+    """Run the project's scripts, each until it has finished once, some at a time; pass signals on to them."""
 
     def __init__(self, jobs: int):
         self.children, self.signal, self.lock = set(), 0, threading.RLock()
@@ -111,17 +129,21 @@ class Scripts:
             signal.signal(number_, self.stop)
 
     def stop(self, number_: int, _frame: object = None) -> None:
-        """Stop as that signal asks: start nothing more, and have what runs write its state."""
+        """Start nothing more, and let the running scripts write their state."""
         self.signal = number_
         with self.lock:
             for child in self.children if number_ == signal.SIGTERM else ():  # a terminal's SIGINT goes to all
                 os.kill(child.pid, number_)
 
     def once(self, folder: Path, step: str, words: list, done: str) -> dict:
-        """The record of a step: what it printed, and the seconds of wall clock and CPU it took over all its attempts.
+        """Run a step if it is not finished. Return its record: output, seconds of wall clock and CPU over all attempts.
 
         Args:
-            done: a pattern in its output that says that it is finished.
+            done: pattern in the output of a finished step.
+
+        Raises:
+            BadInput: the step failed.
+            Stopped: see there.
         """
         path = folder / f'{step}.json'
         record = json.loads(path.read_text()) if path.exists() else {'finished': False, 'wall_s': 0.0, 'cpu_s': 0.0}
@@ -146,7 +168,7 @@ class Scripts:
         return record
 
     def _run(self, words: list, errors: Path, name: str) -> tuple[int, str, float]:
-        """Run a script to its end: (exit code, what it printed, seconds of CPU)."""
+        """Run a script. Return its exit code, what it printed, and seconds of CPU."""
         command = [sys.executable, *map(str, words)]
         with self.lock:
             if self.signal:
@@ -157,26 +179,26 @@ class Scripts:
                     command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True
                 )
             self.children.add(child)
-            if self.signal == signal.SIGTERM:  # it came in this thread, before the child was known
+            if self.signal == signal.SIGTERM:  # came in this thread, before the child was listed
                 os.kill(child.pid, signal.SIGTERM)
         with child.stdout:
             out = child.stdout.read()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its pid is not given to another before it is removed
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # keeps the pid taken until the child is removed
         with self.lock:
             self.children.remove(child)
-            # not child.wait(), which does not tell what this child alone has used
+            # wait4 in place of child.wait(), for the CPU time of this child alone
             _, status, used = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
         return child.returncode, out, used.ru_utime + used.ru_stime
 
 
 def shared_flags(args) -> list:
-    """Flags of all scripts that read images."""
+    """Return the flags of all scripts that read images."""
     return ['--num_classes', args.num_classes, '--img_size', args.img_size, '--device', args.device]
 
 
 def search_words(run: Run, folder: Path, args) -> list:
-    """The command of a run's search."""
+    """Return the command of a run's search."""
     return [
         'train_search.py', *shared_flags(args), '--img_root', args.img_root, '--train_list', args.train_list,
         '--val_list', args.val_list, '--lookup_path', args.lookup_path, '--target_lat', run.target, '--save',
@@ -187,7 +209,7 @@ def search_words(run: Run, folder: Path, args) -> list:
 
 
 def train_words(config: Path, save: Path, seed: int, args) -> list:
-    """The command that trains a network from scratch."""
+    """Return the command that trains a network from scratch."""
     return [
         'train_eval.py', *shared_flags(args), '--train_root', args.img_root, '--train_list',
         Path(args.save) / 'both.txt', '--val_root', args.test_root, '--val_list', args.test_list, '--config_path',
@@ -204,13 +226,13 @@ def draw_network(run: Run, folder: Path, table, args) -> None:
         least, most = latency_range(arch, table, SPACE)
         if least <= target <= most:
             break
-    widths = fit_widths(arch, SPACE.start_widths(), table, target)
+    widths = fit_widths(arch, SPACE.start_widths(), table, SPACE, target)
     write_text(folder / 'architecture.json', json.dumps({'arch': arch, 'widths': widths}) + '\n')
     write_text(folder / 'drawn.config', dump_config(build_config(arch, widths, args.num_classes, SPACE)))
 
 
 def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
-    """From search (or dice) to model.config."""
+    """Search, or draw at random, and write model.config."""
     parse = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat', '--save_path',
              folder / 'model.config']  # fmt: skip
     if run.freedoms is None:
@@ -227,12 +249,12 @@ def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
 
 
 def follow(run: Run, table, scripts: Scripts, args) -> None:
-    """One run from search to test."""
+    """Take one run from search to test."""
     folder = Path(args.save) / run.name
     find_network(run, folder, table, scripts, args)
     config = folder / 'model.config'
     scripts.once(folder, 'train', train_words(config, folder / 'train', run.seed, args), 'done: epoch')
-    # the last weights and not the best ones, which the test images would have chosen
+    # not the best weights: the test images would have chosen them
     (weights,) = folder.glob('train/*/checkpoint.pth.tar')
     words = ['test.py', *shared_flags(args), '--val_root', args.test_root, '--val_list', args.test_list, '--workers',
              args.workers, '--config_path', config, '--weights', weights]  # fmt: skip
@@ -240,11 +262,11 @@ def follow(run: Run, table, scripts: Scripts, args) -> None:
 
 
 def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
-    """All runs, `args.jobs` at a time; the results are written after each."""
+    """Follow all runs, `args.jobs` at a time; write the results after each."""
     writing = threading.Lock()
 
     def one(run: Run) -> None:
-        """A run and the report after it; where it fails, the others are stopped before another begins."""
+        """Follow a run and report. If it fails, stop the others before another begins."""
         try:
             follow(run, table, scripts, args)
             with writing:
@@ -262,7 +284,7 @@ def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
 
 
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
-    """Accuracy of the random architectures with the weights of each full search."""
+    """Test the random architectures with the weights of each full search."""
     save = Path(args.save)
     drawn = [save / run.name / 'architecture.json' for run in runs if run.freedoms is None]
     for run in runs:
@@ -275,7 +297,7 @@ def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
 
 
 def measure(runs: list[Run], scripts: Scripts, args) -> None:
-    """Time every network in fresh processes, all in turn, some rounds, so that disturbances disturb all alike."""
+    """Time all networks in turn, in fresh processes and several rounds, so that a contended core affects all alike."""
     for number_, run in itertools.product(range(1, args.measured_rounds + 1), runs):
         folder = Path(args.save) / run.name
         words = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat',
@@ -284,7 +306,7 @@ def measure(runs: list[Run], scripts: Scripts, args) -> None:
 
 
 def step_seconds(folder: Path, kind: str) -> list[float]:
-    """Seconds a step of each epoch of a timed run, from its metrics."""
+    """Return the seconds that a step takes in each epoch of a timed run, from its metrics."""
     by_epoch = {}
     (metrics,) = folder.glob(f'{kind}/*/metrics.jsonl')
     for line in read_run(metrics).of('step'):
@@ -293,7 +315,7 @@ def step_seconds(folder: Path, kind: str) -> list[float]:
 
 
 def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
-    """Time a few real steps of each kind, once; returns how long the plan takes."""
+    """Time a few real steps of each kind, once. Return the estimated time of the plan, as text."""
     folder = Path(args.save) / f'timing-{args.jobs}'
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -319,15 +341,13 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
     return (
         f'{searches} searches of {one_search / 60:.1f} min ({warm:.3f} s a step of the warm-up, {search:.3f} s after), '
         f'{len(runs)} trainings of {one_training / 60:.1f} min ({train:.3f} s a step), {jobs} at a time: '
-        f'{hours:.1f} hours from the start' + (', if they do not slow each other down' if jobs > 1 else '')
+        f'{hours:.1f} hours from the start' + (', if they do not slow down each other' if jobs > 1 else '')
     )
 
 
 def main(args):
-    """Plan, then every run, then the paths and the clock."""
-    save = Path(args.save).resolve()
-    for name in ('img_root', 'test_root', 'train_list', 'val_list', 'test_list', 'lookup_path', 'save'):
-        setattr(args, name, os.path.abspath(getattr(args, name)))  # the scripts run in the project's folder
+    """Plan, follow every run, test paths of the supernets, measure latencies."""
+    save = Path(args.save)
     table = load_table(args.lookup_path, args.img_size, SPACE)
     lists = [read_list(p, args.img_root, args.num_classes) for p in (args.train_list, args.val_list)]
     tested = read_list(args.test_list, args.test_root, args.num_classes)
@@ -338,7 +358,7 @@ def main(args):
     runs, scripts = planned(args), Scripts(args.jobs)
     for run in runs:
         table.target(run.target, SPACE)
-        print(f'{run.name}: target {run.target}, freedoms {" ".join(run.freedoms) if run.freedoms else "none, random"}')
+        print(f'{run.name}: target {run.target}')
     try:
         print(estimate(runs, table, scripts, args), flush=True)
         if args.plan:

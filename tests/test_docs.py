@@ -1,4 +1,4 @@
-"""Every command block of README.md, CONTRIBUTING.md and docs/ runs, at tiny size; its links and file names are real.
+"""Every command block of the pages runs, at tiny size; the links and file names in them are real.
 
 The blocks run as they stand, page by page, in a copy of the project with tiny images. `python` and `torchrun` there are
 programs that add a script's tiny flags to its own: the last of two equal flags counts. Variables that a page sets only
@@ -21,7 +21,8 @@ from latency_pkl.make_lat_lut import save_table
 from models.config import dump_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'experiments/README.md'))]
+PAGES += sorted((ROOT / 'docs').glob('*.md'))
 SMALL = '--img_size 32 --workers 0 --device cpu'
 TRAINING = f'{SMALL} --batch_size 4 --epochs 1 --lr 0.02 --print_freq 1'
 TINY_STEPS = '--img_size 32 --device cpu --rounds 3 --batch_size 2'
@@ -101,7 +102,7 @@ def tiny(project_copy, images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page, tiny):
     copy, environment = tiny
     script = 'set -euo pipefail\n' + '\n'.join(blocks(page))
@@ -134,7 +135,7 @@ def test_the_python_of_the_recipes_prints_what_it_says(run_script):
     assert '(2, 16), (4, 24), (8, 40), (16, 112), (32, 320)' in printed and '(1, 320, 7, 7)' in printed
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_files_named_in_a_page_are_there(page):
     text = page.read_text()
     for link in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text):

@@ -1,4 +1,4 @@
-"""The evidence driver from the shell, with all arms, in a small space at the smallest sizes; and what it computes."""
+"""The driver of the experiments: all arms from the shell, in a small space at the smallest sizes; its tables."""
 
 import json
 import re
@@ -10,11 +10,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+from conftest import ROOT
 from experiments import join as join_freedoms
 from experiments import three_freedoms
 from experiments.results import difference, interval, read_numbers
+from models.config import load_config
 from tools.errors import BadInput
+
+SIZE = ['--img_size', '32', '--num_classes', '3']
 
 
 def test_intervals_by_hand():
@@ -29,8 +34,20 @@ def test_last_number_counts():
     assert read_numbers('top1: 3.5 x\ntop1: 4.25', top1=r'top1: ([\d.]+)', lost=r'top9: ([\d.]+)') == {'top1': 4.25}
 
 
-def test_experiments_are_put_together(tmp_path, monkeypatch, capsys):
-    """Of three networks of each arm; random network 0 is the same one in both and counts once."""
+@pytest.fixture
+def join(tmp_path, monkeypatch, capsys):
+    """Return a function that joins files into the folder `both` and returns what is printed."""
+
+    def run(files):
+        monkeypatch.setattr(sys, 'argv', ['join.py', *map(str, files), '--save', str(tmp_path / 'both')])
+        join_freedoms.main(join_freedoms.get_args())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_experiments_are_joined(tmp_path, join):
+    """Three networks of each arm; random network 0 is in both files and counts once."""
     common = {'unit': 'ms', 'predicted': 3.0, 'counts': True}
     days = (
         [('full', 0, 2.0), ('full', 1, 3.0), ('random', 0, 1.0), ('random', 2, 2.0)],
@@ -41,12 +58,7 @@ def test_experiments_are_put_together(tmp_path, monkeypatch, capsys):
         results = [{'arm': arm, 'seed': seed, 'top1': top1} | common for arm, seed, top1 in day]
         path.write_text(''.join(json.dumps(result) + '\n' for result in results))
 
-    def join():
-        monkeypatch.setattr(sys, 'argv', ['join_freedoms.py', *map(str, files), '--save', str(tmp_path / 'both')])
-        join_freedoms.main(join_freedoms.get_args())
-        return capsys.readouterr().out
-
-    table = join()
+    table = join(files)
     assert f'left out: random-0 of {files[1]}' in table
     assert '| full | 3 | 3.00 ± 2.48 |' in table and '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) |' in table
     assert (tmp_path / 'both' / 'three_freedoms.png').stat().st_size > 10_000
@@ -59,7 +71,41 @@ def test_experiments_are_put_together(tmp_path, monkeypatch, capsys):
     ):
         files[0].write_text(text)
         with pytest.raises(BadInput, match=re.escape(message)):
-            join()
+            join(files)
+
+
+def test_the_evidence_gives_the_table_of_the_page(join):
+    page = (ROOT / 'experiments' / 'README.md').read_text().partition('\n## ')[0]
+    names = 'demo_second', 'demo_first', 'demo_annealed'
+    printed = join(ROOT / 'experiments' / 'evidence' / f'{name}.jsonl' for name in names)
+    assert printed.count('rho = -0.29 (p = 0.49, n = 8)') == 2
+    found = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+) \| (.*) \|$', printed, re.M)}
+    shown = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+): .*? \| (.*) \|$', page, re.M)}
+    assert list(shown) == ['full', 'no-operator', 'no-depth', 'no-width', 'random', 'full-annealed']
+    for arm, cells in shown.items():
+        assert cells == [found[arm][i] for i in (0, 1, 2, 7, 8, 12)]
+
+
+def test_the_arm_without_depth_needs_the_patch(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['three_freedoms.py', '--arms', 'depth'])
+    with pytest.raises(SystemExit) as ended:
+        three_freedoms.get_args()
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.count('\n') == 1
+    assert "'depth' needs a copy of the project with experiments/no_depth.patch applied" in message
+
+
+def apply(*names, to):
+    """Apply patches to a copy of the project."""
+    for name in names:
+        text = (to / 'experiments' / name).read_text()
+        done = subprocess.run(['patch', '-p1'], cwd=to, input=text, text=True, capture_output=True)
+        assert done.returncode == 0, f'{name}: {done.stdout}'
+
+
+@pytest.mark.parametrize('names', [['no_depth.patch'], ['small_space.patch', 'no_depth.patch']], ids=len)
+def test_patches_apply(project_copy, names):
+    apply(*names, to=project_copy)
 
 
 def test_a_step_that_fails_stops_those_beside_it(tmp_path, monkeypatch):
@@ -87,33 +133,36 @@ def test_a_step_that_fails_stops_those_beside_it(tmp_path, monkeypatch):
     assert not (tmp_path / 'later' / 'step.json').exists()
 
 
+def driver_words(images, folder, table):
+    """Return a command of the driver at the smallest sizes; its test images are half of the validation images."""
+    lines = (images / 'val.txt').read_text().splitlines()
+    (folder / 'val.txt').write_text('\n'.join(lines[:8]) + '\n')
+    (folder / 'test.txt').write_text('\n'.join(lines[8:]) + '\n')
+    return [
+        'experiments/three_freedoms.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list',
+        folder / 'val.txt', '--lookup_path', table, '--save', folder / 'evidence', *SIZE, '--seeds', '0',
+        '--random_networks', '3', '--more_targets', '30%', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1',
+        '--train_epochs', '1', '--train_batch_size', '8', '--workers', '0', '--measured_rounds', '1',
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script):
-    patch = (project_copy / 'experiments' / 'small_space.patch').read_text()
-    subprocess.run(['patch', '-p1'], cwd=project_copy, input=patch, text=True, check=True, capture_output=True)
-    size = ['--img_size', '32', '--num_classes', '3']
+    apply('small_space.patch', to=project_copy)
     table, save = tmp_path / 'flops.pkl', tmp_path / 'evidence'
-    run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *size, '--save_path', table, cwd=project_copy)
-    lines = (images / 'val.txt').read_text().splitlines()
-    (tmp_path / 'val.txt').write_text('\n'.join(lines[:8]) + '\n')
-    (tmp_path / 'test.txt').write_text('\n'.join(lines[8:]) + '\n')
-    words = [
-        'experiments/three_freedoms.py', '--img_root', images, '--train_list', images / 'train.txt', '--val_list',
-        tmp_path / 'val.txt', '--lookup_path', table, '--save', save, *size, '--seeds', '0', '--random_networks', '3',
-        '--more_targets', '30%', '--batch_size', '4', '--epochs', '2', '--warmup_epochs', '1', '--train_epochs', '1',
-        '--train_batch_size', '8', '--workers', '0', '--measured_rounds', '1', '--search_flags=--aligned_start',
-    ]  # fmt: skip
+    run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--save_path', table, cwd=project_copy)
+    words = [*driver_words(images, tmp_path, table), '--search_flags=--aligned_start']
     wrong = run_script(*words, '--test_list', images / 'val.txt', code=2, cwd=project_copy).stderr
     assert 'has images of the search' in wrong
     words += ['--test_list', tmp_path / 'test.txt', '--jobs', '2']
     plan = run_script(*words, '--plan', cwd=project_copy).stdout
-    assert '5 searches of' in plan and '8 trainings of' in plan and 'hours' in plan
+    assert '4 searches of' in plan and '7 trainings of' in plan and 'hours' in plan
     command = [sys.executable, '-u', *map(str, words)]
     running = subprocess.Popen(command, cwd=project_copy, stdout=subprocess.PIPE, text=True)
     for line in running.stdout:
-        if 'no-depth-0 search' in line:
+        if 'no-width-0 search' in line:
             running.terminate()
-    assert running.wait() == 0 and not (save / 'no-depth-0' / 'model.config').exists()
+    assert running.wait() == 0 and not (save / 'no-width-0' / 'model.config').exists()
     steps = {path: path.read_bytes() for path in save.glob('*/*.json')}
     finished = {path: text for path, text in steps.items() if b'"finished": true' in text}
     assert len(finished) > 4
@@ -122,7 +171,7 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
         assert path.read_bytes() == text and f'{path.parent.name} {path.stem}' not in done
     results = [json.loads(line) for line in (save / 'results.jsonl').read_text().splitlines()]
     assert [r['arm'] for r in results] == [
-        'full', 'no-operator', 'no-depth', 'no-width', 'random', 'random', 'random', 'full-at-30pc',
+        'full', 'no-operator', 'no-width', 'random', 'random', 'random', 'full-at-30pc',
     ]  # fmt: skip
     for r in results:
         assert 0 <= r['top1'] <= r['top5'] == 100 and r['macs'] == pytest.approx(r['predicted'], abs=0.006)
@@ -130,7 +179,43 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
     assert all(len(r['entropy']) == 2 and r['entropy'][0] == pytest.approx(1) for r in results if 'entropy' in r)
     assert len(results[0]['path_top1']) == 3 and 'path_top1' not in results[1]
     text = (save / 'table.md').read_text()
-    assert re.search(r'^\| random \| 3 \|', text, re.M) and text.count('\n|') == 7 and 'rho' in text
+    assert re.search(r'^\| random \| 3 \|', text, re.M) and text.count('\n|') == 6 and 'rho' in text
     assert (save / 'three_freedoms.png').stat().st_size > 10_000
     again = run_script(*words, cwd=project_copy).stdout
     assert not re.search(r'^\d\d:\d\d:\d\d ', again, re.M)  # nothing left to do
+
+
+@pytest.mark.slow
+def test_searches_without_depth(project_copy, images, tmp_path, run_script):
+    """A copy with both patches, a target that leaves little beside skip, and architecture steps that can go far."""
+    table, save = tmp_path / 'flops.pkl', tmp_path / 'evidence' / 'no-depth-0'
+    apply('small_space.patch', to=project_copy)
+    run_script('latency_pkl/make_lat_lut.py', '--metric', 'flops', *SIZE, '--save_path', table, cwd=project_copy)
+    apply('no_depth.patch', to=project_copy)
+    run_script('-m', 'pytest', '-q', 'experiments/no_depth_checks.py', cwd=project_copy)
+    words = [*driver_words(images, tmp_path, table), '--test_list', tmp_path / 'test.txt', '--target_lat', '20%']
+    wrong = run_script(*words, '--arms', 'full', code=2, cwd=project_copy).stderr
+    assert "'full' should be one of depth in this copy of the project" in wrong
+    run_script(*words, '--search_flags=--a_lr 2 --lambda_lat 100', cwd=project_copy)
+    (result,) = [json.loads(line) for line in (tmp_path / 'evidence' / 'results.jsonl').read_text().splitlines()]
+    assert result['arm'] == 'no-depth' and -1 < result['off_target'] <= 0 and result['measured'] > 0
+
+    (searched,) = save.glob('search/*/searched_model_01.pth.tar')
+    log = (searched.parent / 'log.txt').read_text()
+    assert len(re.findall(r'stage\d exits 1.0000$', log, re.M)) == 6 == log.count(' exits ')
+    found = re.findall(r'(stage\d\.block\d) ops ([\d. ]+)$', log, re.M)
+    with_residual = [f'stage{i}.block2' for i in range(2, 6)]
+    assert len(found) == 10
+    assert all(len(values.split()) == 4 + (block in with_residual) for block, values in found)
+    assert {'network.png', 'operators.png', 'depth.png'} <= {p.name for p in (searched.parent / 'plots').iterdir()}
+    assert 'no pictures' not in log and (searched.parent / 'report.html').exists()
+
+    state = torch.load(searched, weights_only=True)['state_dict']
+    skipped = [block for block in with_residual if state[f'module.{block}.log_alphas'].argmax() == 4]
+    words = ['parsing_model.py', '--model_path', searched, '--save_path', tmp_path / 'argmax.config', *SIZE]
+    run_script(*words, cwd=project_copy)
+    depths = {name: len(blocks) for name, blocks in load_config(tmp_path / 'argmax.config').stages.items()}
+    kept = [name for name, _ in found if name not in skipped]
+    assert skipped and depths == {f'stage{i}': sum(name[5] == str(i) for name in kept) for i in range(1, 7)}
+    fitted = load_config(save / 'model.config').stages
+    assert all(fitted.values()) and sum(map(len, fitted.values())) < 10
