@@ -102,6 +102,7 @@ def test_class_folders_are_found_below_splits_and_above_others(tmp_path):
     assert refused(lines(train, before='train/'), lines(val, before='val/'), 'n03')
     assert refused(lines(train), lines(val, before='images/val/'), 'n03')
     assert refused(lines(train, after='/images'), lines(val, after='/others'), 'n03')
+    assert refused(lines(train, before='train/', after='/images'), lines(val, after='/images'), 'n03')
     two_parts = lines(train, before='train/') + lines(train, before='extra/')
     assert refused(two_parts, lines(val, before='val/'), 'n03')
     for good in (train, train[:2]):
@@ -128,6 +129,11 @@ def test_folders_that_are_no_classes_are_not_compared():
     check_labels((flat, one_folder), ('t', 'v'), pytest.fail)
     check_labels((one_folder, one_folder), ('t', 'v'), pytest.fail)
     check_labels((superclasses, superclasses[::2]), ('t', 'v'), pytest.fail)
+    binary = [('cat/0.jpg', 0), ('dog/0.jpg', 1)]
+    check_labels((binary, [('val/0.jpg', 0), ('val/1.jpg', 1)]), ('t', 'v'), pytest.fail)
+    other_numbers = [(path, 4 - label) for path, label in superclasses]
+    with pytest.raises(BadInput, match='class folder n000 has label 0 in t, 4 in v'):
+        check_labels((superclasses, other_numbers), ('t', 'v'))
     with pytest.raises(BadInput, match=r'class folder n001 has label 0 in t, 1 in v \(49 of 50 class folders'):
         check_labels((superclasses, train), ('t', 'v'))
 
@@ -311,10 +317,10 @@ def test_leftovers_are_neither_splits_nor_wrappers(tmp_path, lister):
 
 
 def test_ordinary_folders_are_listed_without_a_word(tmp_path, capsys):
-    by_class = list_folder(fill(tmp_path, ['b', 'a/z', 'a', 'a/x y'], count=12))
+    by_class = list_folder(fill(tmp_path, ['b', 'a/z', 'a', 'a/x y', 'a/x'], count=12))
     assert capsys.readouterr().out == ''
     paths = [path for path, _ in by_class[0]]
-    assert paths == sorted(paths, key=lambda path: path.split('/')) and len(paths) == 36 and paths[1] == 'a/1.jpg'
+    assert paths == sorted(paths, key=lambda path: path.split('/')) and len(paths) == 48 and paths[1] == 'a/1.jpg'
 
 
 # --- links
