@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.latency import load_table
+from models.search_space import SPACE
 from tools.options import Parser, image_size, run_script
 
 
@@ -26,7 +27,7 @@ def get_args():
 
 def main(args):
     """Print the table's errors against the reference, each width of each shape counting as much as any other."""
-    table, reference = (load_table(path, args.img_size) for path in (args.table, args.reference))
+    table, reference = (load_table(path, args.img_size, SPACE) for path in (args.table, args.reference))
     widths = SPACE.table_widths(args.img_size)
     for name, least in (
         ('all widths of a search', {key: low for key, (low, _) in widths.items()}),

@@ -39,14 +39,16 @@ def test_one_hot_mixture_has_the_latency_of_the_network(small_space):
             sink = torch.zeros(len(stage.exit_depths))
             sink[stage.exit_depths.index(len(arch[name]))] = 1
             sinks.append(sink)
-        mixture = expected_latency(table.base, table.matrix(widths), weights, sinks, small_space)
-        assert mixture.item() == pytest.approx(table.total(arch, widths), rel=1e-5)
-        assert table.of_config(build_config(arch, widths, 10, small_space)) == pytest.approx(table.total(arch, widths))
+        mixture = expected_latency(table.base, table.matrix(widths, small_space), weights, sinks, small_space)
+        assert mixture.item() == pytest.approx(table.total(arch, widths, small_space), rel=1e-5)
+        assert table.of_config(build_config(arch, widths, 10, small_space)) == pytest.approx(
+            table.total(arch, widths, small_space)
+        )
 
 
 def test_gradients_of_latency_by_finite_differences(small_space):
     table = make_table(small_space, 32)
-    matrix = table.matrix(small_space.start_widths()).double()
+    matrix = table.matrix(small_space.start_widths(), small_space).double()
     alphas = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     betas = [torch.randn(len(s.exit_depths), dtype=torch.float64, requires_grad=True) for s in small_space.stages]
 
@@ -58,24 +60,27 @@ def test_gradients_of_latency_by_finite_differences(small_space):
 
 def test_reach_brackets_random_networks_and_is_reached(small_space):
     table, rng = make_table(small_space, 32), random.Random(1)
-    least, shallow, most = table.reach(SPACE)
+    least, shallow, most = table.reach(small_space)
     assert least < shallow < most
-    totals = [table.total(*random_arch(small_space, rng)) for _ in range(300)]
+    totals = [table.total(*random_arch(small_space, rng), small_space) for _ in range(300)]
     assert least <= min(totals) and max(totals) <= most
     biggest = {n: [2] * s.depth for n, s in zip(small_space.stage_names, small_space.stages, strict=True)}
     candidates = [
-        table.total({n: [i] * len(v) for n, v in biggest.items()}, small_space.max_widths()) for i in range(3)
+        table.total({n: [i] * len(v) for n, v in biggest.items()}, small_space.max_widths(), small_space)
+        for i in range(3)
     ]
     assert max(candidates) <= most
-    assert table.target('0%') == pytest.approx(least) and table.target('50%') == pytest.approx((least + most) / 2)
+    assert table.target('0%', small_space) == pytest.approx(least) and table.target(
+        '50%', small_space
+    ) == pytest.approx((least + most) / 2)
     for end in (least, most):  # as they are printed, in whichever way they were rounded
-        assert least <= table.target(f'{end:.4f}') <= most and table.target(f'{end:.4f}') == pytest.approx(
-            end, abs=1e-4
-        )
-    assert table.target('100%') == most
+        assert least <= table.target(f'{end:.4f}', small_space) <= most and table.target(
+            f'{end:.4f}', small_space
+        ) == pytest.approx(end, abs=1e-4)
+    assert table.target('100%', small_space) == most
     for text in ('0', '-3', 'nan', 'fast', '101%', f'{most + 0.01}'):
         with pytest.raises(ValueError, match='--target_lat'):
-            table.target(text)
+            table.target(text, small_space)
 
 
 def write(path, **changes):
@@ -96,7 +101,7 @@ def write(path, **changes):
 def test_tables_survive_saving(tmp_path):
     table = make_table()
     save_table(table.base, table.curves, {'unit': 'ms', 'device': 'test'}, tmp_path / 't.pkl')
-    loaded = load_table(tmp_path / 't.pkl')
+    loaded = load_table(tmp_path / 't.pkl', 224, SPACE)
     assert loaded.base == table.base and loaded.meta['device'] == 'test'
     assert all(np.array_equal(curve, table.curves[key]) for key, curve in loaded.curves.items())
 
@@ -119,18 +124,18 @@ def test_bad_tables_are_refused_by_name(tmp_path):
         changes = {k: {w: x if isinstance(x, str) else float(x) for w, x in v.items()} if isinstance(v, dict) else v
                    for k, v in changes.items()}  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            load_table(write(tmp_path / 'bad.pkl', **changes))
+            load_table(write(tmp_path / 'bad.pkl', **changes), 224, SPACE)
     with pytest.raises(ValueError, match='66 of 66 keys of input size 64.*--img_size 64'):
-        load_table(write(tmp_path / 'size.pkl'), img_size=64)
+        load_table(write(tmp_path / 'size.pkl'), 64, SPACE)
     with pytest.raises(ValueError, match='not a pickled latency table'):
         (tmp_path / 'cut.pkl').write_bytes((tmp_path / 'size.pkl').read_bytes()[:1000])
-        load_table(tmp_path / 'cut.pkl')
+        load_table(tmp_path / 'cut.pkl', 224, SPACE)
     with pytest.raises(ValueError, match='no latency table there'):
-        load_table(tmp_path / 'absent.pkl')
+        load_table(tmp_path / 'absent.pkl', 224, SPACE)
     with pytest.raises(ValueError, match='seconds'):
         table = make_table()
         save_table(table.base / 1000, {k: c / 1000 for k, c in table.curves.items()}, {}, tmp_path / 's.pkl')
-        load_table(tmp_path / 's.pkl')
+        load_table(tmp_path / 's.pkl', 224, SPACE)
 
 
 class Payload:
@@ -154,7 +159,7 @@ def test_tables_cannot_run_code(tmp_path):
         for data in (payload, OrderedDict(base=payload), OrderedDict(base=1.0, meta=[[payload]])):
             (tmp_path / 'evil.pkl').write_bytes(pickle.dumps(data))
             with pytest.raises(ValueError, match=f'refused, the file asks for ({name})'):
-                load_table(tmp_path / 'evil.pkl')
+                load_table(tmp_path / 'evil.pkl', 224, SPACE)
     assert not marker.exists()
 
 
@@ -166,7 +171,7 @@ def test_falling_and_negative_values_in_reach_are_repaired_and_counted(tmp_path)
     curve[low] = -1.0
     curve[60], curve[61] = curve[59] - 0.02, curve[59] - 0.01
     lines = []
-    table = load_table(write(tmp_path / 't.pkl', **{key: curve}), log=lines.append)
+    table = load_table(write(tmp_path / 't.pkl', **{key: curve}), 224, SPACE, lines.append)
     assert len(lines) == 1 and ' 3 values' in lines[0]
     mended = table.curves[key]
     assert mended[3 - 1] == -5.0 and mended[low - 1] == 0

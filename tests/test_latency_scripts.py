@@ -53,18 +53,18 @@ def measured(tmp_path_factory, run_script):
 def searched(tmp_path_factory):
     """A search checkpoint with probabilities that differ."""
     torch.manual_seed(3)
-    full = full_weights(10, torch.device('cpu'))
+    full = full_weights(10, torch.device('cpu'), SPACE)
     for name, value in full.items():
         if name.endswith(('log_alphas', 'betas')):
             value.copy_(torch.randn_like(value))
     path = tmp_path_factory.mktemp('searched') / 'searched_model_00.pth.tar'
-    save_checkpoint({'state_dict': full, MASKS_KEY: start_masks()}, path)
+    save_checkpoint({'state_dict': full, MASKS_KEY: start_masks(SPACE)}, path)
     return path
 
 
 def test_measured_table_covers_the_space_and_tells_how_it_was_made(measured):
     path, out = measured
-    table = load_table(path, 32)
+    table = load_table(path, 32, SPACE)
     assert table.curves.keys() == SPACE.table_widths(32).keys()
     for name in ('device', 'batch_size', 'threads', 'img_size', 'torch', 'date', 'samples', 'residual_mean_percent'):
         assert name in table.meta
@@ -103,7 +103,7 @@ def test_check_refuses_what_no_clock_measures_and_takes_the_settings_of_the_tabl
 
 def sample(rng, fixed=1.0):
     """A random network whose blocks took a millisecond each."""
-    config = random_config(rng, ends=True, num_classes=10)
+    config = random_config(rng, ends=True, num_classes=10, space=SPACE)
     return Sample(fixed, [(key, spec.mid_channels, 1.0) for _, spec, key in config.table_keys(32)])
 
 
@@ -124,7 +124,7 @@ def test_what_a_fit_lacks_is_said():
 def disturbed_turns(share, seed):
     """Stands in for `time_turn` on a core that something else slows down by half in bursts, for a share of the time; by
     no share, at every other probe."""
-    generator, reference, truth = np.random.default_rng(seed), reference_config(10), physical_curves(32)
+    generator, reference, truth = np.random.default_rng(seed), reference_config(10, SPACE), physical_curves(32)
 
     def passes(config, count):
         blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in config.table_keys(32)]
@@ -138,7 +138,7 @@ def disturbed_turns(share, seed):
         return Passes(parts * np.where(disturbed, 1.5, 1), probes * np.where(burst, 1.9, 1))
 
     def time_turn(rng, unseen, args, device):
-        configs = [random_config(rng, i % 2 == 0, 10) for i in range(TURN - 1)]
+        configs = [random_config(rng, i % 2 == 0, 10, SPACE) for i in range(TURN - 1)]
         fitted = [(config, passes(config, PASSES)) for config in configs]
         return Turn(fitted, (unseen, passes(unseen, 16)), [passes(reference, 2) for _ in range(TURN)])
 
@@ -166,7 +166,7 @@ def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, m
     assert abs(ratios - 1).mean() < 0.04
     assert meta['residual_mean_percent'] < 3 and meta['unseen_networks'] >= 3
     truth = physical_curves(32)
-    blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10).table_keys(32)]
+    blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10, SPACE).table_keys(32)]
     assert meta['reference_ms'] == pytest.approx(sum(blocks) + 0.2, rel=0.01)  # at which a check takes the table
     out = capsys.readouterr().out
     assert f'mean error {meta["residual_mean_percent"]:.2f} %' in out and 'counted too' not in out
@@ -204,13 +204,13 @@ def test_a_machine_never_undisturbed_gets_a_table_of_its_least_disturbed_timings
 
 def test_a_turn_times_the_reference_after_each_network(monkeypatch):
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32)
-    unseen = random_config(random.Random(1), ends=False, num_classes=10)
+    unseen = random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
     built = []
     monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
     turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
     assert len(built) == TURN + TURN // SHARING  # the reference was built anew for every two
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
-    reference = sum(map(len, reference_config(10).stages.values())) + 2  # its stem, and what follows its blocks
+    reference = sum(map(len, reference_config(10, SPACE).stages.values())) + 2  # its stem, and what follows its blocks
     assert {one.parts.shape[1] for one in turn.reference} == {reference}
     for config, passes in turn.fitted:
         assert passes.parts.shape == (PASSES, sum(map(len, config.stages.values())) + 2)
@@ -243,7 +243,7 @@ def test_estimates_are_marked_as_such(tmp_path, run_script, images):
     path = tmp_path / 'v100.pkl'
     run_script(MAKER, '--estimate', 'v100', '--save_path', path)
     lines = []
-    table = load_table(path, log=lines.append)
+    table = load_table(path, 224, SPACE, lines.append)
     assert 'NVIDIA V100' in table.meta['device'] and len(lines) == 1 and 'estimated, not measured' in lines[0]
     assert 'choose from' in run_script(MAKER, '--estimate', 'v1000', code=2).stderr
 
@@ -260,13 +260,13 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
         assert 0.97 * target <= latency <= target + 1e-4
         config = load_config(tmp_path / f'net_{share}.config')
         assert all(s.mid_channels % 8 == 0 for blocks in config.stages.values() for s in blocks)
-        assert load_table(measured[0], 32).of_config(config) == pytest.approx(latency, abs=1e-4)
+        assert load_table(measured[0], 32, SPACE).of_config(config) == pytest.approx(latency, abs=1e-4)
 
 
 @pytest.mark.parametrize('slower', [0.9, 1.05, 1.2])
 def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, monkeypatch, capsys):
     """A network that takes so many times what the table says is fitted to the target over that."""
-    table, args = make_table(img_size=32), SimpleNamespace(num_classes=10, width_divisor=1, img_size=32, rounds=1)
+    table, args = make_table(img_size=32), SimpleNamespace(width_divisor=1, img_size=32, rounds=1)
     measured = []
 
     def measure_latency(build, *_):
@@ -274,10 +274,10 @@ def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, mon
         return Measured(measured[-1], 0.001)
 
     monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
-    state, masks, _ = load_search_checkpoint(searched)
+    state, masks = load_search_checkpoint(searched, SPACE)
     least, _, most = table.reach(SPACE)
     target = (least + most) / 2
-    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, args, torch.device('cpu'))
+    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, 10, args, torch.device('cpu'))
     assert measured[0] == pytest.approx(slower * target, rel=0.005)  # fitted to the table
     assert measured[1:] == pytest.approx([target] * (len(measured) - 1), rel=0.005) and len(measured) in (2, 3)
     assert slower * table.of_config(config) == measured[-1]
