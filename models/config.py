@@ -168,13 +168,14 @@ def parse_config(text: str, where: str) -> NetworkConfig:
         BadInput: not JSON, or see `NetworkConfig.from_dict`.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         raise BadInput(f'{where}: not a JSON file ({e})') from e
     return NetworkConfig.from_dict(data, where)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return the dict of a JSON object; a hook of `json.loads`. Raise ValueError if a key is there twice."""
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]

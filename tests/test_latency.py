@@ -1,5 +1,7 @@
 """Tables: sums, expected latency and its gradients, what is refused and what is repaired."""
 
+import csv
+import json
 import os
 import pickle
 import random
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, make_table, random_arch
+from conftest import ROOT, SMALL_SPACE, make_table, random_arch
 from models.config import build_config
 from models.latency import expected_latency, load_table, save_table
 from models.search_space import SPACE
+from tools.errors import BadInput
 
 
 def test_expected_latency_by_hand(small_space):
@@ -139,6 +142,175 @@ def test_bad_tables_are_refused_by_name(tmp_path):
         load_table(tmp_path / 's.pkl', 224, SPACE)
 
 
+def plain_table():
+    """A table as published: a dict of plain values, and the table."""
+    table = make_table(SMALL_SPACE, 32)
+    return {'base': table.base} | {
+        key: dict(enumerate(curve.tolist(), start=1)) for key, curve in table.curves.items()
+    }, table
+
+
+def numpy_scalars(data):
+    """Every number and width as a NumPy scalar, of several types."""
+    curves = {
+        key: {(np.int64 if w % 2 else np.uint16)(w): np.float64(ms) for w, ms in curve.items()}
+        for key, curve in data.items()
+        if key != 'base'
+    }
+    return curves | {'base': np.array(data['base']), 'meta': {'batch_size': np.int32(8), 'unit': 'ms'}}
+
+
+def numpy_arrays(data):
+    """Curves as arrays from width 1 on, in C order, in Fortran order, as big-endian numbers."""
+    curves = {key: np.array(list(curve.values())) for key, curve in data.items() if key != 'base'}
+    last = list(curves)[-1]
+    curves[last] = curves[last].astype('>f8')
+    return OrderedDict(curves, base=np.float64(data['base']))
+
+
+@pytest.mark.parametrize('protocol', range(6))
+@pytest.mark.parametrize('form', [dict, numpy_scalars, numpy_arrays])
+@pytest.mark.parametrize('core', ['numpy._core', 'numpy.core'])
+def test_pickles_with_numpy_values_are_read(form, protocol, core, tmp_path):
+    data, table = plain_table()
+    raw = pickle.dumps(form(data), protocol=protocol)
+    named = b'cnumpy._core' if protocol < 4 else b'numpy._core'
+    if form is not dict:
+        assert named in raw
+    if protocol < 4:  # protocol 4 gives the lengths of names
+        raw = raw.replace(b'numpy._core', core.encode())
+    (tmp_path / 't.pkl').write_bytes(raw)
+    loaded = load_table(tmp_path / 't.pkl', 32, SMALL_SPACE)
+    assert loaded.base == table.base and type(loaded.base) is float
+    assert all(np.array_equal(curve, table.curves[key]) for key, curve in loaded.curves.items())
+    if form is numpy_scalars:
+        assert loaded.setting('batch_size', 1) == 8
+
+
+def test_half_precision_and_whole_numbers_are_read_by_value(tmp_path):
+    data, table = plain_table()
+    key, other = list(table.curves)[:2]
+    data[key] = np.arange(1, len(data[key]) + 1, dtype=np.int16)
+    data[other] = np.sqrt(np.arange(1, len(data[other]) + 1)).astype(np.float16)
+    (tmp_path / 't.pkl').write_bytes(pickle.dumps(data))
+    loaded = load_table(tmp_path / 't.pkl', 32, SMALL_SPACE)
+    assert loaded.curves[key].tolist() == list(range(1, len(data[key]) + 1))
+    assert loaded.curves[other][3] == 2.0 and loaded.curves[other][1] == np.float16(2**0.5)
+
+
+def text_table(path, data, header=True):
+    """A table as CSV or JSON."""
+    if path.suffix == '.json':
+        path.write_text(json.dumps(data))
+        return
+    rows = [(key, w, ms) for key, curve in data.items() if key not in ('base', 'meta') for w, ms in curve.items()]
+    rows += [('base', '', data['base'])] + [('meta', *item) for item in data.get('meta', {}).items()]
+    with open(path, 'w', newline='') as f:
+        csv.writer(f).writerows([('key', 'width', 'ms')] * header + rows)
+
+
+@pytest.mark.parametrize(('name', 'header'), [('t.json', True), ('t.csv', True), ('t.CSV', False)])
+def test_json_and_csv_tables_are_read(name, header, tmp_path):
+    data, table = plain_table()
+    data['meta'] = {'unit': 'ms', 'batch_size': 4, 'device': 'Pixel, of 2026'}
+    text_table(tmp_path / name, data, header)
+    loaded = load_table(tmp_path / name, 32, SMALL_SPACE)
+    assert loaded.base == table.base and loaded.meta == data['meta']
+    assert all(np.array_equal(curve, table.curves[key]) for key, curve in loaded.curves.items())
+
+
+def test_text_tables_that_are_none_are_refused_by_line(tmp_path):
+    key = next(iter(SPACE.table_widths()))
+    for name, text, message in (
+        ('t.csv', f'{key};32;1\n', 'line 1 has 1 columns, should have 3: key, width, ms'),
+        ('t.csv', f'key,width,ms\n\nbase,,1\n{key},32,fast\n', "line 4: 'fast' should be a latency in ms"),
+        ('t.csv', 'base,,fast\n', "line 1: 'fast' should be"),
+        ('t.csv', f'{key},32,fast\n', "line 1: 'fast' should be"),
+        ('t.csv', f'base,,1\n{key},32,1\n{key},32,2\n', f'line 3: {key},32 is there twice'),
+        ('t.csv', 'base,,1\nbase,,1\n', 'line 2: base, is there twice'),
+        ('t.csv', '', "'base' is None"),
+        ('t.json', '{"base": 1, "base": 2}', 'not a JSON latency table .*twice'),
+        ('t.json', '[1]', 'holds a list'),
+        ('t.json', '{', 'not a JSON latency table'),
+        ('t.json', '{"base": NaN}', "'base' is nan"),
+        ('t.pkl', 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n', 'a Git LFS pointer.*git lfs pull'),
+        ('t.csv', 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n', 'a Git LFS pointer.*git lfs pull'),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BadInput, match=f'{name}: {message}'):
+            load_table(tmp_path / name, 224, SPACE)
+
+
+@pytest.mark.parametrize(
+    ('widths', 'message'),
+    [
+        ({'32': 1.0, 32: 1.0}, 'has width 32 twice'),
+        ({'wide': 1.0}, "has a width 'wide', should be a whole number"),
+        ({32.5: 1.0}, 'has a width 32.5, should be'),
+        ({10**400: 1.0}, 'has a width 1000'),
+        ({1e300: 1.0}, 'has a width 1e'),
+        ({True: 1.0}, 'has a width True'),
+        ({}, 'lacks 97 widths of 32 to 128: 32, 33, 34, ...'),
+        ({80: 1.0}, 'lacks 96 widths'),
+        ({w: 1.0 for w in range(48, 129, 8)}, 'lacks 16 widths of 32 to 128: 32, 33, 34, ...'),
+        ({w: 1.0 for w in range(32, 113, 8)}, 'lacks 16 widths of 32 to 128: 113, 114, 115, ...'),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(widths, message, tmp_path):
+    key = next(iter(SPACE.table_widths()))
+    with pytest.raises(BadInput, match=f'{key} {re.escape(message)}'):
+        load_table(write(tmp_path / 't.pkl', **{key: widths}), 224, SPACE)
+
+
+@pytest.mark.parametrize('start', [1, 5, 8])
+def test_every_eighth_width_is_enough(start, tmp_path):
+    """Curves with a kink at a given width are met exactly, and continue at their ends, for three keys by a step."""
+    data, truth, lines = {'base': 1.0}, {}, []
+    for key, (low, high) in SPACE.table_widths().items():
+        kink = start + 8 * ((low + high) // 16)
+        first = low + (start - low) % 8 if len(truth) < 3 else start
+        widths = np.arange(1, high + 1)
+        truth[key] = 0.5 + 0.01 * widths + 0.02 * np.maximum(widths - kink, 0)
+        data[key] = {str(w): truth[key][w - 1] for w in range(first, high + 1, 8)}
+    text_table(tmp_path / 't.csv', data)
+    table = load_table(tmp_path / 't.csv', 224, SPACE, lines.append)
+    for key, (low, _) in SPACE.table_widths().items():
+        assert table.curves[key][low - 1 :] == pytest.approx(truth[key][low - 1 :])
+    assert lines == [f'{tmp_path / "t.csv"}: latencies between given widths, up to 8 apart, are interpolated']
+
+
+def test_noise_of_every_eighth_width_is_no_bias(tmp_path):
+    truth, generator, ratios = make_table(), np.random.default_rng(0), []
+    data = {'base': truth.base} | {
+        key: {w: curve[w - 1] * generator.normal(1, 0.03) * (4 if w == 96 else 1) for w in range(8, len(curve) + 1, 8)}
+        for key, curve in truth.curves.items()
+    }
+    text_table(tmp_path / 't.json', data)
+    lines = []
+    table, rng = load_table(tmp_path / 't.json', 224, SPACE, lines.append), random.Random(0)
+    for _ in range(300):
+        network = random_arch(SPACE, rng)
+        ratios.append(table.total(*network, SPACE) / truth.total(*network, SPACE))
+    assert abs(np.mean(ratios) - 1) < 0.005 and len(lines) == 2
+
+
+@pytest.mark.parametrize('largest', [0.19, 0.21, 4_900, 5_100])
+@pytest.mark.parametrize('meta', [{}, {'unit': 'ms'}])
+def test_latencies_of_another_unit_are_refused(largest, meta, tmp_path):
+    table = make_table()
+    scale = largest / sum([table.base, *(max(table.curves[b.key(op)][op.max_width(b.in_ch) - 1] for op in SPACE.ops)
+                                         for b in SPACE.blocks())])  # fmt: skip
+    save_table(
+        table.base * scale, {key: curve * scale for key, curve in table.curves.items()}, meta, tmp_path / 't.pkl'
+    )
+    word = 'seconds' if largest == 0.19 else 'microseconds' if largest == 5_100 and not meta else None
+    if word:
+        with pytest.raises(BadInput, match=f'are these {word}'):
+            load_table(tmp_path / 't.pkl', 224, SPACE)
+    else:
+        assert load_table(tmp_path / 't.pkl', 224, SPACE).reach(SPACE)[2] == pytest.approx(largest)
+
+
 class Payload:
     """Runs a command when unpickled by a careless reader."""
 
@@ -155,6 +327,11 @@ def test_tables_cannot_run_code(tmp_path):
         (Payload(os.system, f'touch {marker}'), 'posix.system|nt.system'),
         (Payload(eval, f'open({str(marker)!r}, "w")'), 'builtins.eval'),
         (Payload(partial, os.system, f'touch {marker}'), 'functools.partial'),
+        (Payload(np.load, str(marker)), 'numpy.load'),
+        (np.array([Payload(os.system, f'touch {marker}')]), 'posix.system|nt.system'),
+        (np.array(['a']), "NumPy data of type 'U1'"),
+        (np.zeros(2, dtype='f8,f8'), "NumPy data of type 'V16'"),
+        (np.array([1, None]), "NumPy data of type 'O8'"),
     ]
     for payload, name in payloads:
         for data in (payload, OrderedDict(base=payload), OrderedDict(base=1.0, meta=[[payload]])):
@@ -251,5 +428,5 @@ def test_repairs_are_within_reach_and_counted(tmp_path):
     fitted, true = table.curves[key], truth.curves[key]
     assert fitted[3 - 1] == -5.0 and fitted[low - 1] == pytest.approx(true[low - 1], rel=0.02)
     assert fitted[59] == fitted[60] == pytest.approx(true[59] - 5e-5)
-    with pytest.raises(ValueError, match=f'{key}: many of its latencies are negative or 0'):
+    with pytest.raises(ValueError, match=f'{key} has many latencies that are negative or 0'):
         noisy_table(tmp_path / 't.pkl', spoil=lambda curves: curves[key].__imul__(-1))
