@@ -106,7 +106,7 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
             aim = min(max(target / own.ratio, least), most)
     print(
         f'Measured latency is within {100 * off:.2f} % of the target, standard error {100 * pool.error:.2f} % '
-        f'(mean over {pool.fits.sum()} of {number} rounds)'
+        f'(mean over {pool.fits.sum() or len(pool.fits)} of {number} rounds)'
     )
     if max(off, pool.error) > MEASURED_CLOSE:
         print(f'This misses the goal of {100 * MEASURED_CLOSE:g} %: timings differed too much, or no width is nearer')
