@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from latency_pkl.sampling import build_network, standard_of
-from latency_pkl.timing import ROUNDS, measure_latency
+from latency_pkl.timing import ROUNDS, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
 from models.elasticity import fit_widths
@@ -77,26 +77,39 @@ def fit(state, widths, table, target, num_classes, divisor):
 def fit_to_clock(state, widths, table, target, num_classes, args, device):
     """`fit`, corrected by the measured time of the network until that meets the target; prints each round.
 
-    Networks of one architecture differ little from round to round, so what the clock says of them against the table is
-    averaged over the rounds: the noise of one timing is not fitted to.
+    Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
+    after a timing that does not fit with its pool, the network is timed again. Returns the network whose pooled latency
+    is nearest to the target, standard error included.
     """
     batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
     standard = standard_of(table, batch_size, device)
     least, _, most = table.reach(SPACE)
-    aim, ratios = target, {}
-    for number in range(1, MEASURED_ROUNDS + 1):
+    aim, timed = target, {}
+    for number in range(1, 2 * MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
         build = partial(build_network, config, device, number)
         measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds)
-        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms')
-        own = ratios.setdefault(str(arch), [])
-        own.append(measured.ms / predicted)
-        ratio = sum(own) / len(own)
-        error = abs(predicted * ratio / target - 1)
-        if error <= MEASURED_CLOSE and len(own) > 1:
-            break
-        aim = min(max(target / ratio, least), most)
-    print(f'Measured latency is within {100 * error:.2f} % of the target (mean over {len(own)} rounds)')
+        timed.setdefault(str(arch), []).append((config, predicted, measured))
+        pools = {arch: pool_timings([timing[1:] for timing in timings]) for arch, timings in timed.items()}
+        own = pools[str(arch)]
+        outlier = '' if own.fits[-1] else ', does not fit with the others'
+        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms{outlier}')
+        choices = [
+            (abs(pools[arch].ratio * ms / target - 1), arch, one) for arch in timed for one, ms, _ in timed[arch]
+        ]
+        off, nearest, config = min(choices, key=lambda choice: choice[0] + pools[choice[1]].error)
+        pool = pools[nearest]
+        rounds = MEASURED_ROUNDS + sum((~one.fits).sum() for one in pools.values())
+        if not outlier:
+            if pool.fits.sum() > 1 and (off <= MEASURED_CLOSE or number >= rounds):
+                break
+            aim = min(max(target / own.ratio, least), most)
+    print(
+        f'Measured latency is within {100 * off:.2f} % of the target, standard error {100 * pool.error:.2f} % '
+        f'(mean over {pool.fits.sum() or len(pool.fits)} of {number} rounds)'
+    )
+    if max(off, pool.error) > MEASURED_CLOSE:
+        print(f'This misses the goal of {100 * MEASURED_CLOSE:g} %: timings differed too much, or no width is nearer')
     return config
 
 

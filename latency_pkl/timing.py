@@ -57,6 +57,18 @@ LEAST_UNDISTURBED = 2
 where there are fewer."""
 
 
+FITS = 3
+"""Standard errors up to which two timings agree."""
+
+
+ERRORS = (0.003, 0.1)
+"""Least and most standard error of a timing in a pool. Two networks of one architecture differ by some 0.3 %."""
+
+
+UNCONFIRMED = 0.02
+"""Standard error of a network that was timed once, for its timing may be an outlier."""
+
+
 WORTH_SAYING = 0.01
 """Change of the machine's speed that is said."""
 
@@ -269,6 +281,39 @@ def summary_of(rounds: Sequence[Round], standard: Standard | None, fastest: floa
     without = [latency([one for i, one in enumerate(rounds) if i % groups != left]) for left in range(groups)]
     error = math.sqrt((groups - 1) * np.var(without)) / ms if without else math.inf
     return Measured(ms, error, total(one.standard for one in rounds) / standard.ms if standard else None)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Timings of networks that should take equally long relative to their predictions."""
+
+    ratio: float
+    """Measured over predicted latency."""
+    error: float
+    """Its standard error, as a share; `UNCONFIRMED` for a single timing."""
+    fits: np.ndarray
+    """Which timings the ratio is the mean of, [timings]; False for outliers."""
+
+
+def pool_timings(timings: Sequence[tuple[float, Measured]]) -> Pool:
+    """Pool timings by their standard errors, without outliers: those that agree with less than half of the others.
+
+    Two timings that differ are both outliers until a third one decides; without any that fits, the ratio is the mean
+    of all.
+
+    Args:
+        timings: (predicted latency, measured latency).
+    """
+    ratios = np.array([measured.ms / predicted for predicted, measured in timings])
+    errors = np.clip([measured.error for _, measured in timings], *ERRORS)
+    variances = (errors * ratios) ** 2
+    agree = (ratios[:, None] - ratios) ** 2 <= FITS**2 * (variances[:, None] + variances)
+    fits = agree.sum(axis=1) - 1 >= (len(timings) - 1) / 2
+    weights = np.where(fits if fits.any() else True, errors**-2, 0.0)
+    ratio = np.average(ratios, weights=weights)
+    spread = np.sqrt(np.average((ratios / ratio - 1) ** 2, weights=weights) / max(np.sum(weights > 0) - 1, 1))
+    error = max(weights.sum() ** -0.5, spread) if np.sum(weights > 0) > 1 else UNCONFIRMED
+    return Pool(float(ratio), float(error), fits)
 
 
 class Clock:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from models.search_space import Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
+from models.search_space import ACTIVATIONS, MAX_KERNEL, Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
 from tools.errors import BadInput
 
-ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
 MAX_CHANNELS = 65536
 MAX_BLOCKS = 1000
 MAX_PARAMS = 10**9
@@ -168,13 +167,14 @@ def parse_config(text: str, where: str) -> NetworkConfig:
         BadInput: not JSON, or see `NetworkConfig.from_dict`.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as e:
         raise BadInput(f'{where}: not a JSON file ({e})') from e
     return NetworkConfig.from_dict(data, where)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return the dict of a JSON object; a hook of `json.loads`. Raise ValueError if a key is there twice."""
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
@@ -264,7 +264,7 @@ def _check_value(name: str, value: object, where: str) -> None:
         good, want = isinstance(value, bool), 'true or false'
     else:
         low = 0 if name == 'se_channels' else 1
-        high = {'kernel_size': 31, 'stride': 8}.get(name, MAX_CHANNELS)
+        high = {'kernel_size': MAX_KERNEL, 'stride': 8}.get(name, MAX_CHANNELS)
         good = type(value) is int and low <= value <= high and (name != 'kernel_size' or value % 2 == 1)
         want = f'{"an odd" if name == "kernel_size" else "a"} whole number from {low} to {high}'
     if not good:

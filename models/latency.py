@@ -5,7 +5,6 @@ A table is a pickled OrderedDict: 'base' -> ms of stem, mix layer, pool and clas
 An optional entry 'meta' (a dict of plain values) says how the table was made.
 """
 
-import io
 import math
 import pickle
 from collections import OrderedDict
@@ -15,30 +14,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from models.config import NetworkConfig
 from models.search_space import Arch, Block, Op, SearchSpace, Widths
+from models.table_files import by_width, read_table
 from tools.errors import BadInput
 from tools.files import write_atomic
 
 ROUNDING = 5e-5
 """Of the ends of the reachable range as they are printed."""
 
-LARGEST = 1e30
-"""Number that a table may hold."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Numbers above 0 that a table may hold."""
 
 LEAST_PLAUSIBLE_MS = 0.2
 """A largest network faster than this is taken for a table in seconds."""
 
+MOST_PLAUSIBLE_MS = 5_000
+"""A largest network slower than this, at 224 pixels, is taken for a table in microseconds, if the table does not name
+its unit. One image may take a slow phone's CPU 2 s; 32 images take an H100 about 6,000 us."""
 
-class _TableUnpickler(pickle.Unpickler):
-    """Admits OrderedDict besides what a pickle holds natively (dict, list, tuple, str, int, float, bool, None)."""
+OUTLIER = 0.25
+"""Distance of an outlier from the running median, as a share of it."""
 
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) == ('collections', 'OrderedDict'):
-            return OrderedDict
-        raise BadInput(f'asks for {module}.{name}; a latency table holds only dicts, numbers and strings')
+HALF_WINDOW = 10
+"""Widths on each side that the running median takes in."""
 
 
 @dataclass(frozen=True)
@@ -189,29 +192,34 @@ def load_table(
 ) -> LatencyTable:
     """Read and check a table.
 
-    Falling or negative values within the widths that a search can use are repaired by a running maximum, with one line
-    to `log` that counts them.
+    Latencies that are negative, or fall with growing width, within the widths that a search can use, are replaced by
+    `rising` curves. One line to `log` gives how far they moved. Widths that are missing between others are
+    interpolated, those beyond by at most the distance between the nearest two; this is a line too.
 
     Raises:
-        BadInput: not a table, keys or widths of this space and size missing, values that are no finite numbers, units
-            that look like seconds.
+        BadInput: not a table, keys or widths of this space and size missing, values that are no finite numbers, or
+            latencies that look like seconds or microseconds.
     """
-    data = _read(path)
+    data = read_table(path)
     base = data.get('base')
     if not _is_number(base) or base <= 0:
         raise BadInput(f"{path}: 'base' is {base!r}, should be a positive latency in ms")
     wanted = space.table_widths(img_size)
-    missing = [key for key in wanted if not isinstance(data.get(key), dict)]
+    missing = [key for key in wanted if not isinstance(data.get(key), (dict, list))]
     if missing:
         raise BadInput(
             f'{path}: {len(missing)} of {len(wanted)} keys of input size {img_size} are missing: '
             f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
             f'make a table of that size with: {_maker(img_size)}'
         )
-    curves, repaired = {}, 0
+    curves, moved, widest_gap = {}, [], 1
     for key, (low, high) in wanted.items():
-        curves[key], count = _curve(data[key], key, low, high, path, img_size)
-        repaired += count
+        try:
+            curves[key], shares, gap = _curve(by_width(data[key]), low, high)
+        except ValueError as e:
+            raise BadInput(f'{path}: {key} {e}; make a table with: {_maker(img_size)}') from e
+        moved.append(shares)
+        widest_gap = max(widest_gap, gap)
     meta = data.get('meta') or {}
     if not isinstance(meta, dict):
         raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict that says how the table was made")
@@ -221,11 +229,22 @@ def load_table(
     )
     if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
         raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
+    if 'unit' not in meta and largest > MOST_PLAUSIBLE_MS * max(img_size / 224, 1) ** 2:
+        raise BadInput(
+            f'{path}: the largest network would take {largest:.0f} ms; are these microseconds? Tables are in ms; '
+            "if these are, give the table's 'meta' the unit: ms"
+        )
     method = str(table.meta.get('method', ''))
     if method.startswith('estimated'):
         log(f'{path}: latencies of {table.meta.get("device")} are {method.split(":")[0]}')
-    if repaired:
-        log(f'{path}: {repaired} values were negative or fell with growing width; raised to the running maximum')
+    if widest_gap > 1:
+        log(f'{path}: latencies between given widths, up to {widest_gap} apart, are interpolated')
+    moved = 100 * np.concatenate(moved)
+    if moved.any():
+        log(
+            f'{path}: {(moved > 0).sum()} of {len(moved)} latencies moved to curves that rise with the width: '
+            f'by {moved[moved > 0].mean():.2f} % on average, {moved.max():.2f} % at most'
+        )
     return table
 
 
@@ -237,40 +256,84 @@ def save_table(base: float, curves: dict[str, np.ndarray], meta: dict, path: str
     write_atomic(path, lambda f: pickle.dump(data, f, protocol=3))
 
 
-def _read(path: str | Path) -> dict:
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as e:
-        raise BadInput(f'{path}: no latency table there ({e.strerror}); make one with: {_maker(224)}') from e
-    try:
-        data = _TableUnpickler(io.BytesIO(raw)).load()
-    except BadInput as e:
-        raise BadInput(f'{path}: refused, the file {e}') from e
-    except Exception as e:  # a damaged pickle can raise anything at all
-        raise BadInput(f'{path}: not a pickled latency table ({type(e).__name__}: {" ".join(str(e).split())})') from e
-    if not isinstance(data, dict):
-        raise BadInput(f'{path}: holds a {type(data).__name__}, should be a dict of latencies by block shape')
-    return data
+def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Make the curve of one key.
 
+    Args:
+        values: ms by width, in growing order.
+        low, high: the least and the most width of a search.
 
-def _curve(values: dict, key: str, low: int, high: int, path: str | Path, img_size: int) -> tuple[np.ndarray, int]:
-    """The curve of one key up to its widest, and how many values were repaired."""
-    widths = range(1, high + 1)
-    missing = [width for width in range(low, high + 1) if width not in values]
-    if missing:
-        raise BadInput(
-            f'{path}: {key} lacks {len(missing)} widths of {low} to {high}: {", ".join(map(str, missing[:3]))}; '
-            f'make a table with: {_maker(img_size)}'
+    Returns:
+        The curve, [high]; by which shares its given values from `low` to `high` moved to let it rise; and the largest
+        distance between two given widths.
+
+    Raises:
+        ValueError: a value that is no number, or too few widths.
+    """
+    widths = np.array(list(values), dtype=np.int64)
+    given = widths[max(np.searchsorted(widths, low, 'right') - 1, 0) : np.searchsorted(widths, high) + 1]
+    for width in widths[: np.searchsorted(widths, high) + 1].tolist():
+        if not _is_number(values[width]):
+            raise ValueError(f'at width {width} is {values[width]!r}, should be a latency in ms')
+    outside = [width for width in range(low, high + 1) if not len(given) or not given[0] <= width <= given[-1]]
+    if outside and (len(given) < 2 or given[0] - low > given[1] - given[0] or high - given[-1] > given[-1] - given[-2]):
+        raise ValueError(
+            f'lacks {len(outside)} widths of {low} to {high}: {", ".join(map(str, outside[:3]))}'
+            f'{", ..." if len(outside) > 3 else ""}'
         )
-    bad = [width for width in widths if width in values and not _is_number(values[width])]
-    if bad:
-        raise BadInput(f'{path}: {key} at width {bad[0]} is {values[bad[0]]!r}, should be a latency in ms')
-    curve = np.array([values.get(width, values[low]) for width in widths], dtype=np.float64)
-    used = curve[low - 1 :]
-    mended = np.maximum.accumulate(np.maximum(used, 0))
-    count = int((mended != used).sum())
-    curve[low - 1 :] = mended
-    return curve, count
+    used = np.array([values[width] for width in given.tolist()], dtype=np.float64)
+    fitted = rising(used)
+    curve = _interpolate(np.arange(1, high + 1), given, fitted)
+    curve[: low - 1] = [values.get(width, curve[low - 1]) for width in range(1, low)]
+    moved = np.abs(used - fitted) / np.maximum(fitted, SMALLEST)
+    return curve, moved, int(np.diff(given).max(initial=1))
+
+
+def _interpolate(at: np.ndarray, widths: np.ndarray, ms: np.ndarray) -> np.ndarray:
+    """Return latencies between given widths, and those beyond the ends as the nearest two continue; at least 0."""
+    curve = np.interp(at, widths, ms)
+    if len(widths) > 1:
+        below, above = at < widths[0], at > widths[-1]
+        curve[below] = ms[0] + (ms[1] - ms[0]) / (widths[1] - widths[0]) * (at[below] - widths[0])
+        curve[above] = ms[-1] + (ms[-1] - ms[-2]) / (widths[-1] - widths[-2]) * (at[above] - widths[-1])
+    return np.maximum(curve, 0)
+
+
+def rising(values: np.ndarray) -> np.ndarray:
+    """Return the rising curve through noisy latencies: their isotonic regression, without outliers.
+
+    Unlike a running maximum it keeps the mean, so noise does not become bias. Values that rise already stay as they
+    are.
+
+    Args:
+        values: ms at growing widths, [widths].
+
+    Raises:
+        ValueError: the values' running median is not positive.
+    """
+    if values[0] >= 0 and (np.diff(values) >= 0).all():
+        return values
+    usual = _running_median(values)
+    if usual.min() <= 0:
+        raise ValueError('has many latencies that are negative or 0')
+    return isotonic_regression(np.where(np.abs(values - usual) > OUTLIER * usual, usual, values)).x
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """Medians of windows around each value. Beyond the ends, the curve continues as a straight line.
+
+    The windows are symmetric, so steps of a rising curve are kept.
+    """
+    half = min(HALF_WINDOW, len(values) // 2)
+    if not half:
+        return values
+
+    def beyond(start: np.ndarray) -> np.ndarray:
+        near, far = np.median(start[:half]), np.median(start[half : 2 * half])
+        return near + (near - far) / half * ((half - 1) / 2 + np.arange(half, 0, -1))
+
+    padded = np.concatenate([beyond(values), values, beyond(values[::-1])[::-1]])
+    return np.median(sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,7 @@ Paper: Hu, Wu, He, "TF-NAS", ECCV 2020, section 3.1 and table 1. To search anoth
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 Arch = dict[str, list[int]]
 """An architecture: op index of each block, by stage name. The length of a list is the depth of that stage."""
@@ -14,6 +14,12 @@ Widths = dict[str, dict[str, dict[int, int]]]
 
 FREEDOMS = ('operator', 'width')
 """Search freedoms that a flag switches off; the third one, depth, is built into the supernet."""
+
+
+ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
+"""Names of activations, in rows and in configs."""
+
+MAX_KERNEL = 31
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,37 @@ class Block:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Operators, stages, and the fixed stem and head around them."""
+    """Operators, stages, and the fixed stem and head around them.
+
+    Raises:
+        ValueError: a row with a value that cannot be; names the row, the value, and what would be right.
+    """
 
     ops: tuple[Op, ...]
     stages: tuple[Stage, ...]
     stem: Stem
     head: Head
+
+    def __post_init__(self) -> None:
+        if not self.ops or not self.stages:
+            raise ValueError(f'{"stages" if self.ops else "ops"} is empty, should have at least one row')
+        for name, rows in (('ops', self.ops), ('stages', self.stages)):
+            for i, row in enumerate(rows):
+                _check_row(f'{name}[{i}]', row)
+        _check_row('stem', self.stem)
+        _check_row('head', self.head)
+        before, out_ch = 'stem', self.stem.out_ch
+        for i, stage in enumerate(self.stages):
+            if stage.in_ch != out_ch:
+                raise ValueError(f'stages[{i}].in_ch is {stage.in_ch}, should be {out_ch}, as {before}.out_ch')
+            before, out_ch = f'stages[{i}]', stage.out_ch
+        for i, op in enumerate(self.ops):
+            for in_ch in [block.in_ch for block in self.blocks()]:
+                if op.min_width(in_ch) <= in_ch:  # a block runs on its input channels if its width is not above them
+                    raise ValueError(
+                        f'ops[{i}].expand is {op.expand}: with {in_ch} input channels, its least width of '
+                        f'{op.min_width(in_ch)} should be above {in_ch}; expand more'
+                    )
 
     @property
     def stage_names(self) -> list[str]:
@@ -174,6 +205,25 @@ class SearchSpace:
         for block, index, op in self.positions():
             widths[block.stage].setdefault(block.name, {})[index] = rule(op, block.in_ch)
         return widths
+
+
+def _check_row(place: str, row: Op | Stage | Stem | Head) -> None:
+    for field in fields(row):
+        name, value = field.name, getattr(row, field.name)
+        if name == 'act':
+            good, want = value in ACTIVATIONS, f'one of {", ".join(ACTIVATIONS)}'
+        elif name == 'se':
+            good, want = isinstance(value, bool), 'True or False'
+        elif name == 'stride':
+            good, want = type(value) is int and value in (1, 2), '1 or 2'
+        elif name == 'kernel':
+            good = type(value) is int and 1 <= value <= MAX_KERNEL and value % 2 == 1
+            want = f'an odd whole number from 1 to {MAX_KERNEL}'
+        else:
+            least = 0 if name == 'se_ch' else 1
+            good, want = type(value) is int and value >= least, f'a whole number of at least {least}'
+        if not good:
+            raise ValueError(f'{place}.{name} is {value!r}, should be {want}')
 
 
 def table_key(in_size: int, in_ch: int, se_ch: int, out_ch: int, kernel: int, stride: int, act: str) -> str:

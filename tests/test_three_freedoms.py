@@ -200,7 +200,7 @@ def test_searches_without_depth(project_copy, images, tmp_path, run_script):
     (result,) = [json.loads(line) for line in (tmp_path / 'evidence' / 'results.jsonl').read_text().splitlines()]
     assert result['arm'] == 'no-depth' and -1 < result['off_target'] <= 0 and result['measured'] > 0
 
-    (searched,) = save.glob('search/*/searched_model_01.pth.tar')
+    (searched,) = save.glob('search/*/searched_model_02.pth.tar')
     log = (searched.parent / 'log.txt').read_text()
     assert len(re.findall(r'stage\d exits 1.0000$', log, re.M)) == 6 == log.count(' exits ')
     found = re.findall(r'(stage\d\.block\d) ops ([\d. ]+)$', log, re.M)
