@@ -28,7 +28,17 @@ from models.targeting import most_probable
 from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.files import check_target, write_text
-from tools.options import Parser, add_arch_args, add_device_arg, class_count, count, image_size, run_script
+from tools.options import (
+    DEFAULT_TABLE,
+    Parser,
+    add_arch_args,
+    add_device_arg,
+    class_count,
+    count,
+    image_size,
+    project_file,
+    run_script,
+)
 
 USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4
@@ -40,7 +50,7 @@ def get_args():
     parser = Parser(__doc__)
     add_arch_args(parser)
     parser.add_argument('--save_path', help='config file to write; default: model.config, none for a --config_path')
-    parser.add_argument('--lookup_path', default='./latency_pkl/latency_gpu.pkl', help='latency table')
+    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
     parser.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
@@ -155,7 +165,8 @@ def main(args):
     num_classes = args.num_classes or (None if is_config else USUAL_CLASSES)
     if save_path:
         check_target(save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
-    table = load_table(args.lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
+    lookup_path = project_file(args.lookup_path, DEFAULT_TABLE)
+    table = load_table(lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':

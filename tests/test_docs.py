@@ -151,6 +151,8 @@ def test_links_and_files_named_in_a_page_are_there(page):
 
 MORE_SCRIPTS = [
     'dataset/make_lists.py',
+    'benchmarks/fit_measured.py',
+    'benchmarks/latency_methods.py',
     'experiments/join.py',
     'tools/plots.py',
 ]

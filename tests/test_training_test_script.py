@@ -31,7 +31,8 @@ def run_test(data, tmp_path, monkeypatch, capsys):  # noqa: F811
         chosen = {'config_path': data / 'small.config', 'weights': path, 'num_classes': 3, 'img_size': 32, 'workers': 0}
         chosen |= {'val_root': data, 'val_list': data / 'val.txt'} if val else {}
         chosen |= {'device': 'cpu', 'batch_size': 8} | changes
-        flags = [word for name, value in chosen.items() for word in (f'--{name}', str(value))]
+        given = {name: value for name, value in chosen.items() if value is not None}
+        flags = [word for name, value in given.items() for word in (f'--{name}', str(value))]
         monkeypatch.setattr(sys, 'argv', ['test.py', *flags, *map(str, words)])
         test_script.main(test_script.get_args())
         return capsys.readouterr().out
@@ -84,8 +85,15 @@ def test_what_does_not_fit_is_named_in_one_message(run_test, weights):
 def test_a_class_count_that_disagrees_is_said_plainly(run_test, weights):
     weights['classifier.linear.weight'] = torch.zeros(5, 24)
     weights['classifier.linear.bias'] = torch.zeros(5)
-    with pytest.raises(BadInput, match='is for 5 classes, --num_classes says 3'):
+    with pytest.raises(BadInput, match='is for 5 classes, --num_classes is 3'):
         run_test(weights)
+
+
+def test_the_weights_decide_the_classes_whatever_the_config_has(run_test, weights):
+    weights['classifier.linear.weight'] = torch.zeros(5, 24)
+    weights['classifier.linear.bias'] = torch.tensor([0.0, 0, 0, 0, 9])
+    printed = run_test(weights, num_classes=None)  # class 4, of which there are no images
+    assert '--num_classes 5: from' in printed and 'Val_acc_top1: 0.00' in printed
 
 
 @pytest.mark.parametrize('content', [{}, [1], {'state_dict': {'a': 1}}, {1: torch.zeros(1)}, 3])
