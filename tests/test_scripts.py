@@ -76,6 +76,7 @@ def test_search_writes_checkpoints_and_log(searched):
     folder, out = searched
     assert re.fullmatch(r'search-\d{8}-\d{6}-test run', folder.name)
     names = [
+        'classes.txt',
         'log.txt',
         'metrics.jsonl',
         'plots',
@@ -157,6 +158,7 @@ def test_training_and_testing(trained, found, images, run_script, monkeypatch, c
     assert sorted(p.name for p in folder.glob('[!.]*')) == [
         'checkpoint.previous.pth.tar',
         'checkpoint.pth.tar',
+        'classes.txt',
         'log.txt',
         'metrics.jsonl',
         'model.config',
