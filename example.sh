@@ -79,7 +79,8 @@ fi
 
 # 3. Training from scratch on 1,000 classes, in mixed precision; full precision on one machine: train_eval.py.
 "$python" dataset/make_lists.py --img_root "$imagenet/train" --list dataset/ImageNet-1000_train.txt
-"$python" dataset/make_lists.py --img_root "$imagenet/val" --list dataset/ImageNet-1000_val.txt
+"$python" dataset/make_lists.py --img_root "$imagenet/val" --list dataset/ImageNet-1000_val.txt \
+    --like dataset/ImageNet-1000_train.txt
 "$python" -m torch.distributed.run --nproc_per_node="$gpus" train_eval_amp.py --train_root "$imagenet/train" \
     --train_list dataset/ImageNet-1000_train.txt --val_root "$imagenet/val" --val_list dataset/ImageNet-1000_val.txt \
     --config_path model.config --opt_level O1 --sync_bn --channels_last --num_classes 1000 --img_size 224 \
