@@ -230,6 +230,7 @@ def test_text_tables_that_are_none_are_refused_by_line(tmp_path):
         ('t.csv', 'base,,1\nbase,,1\n', 'line 2: base, is there twice'),
         ('t.csv', '', "'base' is None"),
         ('t.json', '{"base": 1, "base": 2}', 'not a JSON latency table .*twice'),
+        ('t.txt', '{"base": 1}', 'not a pickled latency table .*; name JSON and CSV tables .json and .csv'),
         ('t.json', '[1]', 'holds a list'),
         ('t.json', '{', 'not a JSON latency table'),
         ('t.json', '{"base": NaN}', "'base' is nan"),
