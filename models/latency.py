@@ -195,7 +195,7 @@ def load_table(
 
     Latencies that are negative, or fall with growing width, within the widths that a search can use, are replaced by
     `rising` curves. One line to `log` gives how far they moved. Widths that are missing between others are
-    interpolated, those beyond by at most the distance between the nearest two; this is a line too.
+    interpolated, those beyond by at most the distance between the nearest two. One line to `log` gives their number.
 
     Raises:
         BadInput: not a table, keys or widths of this space and size missing, values that are no finite numbers, or
@@ -213,33 +213,24 @@ def load_table(
             f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
             f'make a table of that size with: {_maker(img_size)}'
         )
-    curves, moved, widest_gap = {}, [], 1
+    curves, moved, absent = {}, [], 0
     for key, (low, high) in wanted.items():
         try:
-            curves[key], shares, gap = _curve(by_width(data[key]), low, high)
+            curves[key], shares, count = _curve(by_width(data[key]), low, high)
         except ValueError as e:
             raise BadInput(f'{path}: {key} {e}; make a table with: {_maker(img_size)}') from e
         moved.append(shares)
-        widest_gap = max(widest_gap, gap)
+        absent += count
     meta = data.get('meta') or {}
     if not isinstance(meta, dict):
         raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict about how the table was made")
     table = LatencyTable(float(base), curves, meta, img_size)
-    largest = base + sum(
-        max(table.of(b, op, op.max_width(b.in_ch)) for op in space.ops) for b in space.blocks(img_size)
-    )
-    if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
-        raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
-    if 'unit' not in meta and largest > MOST_PLAUSIBLE_MS * max(img_size / 224, 1) ** 2:
-        raise BadInput(
-            f'{path}: the largest network would take {largest:.0f} ms; are these microseconds? Tables are in ms; '
-            "if these are, give the table's 'meta' the unit: ms"
-        )
+    _check_unit(path, table, table.reach(space)[2])
     method = str(table.meta.get('method', ''))
     if method.startswith('estimated'):
         log(f'{path}: latencies of {table.meta.get("device")} are {method.split(":")[0]}')
-    if widest_gap > 1:
-        log(f'{path}: latencies between given widths, up to {widest_gap} apart, are interpolated')
+    if absent:
+        log(f'{path}: latencies of {absent} widths are interpolated between the given widths')
     moved = 100 * np.concatenate(moved)
     if moved.any():
         log(
@@ -247,6 +238,17 @@ def load_table(
             f'by {moved[moved > 0].mean():.2f} % on average, {moved.max():.2f} % at most'
         )
     return table
+
+
+def _check_unit(path: str | Path, table: LatencyTable, largest: float) -> None:
+    """Raise BadInput if the latency of the largest network is not plausible in ms."""
+    if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
+        raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
+    if 'unit' not in table.meta and largest > MOST_PLAUSIBLE_MS * max(table.img_size / 224, 1) ** 2:
+        raise BadInput(
+            f'{path}: the largest network would take {largest:.0f} ms; are these microseconds? Tables are in ms; '
+            "if these are, give the table's 'meta' the unit: ms"
+        )
 
 
 def save_table(base: float, curves: dict[str, np.ndarray], meta: dict, path: str | Path) -> None:
@@ -265,8 +267,8 @@ def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, 
         low, high: the least and the most width of a search.
 
     Returns:
-        The curve, [high]; by which shares its given values from `low` to `high` moved to let it rise; and the largest
-        distance between two given widths.
+        The curve, [high]; the shares by which the given values moved to let it rise; and the number of widths from
+        `low` to `high` that are not given.
 
     Raises:
         ValueError: a value that is no number, or too few widths.
@@ -287,7 +289,7 @@ def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, 
     curve = _interpolate(np.arange(1, high + 1), given, fitted)
     curve[: low - 1] = [values.get(width, curve[low - 1]) for width in range(1, low)]
     moved = np.abs(used - fitted) / np.maximum(fitted, SMALLEST)
-    return curve, moved, int(np.diff(given).max(initial=1))
+    return curve, moved, high - low + 1 - int(((low <= given) & (given <= high)).sum())
 
 
 def _interpolate(at: np.ndarray, widths: np.ndarray, ms: np.ndarray) -> np.ndarray:

@@ -146,8 +146,8 @@ def disturbed_turns(share, seed):
 
 
 def table_of(share, monkeypatch, budget=1, patience=1000):
-    """Make a table from `disturbed_turns` that take a second each: (base over its true value, mean of each curve over its
-    true values, meta)."""
+    """Make a table from `disturbed_turns` that take a second each: (base and mean of each curve over their true values,
+    meta)."""
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=budget)
     monkeypatch.setattr(make_lat_lut, 'time_turn', disturbed_turns(share, seed=0))
     monkeypatch.setattr(make_lat_lut, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))

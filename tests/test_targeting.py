@@ -174,7 +174,7 @@ def test_fit_meets_targets_closer_than_scaling_and_never_above(divisor):
 
 
 def timed_networks(count, noise, seed, img_size=64):
-    """Samples of blocks with known times, from a noisy clock, on a machine that is slower by a third every third time."""
+    """Samples of blocks with known times, by a noisy clock, from a machine that is slower every third time."""
     rng, generator = random.Random(seed), np.random.default_rng(seed)
     truth = physical_curves(img_size)
     samples = []
