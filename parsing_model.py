@@ -1,4 +1,4 @@
-"""Turn a searched model into a network config, and print its size, multiply-adds and latency.
+"""Turn a searched model into a network config, and print its size, MACs and latency.
 
     python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_89.pth.tar \
         --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
@@ -66,14 +66,14 @@ def get_args():
         '--rounds',
         type=count(),
         default=ROUNDS,
-        help='times that a network is built and timed for one latency; up to twice as many where they differ much',
+        help='times that a network is built and timed for one latency; up to twice as many if they differ much',
     )
     add_device_arg(parser)
     return parser.parse_args()
 
 
 def names_config(args):
-    """Whether the network is given as a config, and not as a searched model."""
+    """Return whether the network is given as a config, not as a searched model."""
     return bool(args.config_path) or is_config_file(args.model_path)
 
 
@@ -124,7 +124,7 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
 
 
 def fitted_configs(args, save_path, num_classes, table, device):
-    """(path, config) for each target."""
+    """Yield (path, config) for each target."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     state, masks = load_search_checkpoint(args.model_path, SPACE)
@@ -139,7 +139,7 @@ def fitted_configs(args, save_path, num_classes, table, device):
 
 
 def report(path, config, table, args, device):
-    """Write one config, where there is a path for it, and print what is known of it."""
+    """Write one config if there is a path for it, and print its size and latencies."""
     if path:
         write_text(path, dump_config(config))
         print(f'Config: {path}')
@@ -158,7 +158,7 @@ def report(path, config, table, args, device):
 
 
 def main(args):
-    """Read, fit where a target is given, write, print."""
+    """Read, fit if a target is given, write, print."""
     device = pick_device(args.device)
     is_config = names_config(args)
     save_path = args.save_path or (None if is_config else 'model.config')

@@ -1,14 +1,14 @@
-"""Latency tables of cards that are not at hand: a physical model of a block, with a handful of parameters a card.
+"""Latency tables of cards that are not available: a physical model of a block with a few parameters a card.
 
-The time of a layer is that of its kernels' memory traffic plus that of its multiply-adds, which run at different rates
-in 1x1 (dense), depthwise and squeeze-excitation convolutions; a block takes the larger of that and of the host's time
-to launch its kernels:
+The time of a layer is the sum of the times of its memory traffic and of its MACs. MACs run at different rates in 1x1
+(dense), depthwise and squeeze-excitation convolutions. A block takes the larger of this sum and of the host's time to
+launch its kernels:
 
     max(bytes / bandwidth + dense / rate + depthwise / rate + squeeze / rate, kernels * launch)
 
 Kernels are those of unfused float32 layers: convolution, batch norm, ReLU in place or swish as x * sigmoid(x),
-squeeze-excitation, residual sum. A row has the data-sheet bandwidth and throughput of a card. What share of them such
-layers reach was fitted to the paper's published table of a Titan RTX, and is taken to be the same for other cards.
+squeeze-excitation, residual sum. A row has the data-sheet bandwidth and throughput of a card. The shares of them that
+such layers reach were fitted to the paper's published table of a Titan RTX, and are assumed for other cards too.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ BANDWIDTH_SHARE = 0.8931
 DENSE_SHARE = 0.6102
 DEPTHWISE_SHARE = 0.0705
 SQUEEZE_SHARE = 0.02354
-"""Shares of the data-sheet bandwidth and float32 throughput that the layers reach; fitted, see above."""
+"""Shares of the data-sheet bandwidth and float32 throughput that layers reach. Fitted, see above."""
 
 FLOAT_BYTES = 4
 SWISH_KERNELS, SWISH_TRAFFIC = 2, 5  # sigmoid reads and writes, the product reads two and writes one
@@ -37,9 +37,9 @@ class Card:
     bandwidth: float
     """GB/s"""
     throughput: float
-    """float32 TFLOP/s (two operations a multiply-add), without tensor cores"""
+    """float32 TFLOP/s (two operations a MAC), without tensor cores"""
     launch: float
-    """ms of the host for one kernel: fitted for the Titan RTX (PyTorch 1.1), a usual value of today for others"""
+    """Host time of one kernel, ms. Fitted for the Titan RTX (PyTorch 1.1); today's usual value for others."""
 
 
 CARDS = {
@@ -55,7 +55,7 @@ CARDS = {
 
 @dataclass
 class Work:
-    """What some layers ask of a card: floats moved, multiply-adds, kernels. Numbers or arrays over widths."""
+    """Work of some layers: floats moved, MACs, kernels. Numbers, or arrays over widths."""
 
     traffic: np.ndarray | float = 0.0
     dense: np.ndarray | float = 0.0
@@ -64,7 +64,7 @@ class Work:
     kernels: float = 0.0
 
     def conv(self, inputs, outputs, per_output, depthwise: bool = False, act: str | None = None) -> None:
-        """Add convolution, batch norm and activation. `inputs`, `outputs`: floats; `per_output`: multiply-adds."""
+        """Add convolution, batch norm and activation. `inputs`, `outputs`: floats; `per_output`: MACs."""
         self.traffic = self.traffic + inputs + outputs + 2 * outputs
         self.kernels += 2
         if depthwise:
@@ -77,7 +77,7 @@ class Work:
             self.kernels += SWISH_KERNELS if swish else RELU_KERNELS
 
     def time(self, card: Card) -> np.ndarray:
-        """Milliseconds on a card."""
+        """Return the time on a card, ms."""
         per_ms = card.throughput * 1e9 / 2
         memory = self.traffic * FLOAT_BYTES / (card.bandwidth * 1e6 * BANDWIDTH_SHARE)
         compute = self.dense / (per_ms * DENSE_SHARE) + self.depthwise / (per_ms * DEPTHWISE_SHARE)
@@ -86,7 +86,7 @@ class Work:
 
 
 def block_work(spec: MBSpec, mid, size: int, batch: int) -> Work:
-    """Work of one block of `mid` channels (an array of widths, or one); `spec.mid_channels` does not count."""
+    """Return the work of one block with `mid` channels (one width or an array) in place of `spec.mid_channels`."""
     work, pixels = Work(), batch * size**2
     out_pixels = batch * after_stride(size, spec.stride) ** 2
     if np.all(mid > spec.in_channels):
@@ -104,7 +104,7 @@ def block_work(spec: MBSpec, mid, size: int, batch: int) -> Work:
 
 
 def estimate(card: Card, img_size: int, batch: int, num_classes: int, space: SearchSpace):
-    """Base and curves (ms by mid channels, from 1 on) of a card."""
+    """Return base and curves of a card, ms: (float, {key: [widths from 1 on]})."""
     fixed, curves = fixed_layers(num_classes, space), {}
     for block, _, op in space.positions(img_size):
         key = block.key(op)

@@ -1,14 +1,13 @@
 """From timed networks to a table: a latency curve for every block shape over its widths.
 
-A machine that others share slows networks down, some by a third. By how much in a single timing is told by the
-network itself: its time over what the table says of it. Table and slowness are fitted by turns. No network is left out
-of the shapes' curves for being slow: the fast ones are those whose widths and memory happen to suit the machine. How
-fast it is from minute to minute is told by a reference network that is timed between the others; the table is of its
-usual speed.
+On a shared machine some timings are slower by a third. The slowness of one timing is the network's time over the
+table's prediction. Table and slowness are fitted alternately. Slow networks stay in the fit of the curves: fast ones
+are those whose widths and memory layout happen to suit the machine. A reference network, timed between the others,
+gives the machine's speed over time; the table holds for its usual speed.
 
-A block's time is modelled as a physical estimate (operations, memory traffic, fixed costs; the same few coefficients
-for all blocks, fitted to non-negative values) times a correction of its own shape that is linear in the width. Shapes
-that were seen seldom then borrow from all others. Curves are made non-decreasing at the end.
+A block's time is modelled as a physical estimate times a correction of the block's shape. The estimate (operations,
+memory traffic, fixed costs) has the same few non-negative coefficients for all blocks. The correction is linear in the
+width. So shapes that were timed rarely borrow from all others. Curves are made non-decreasing at the end.
 """
 
 from collections.abc import Sequence
@@ -21,16 +20,16 @@ from latency_pkl.sampling import Sample
 from models.search_space import Block, Op, SearchSpace, after_stride
 
 VECTOR = 16
-"""Channels that vector units and tensor cores take at once; costs may rise in such steps."""
+"""Channels that vector units and tensor cores process at once; costs may rise in such steps."""
 
 SHRINK_LEVEL, SHRINK_SLOPE = 0.3, 1.0
-"""Weight, in samples, of 'no correction' against what was measured: of a curve's level and of its slope."""
+"""Weights of the prior 'no correction', in samples: for a curve's level and for its slope."""
 
 TURNS = 4
-"""Times that table and slowness of the networks are fitted by turns."""
+"""Alternations between fitting the table and the slowness of the networks."""
 
 OUTLIER = 0.2
-"""Distance from what the others say, as a share of it, from which a network or a block is an outlier."""
+"""Distance of an outlying network or block from the prediction, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class Fit:
     base: float
     curves: dict[str, np.ndarray]
     factor: float
-    """What all curves were multiplied by, so that networks take what the table says, in their mean without outliers."""
+    """Factor of all curves, for a mean error of 0 over the networks without outliers."""
 
 
 def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
-    """Quantities that a block's time may be proportional to, [widths, features]."""
+    """Return quantities that a block's time may be proportional to, [widths, features]."""
     mid = np.asarray(widths, dtype=np.float64)
     padded = np.ceil(mid / VECTOR) * VECTOR
     pixels_in = block.in_size**2
@@ -71,11 +70,12 @@ def features(block: Block, op: Op, widths: np.ndarray) -> np.ndarray:
 
 
 def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace) -> Fit:
-    """A table from timed networks, which together should show the fixed layers and every key of the space. Parts of a
-    network that were never timed with an undisturbed core may be missing.
+    """Fit a table to timed networks.
 
     Args:
-        slowness: how many times as slow as usual the machine was when each of them was timed.
+        samples: together they have the fixed layers and every key of the space. Parts of a network that were never
+            timed on an undisturbed core may be missing.
+        slowness: time of the reference network over its usual time, when each sample was timed, [samples].
     """
     fixed, totals = (np.array([getattr(sample, name) for sample in samples]) for name in ('fixed', 'total'))
     usual, slow = totals / slowness, np.nan_to_num(fixed / np.nanmedian(fixed), nan=1.0)
@@ -91,7 +91,7 @@ def fit_table(samples: Sequence[Sample], slowness: np.ndarray, img_size: int, sp
 def _curves(
     samples: Sequence[Sample], slowness: np.ndarray, img_size: int, space: SearchSpace
 ) -> dict[str, np.ndarray]:
-    """Curves (ms by width, from 1 on) by key."""
+    """Return curves by key, ms, [widths from 1 on]."""
     places = {block.key(op): (block, op) for block, _, op in space.positions(img_size)}
     seen: dict[str, list[tuple[int, float]]] = {key: [] for key in places}
     for sample, slow in zip(samples, slowness, strict=True):
@@ -113,19 +113,19 @@ def _curves(
 
 
 def _typical(ratios: np.ndarray) -> float:
-    """Mean without outliers."""
+    """Return the mean without outliers."""
     middle = np.median(ratios)
     return float(ratios[np.abs(ratios / middle - 1) <= OUTLIER].mean())
 
 
 def _along(widths: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Where a width lies in its range: -1 at the fewest, 1 at the most."""
+    """Return the positions of widths in their range, from -1 at `low` to 1 at `high`."""
     return 2 * (widths - low) / (high - low) - 1
 
 
 def _correction(along: np.ndarray, ratios: np.ndarray) -> tuple[float, float]:
-    """Level and slope of measured over estimated time, drawn towards (1, 0), twice: the second time without
-    outliers.
+    """Return level and slope of measured over estimated time, shrunk towards (1, 0). Fitted twice, the second time
+    without outliers.
     """
     keep = np.ones(len(ratios), dtype=bool)
     level, slope = 1.0, 0.0

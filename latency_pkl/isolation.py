@@ -1,5 +1,7 @@
-"""Calls in new processes, whose heap has no history but a random layout: what a CPU's timings need, so that their means
-are the same from run to run."""
+"""Calls in new processes whose heaps have no history but a random layout.
+
+Timings on a CPU need this, for means that are the same from run to run.
+"""
 
 import ctypes
 import mmap
@@ -26,14 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class FreshProcess:
-    """`call`, in a new process with the same number of CPU threads: what it keeps stays there for the next time.
+    """A new process, with the same number of CPU threads, that runs `call`. Its state is kept between calls.
 
         with FreshProcess(call) as there:
             there(*args)
 
-    New processes are forked from one that only reads what is to be called: its heap does not depend on what else runs
-    here or has run before, and it has no threads that a fork would lose. Where their tensors lie is drawn anew in each
-    (`shuffle_heap`). What is called must be importable from the project's modules.
+    New processes are forked from one that only imports the callables. Its heap does not depend on what runs or ran
+    here, and it has no threads that a fork would lose. Each has a random heap layout (`shuffle_heap`). `call` must be
+    importable from the project's modules.
     """
 
     def __init__(self, call: Callable):
@@ -42,9 +44,9 @@ class FreshProcess:
         try:
             with its:
                 socket.send_fds(_forker(), [b'.'], [its.fileno()])
-            with suppress(OSError):  # it has died, which is found out at the first call
+            with suppress(OSError):  # if it has died, the first call raises
                 self._connection.send((torch.get_num_threads(), call))
-        except BaseException:  # the forker would wait for what is to be called
+        except BaseException:  # the forker would wait for the call
             self._connection.close()
             raise
 
@@ -52,13 +54,13 @@ class FreshProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()  # which ends it
+        self._connection.close()  # this ends the process
 
     def __call__(self, *args: Any) -> Any:
-        """The result of the call there.
+        """Return the result of the call.
 
         Raises:
-            RuntimeError: the call failed there (its traceback is on stderr) or the process died.
+            RuntimeError: the call failed (its traceback is on stderr) or the process died.
         """
         try:
             self._connection.send(args)
@@ -68,13 +70,13 @@ class FreshProcess:
 
 
 def in_fresh_process(call: Callable, *args: Any) -> Any:
-    """`call(*args)` in a `FreshProcess` of its own."""
+    """Return `call(*args)` from a new `FreshProcess`."""
     with FreshProcess(call) as there:
         return there(*args)
 
 
 def _forker() -> socket.socket:
-    """The other end of the process that forks new ones, which starts at the first call and ends with this process."""
+    """Return a socket to the process that forks new ones. It starts at the first call and ends with this process."""
     process, ours = _start_forker()
     if process.poll() is not None:
         _start_forker.cache_clear()
@@ -92,18 +94,18 @@ def _start_forker() -> tuple[subprocess.Popen, socket.socket]:
 
 def _serve(asked: socket.socket) -> None:
     """Fork a process for each connection that arrives, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that asks
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the caller
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     while True:
         _, connections, *_ = socket.recv_fds(asked, 1, 1)
         if not connections:
             return
         with Connection(connections[0]) as connection:
             try:
-                threads, call = connection.recv()  # here, so that the modules it needs are imported once
-            except EOFError:  # nobody asks any more
+                threads, call = connection.recv()  # imports the modules of the call once, for all forks
+            except EOFError:  # the caller is gone
                 continue
-            except BaseException:  # reported here; who asked is told that there is no result
+            except BaseException:  # the caller sees a closed connection
                 traceback.print_exc()
                 continue
             if os.fork() == 0:
@@ -112,7 +114,7 @@ def _serve(asked: socket.socket) -> None:
 
 
 def _answer(connection: Connection, threads: int, call: Callable) -> None:
-    """Send what the calls return, until the other end is closed; end this process."""
+    """Send the results of calls until the other end is closed, then end this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     random.seed()
     torch.set_num_threads(threads)
@@ -124,26 +126,26 @@ def _answer(connection: Connection, threads: int, call: Callable) -> None:
             args = connection.recv()
             try:
                 result = call(*args)
-            except BaseException:  # reported here; who asked is told that there is no result
+            except BaseException:  # the caller sees a closed connection
                 traceback.print_exc()
                 os._exit(1)
             connection.send(result)
-    except (EOFError, OSError):  # nobody asks any more
+    except (EOFError, OSError):  # the caller is gone
         os._exit(0)
 
 
 HUGE_HEAP = 2**30
-"""Bytes at the start of the heap that are in huge pages, which are taken only when they are used."""
-
+"""Bytes at the start of the heap that are in huge pages. Memory is used only when it is written to."""
 
 PIECES, SMALLEST, LARGEST = 100, 2**10, 2**22
-"""Pieces that `shuffle_heap` puts into the heap, and their bytes."""
+"""Number of pieces that `shuffle_heap` allocates, and their least and most bytes."""
 
 
 def use_huge_pages() -> None:
-    """Ask that what this process allocates from now on is in pages of 2 MB, for timings: with pages of 4 KB, a
-    network's speed depends on where in memory its pages happen to lie, from process to process. To be called after
-    `keep_freed_memory`. No effect without glibc, or where the system has no such pages to give.
+    """Ask for pages of 2 MB for all later allocations of this process.
+
+    With pages of 4 KB, a network's speed depends on their addresses and differs between processes. Call this after
+    `keep_freed_memory`. No effect without glibc, or if the system has no such pages.
     """
     libc = _libc()
     if not libc:
@@ -153,13 +155,14 @@ def use_huge_pages() -> None:
     if start:
         first_page = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         libc.madvise(first_page, start + HUGE_HEAP - first_page, mmap.MADV_HUGEPAGE)
-        libc.free(start)  # kept as the heap's top, which is handed out next
+        libc.free(start)  # stays the heap's top, which is allocated next
 
 
 def shuffle_heap() -> None:
-    """Let what this process allocates from now on lie at random places, for timings: by how the addresses of its
-    tensors collide in the caches, a network takes some per cent more or less, and a block of many pixels up to a third.
-    Processes forked from one would all have the same collisions. No effect without glibc.
+    """Randomize the addresses of all later allocations of this process.
+
+    Collisions of addresses in the caches change the time of a network by some per cent, of a block with many pixels by
+    up to a third. Processes forked from one would all have the same collisions. No effect without glibc.
     """
     if libc := _libc():
         pieces = [libc.malloc(int(SMALLEST * (LARGEST / SMALLEST) ** random.random())) for _ in range(PIECES)]

@@ -46,22 +46,22 @@ from tools.files import check_target
 from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
-"""Networks of a turn, one of them kept from the fit; how many those are in all turns; how many networks a fit needs."""
+"""Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit needs."""
 
 ENOUGH = 0.5
-"""Share of the reference network that must have been timed undisturbed in a turn to tell the machine's speed then."""
+"""Share of the reference network's time that must be undisturbed in a turn for its speed to count."""
 
 SLACKS = (1, 1.25, 1.5, 2, 3, 10)
-"""How many times as slow the fastest probes are taken to be: more, one by one, where else block shapes were missing."""
+"""Factors on the time of the fastest probes, tried in this order until no block shape is missing."""
 
 SHARING = 2
-"""Networks that share a reference network just built."""
+"""Networks between two builds of the reference network."""
 
 PASSES, UNSEEN_PASSES = 8, 16
-"""Timed passes of each network, and of one that tells how good the table is."""
+"""Timed passes of each network, and of an unseen one."""
 
 PATIENCE = 4
-"""Times the budget that a slow machine gets to show every block shape."""
+"""Multiple of the budget for a slow machine to show every block shape."""
 
 
 def get_args():
@@ -89,7 +89,7 @@ def get_args():
         '--rounds',
         type=count(),
         default=ROUNDS,
-        help='times that --check builds and times each network; up to twice as many where they differ much',
+        help='times that --check builds and times each network; up to twice as many if they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args()
@@ -97,7 +97,7 @@ def get_args():
 
 @dataclass
 class Turn:
-    """Passes of some networks, of one that the fit does not see, and between them of the reference network."""
+    """Passes of some networks, of one that the fit does not use, and of the reference network between them."""
 
     fitted: list[tuple[NetworkConfig, Passes]]
     unseen: tuple[NetworkConfig, Passes]
@@ -105,12 +105,12 @@ class Turn:
 
     @property
     def passes(self) -> list[Passes]:
-        """All that was timed."""
+        """Passes of all networks."""
         return [*(passes for _, passes in [*self.fitted, self.unseen]), *self.reference]
 
 
 def time_turn(rng, unseen, args, device):
-    """Time an unseen network and new ones, each built for that; after each the reference network, often built anew."""
+    """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often."""
     setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
     reference = partial(build_network, reference_config(args.num_classes, SPACE), device, seed=0)
     configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes, SPACE) for i in range(TURN - 1))]
@@ -125,8 +125,7 @@ def time_turn(rng, unseen, args, device):
 
 
 def measure(args, device):
-    """Time networks turn by turn for `args.budget` seconds, longer where undisturbed timings of block shapes are
-    missing."""
+    """Time turns of networks for `args.budget` seconds, longer if undisturbed timings of block shapes are missing."""
     rng, start, turns = random.Random(args.seed), time.monotonic(), []
     unseen = [random_config(rng, False, args.num_classes, SPACE) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
@@ -142,21 +141,23 @@ def measure(args, device):
 
 
 def fastest_of(turns):
-    """The `fastest_probe` of all passes of all turns."""
+    """Return the `fastest_probe` of all turns, ms."""
     return fastest_probe(passes for turn in turns for passes in turn.passes)
 
 
 def samples_of(turns, img_size, fastest):
-    """What the turns tell about the networks of the fit, without those never timed undisturbed: (samples, their turns'
-    numbers)."""
+    """Return the samples of the fit and the numbers of their turns, without networks that were never undisturbed."""
     pairs = [(sample_of(*timed, img_size, fastest), i) for i, turn in enumerate(turns) for timed in turn.fitted]
     pairs = [(sample, i) for sample, i in pairs if sample.total > 0]
     return [sample for sample, _ in pairs], [i for _, i in pairs]
 
 
 def speed_of(turns, fastest):
-    """Ms of the reference network, and how many times as slow as that it was in each turn: by those of its parts that
-    were timed undisturbed then, by the turns before and after where those were less than `ENOUGH` of it."""
+    """Return the reference network's latency, ms, and its time in each turn as a multiple of it, [turns].
+
+    A turn counts by the parts that were undisturbed then. If they are less than `ENOUGH`, its value is interpolated
+    between the turns before and after.
+    """
     passes = [Passes.joined(turn.reference) for turn in turns]
     usual, seen = typical_parts(passes, fastest), np.array([one.seen(fastest) for one in passes])
     if not seen.any():
@@ -169,7 +170,7 @@ def speed_of(turns, fastest):
 
 
 def missing(samples, img_size):
-    """What a fit lacks, in words; empty where nothing."""
+    """Return what a fit lacks, in words; empty if nothing."""
     keys = SPACE.table_widths(img_size).keys()
     seen = {key for sample in samples for key, _, _ in sample.blocks}
     fixed = any(sample.fixed > 0 for sample in samples)
@@ -180,14 +181,13 @@ def missing(samples, img_size):
 
 
 def errors_of(pairs):
-    """Errors of a table in per cent, from (predicted, measured) latencies: (mean, worst, bias)."""
+    """Return (mean, worst, bias) of errors in per cent, from pairs of predicted and measured latency."""
     errors = np.array([100 * (predicted / measured - 1) for predicted, measured in pairs])
     return float(np.abs(errors).mean()), float(np.abs(errors).max()), float(errors.mean())
 
 
 def unseen_pairs(fit, turns, slowness, img_size, fastest):
-    """(predicted, measured) of each network that the fit has not seen: of all of it, or of its parts that were timed
-    undisturbed."""
+    """Return (predicted, measured) of each unseen network: of the whole network, or of its undisturbed parts."""
     table, pairs = LatencyTable(fit.base, fit.curves, {}, img_size), []
     for i in range(min(UNSEEN, len(turns))):
         config, passes = turns[i].unseen[0], Passes.joined([turn.unseen[1] for turn in turns[i::UNSEEN]])
@@ -202,7 +202,7 @@ def unseen_pairs(fit, turns, slowness, img_size, fastest):
 
 
 def measured_table(args, device):
-    """A latency table of this machine: (base, curves, how it was made)."""
+    """Measure a latency table of this machine: (base, curves, meta)."""
     turns = measure(args, device)
     probe = fastest_of(turns)
     for slack in SLACKS:
@@ -249,7 +249,7 @@ def measured_table(args, device):
 
 
 def counted_table(args):
-    """A table of multiply-adds or parameters in millions, which are linear in the width: (base, curves, meta)."""
+    """Make a table of MACs or parameters in millions, which are linear in the width: (base, curves, meta)."""
     fixed = fixed_layers(args.num_classes, SPACE)
     sizes = {block.key(op): (block, op) for block, _, op in SPACE.positions(args.img_size)}
 
@@ -271,12 +271,12 @@ def counted_table(args):
     base += fixed['classifier'].in_features * args.num_classes / 1e6
     if args.metric == 'params':
         base += args.num_classes / 1e6
-    unit = 'M multiply-adds' if args.metric == 'flops' else 'M parameters'
+    unit = 'M MACs' if args.metric == 'flops' else 'M parameters'
     return base, curves, {'unit': unit, 'device': 'any', 'method': 'counted'}
 
 
 def estimated_table(args):
-    """A table of a card that is not at hand: (base, curves, meta)."""
+    """Estimate the table of a card that is not available: (base, curves, meta)."""
     card = CARDS[args.estimate]
     base, curves = estimate(card, args.img_size, args.batch_size, args.num_classes, SPACE)
     method = 'estimated, not measured: a physical model of the card, see latency_pkl/estimate.py'
@@ -284,7 +284,7 @@ def estimated_table(args):
 
 
 def check(table, args, device):
-    """Time fresh networks against a table; returns whether the mean error is within the tolerance."""
+    """Time fresh networks against a table. Return whether the mean error is within the tolerance."""
     if table.unit != 'ms':
         raise BadInput(f'--check {args.check}: counts {table.unit}, which no clock measures')
     print(

@@ -1,4 +1,4 @@
-"""Random networks of the search space, and what timing them block by block while they run tells."""
+"""Random networks of the search space, and samples from timing them block by block while they run."""
 
 import itertools
 import math
@@ -25,28 +25,31 @@ END_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Sample:
-    """One network's times in ms, as far as they were taken with an undisturbed core: of the fixed layers (stem, mix
-    layer, pool, classifier), nan where one of them never was, and of each block by its key.
-    """
+    """Times of one network's parts, ms, from an undisturbed core. Parts that were never timed on one are missing."""
 
     fixed: float
+    """Stem, mix layer, pool and classifier; nan if one of them is missing."""
     blocks: list[tuple[str, int, float]]
     """(latency key, mid channels, ms)"""
 
     @property
     def total(self) -> float:
-        """Time of all that was seen."""
+        """Time of all parts that are not missing."""
         return sum(ms for _, _, ms in self.blocks) + (0.0 if math.isnan(self.fixed) else self.fixed)
 
     def predicted(self, base: float, curves: Mapping[str, np.ndarray]) -> float:
-        """What a table says of that."""
+        """Return the latency of the same parts in a table."""
         blocks = sum(float(curves[key][width - 1]) for key, width, _ in self.blocks)
         return blocks + (0.0 if math.isnan(self.fixed) else base)
 
 
 def random_network(rng: random.Random, ends: bool, space: SearchSpace) -> tuple[Arch, Widths]:
-    """Depth, operators and widths at random. With `ends`, half of the networks have full depth and some widths are the
-    fewest or the most, so that all keys are seen over their whole range; without, all draws are uniform."""
+    """Draw depths, operators and widths.
+
+    Args:
+        ends: give half of the networks full depth, and some blocks the least or the most width, so that all keys occur
+            over their whole range. Otherwise all draws are uniform.
+    """
     arch: Arch = {}
     blocks = space.blocks()
     for name, stage in zip(space.stage_names, space.stages, strict=True):
@@ -64,13 +67,12 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace) -> tuple[
 
 
 def random_config(rng: random.Random, ends: bool, num_classes: int, space: SearchSpace) -> NetworkConfig:
-    """The config of a `random_network`."""
+    """Return the config of a `random_network`."""
     return build_config(*random_network(rng, ends, space), num_classes, space)
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves parameters as they were allocated. The meta device would too, but torch takes a second to import what it
-    needs for that, in every new process."""
+    """Leave parameters uninitialised. The meta device would need a second of imports in every new process."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,7 +82,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def build_network(config: NetworkConfig, device: torch.device, seed: int) -> NetworkEval:
-    """A network to be timed: its weights are noise of a usual size, faster to make than a real initialisation."""
+    """Build a network to be timed. Its weights are uniform noise, which is faster than a real initialisation."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device(device), _Uninitialised():
         net = NetworkEval(config).eval()
@@ -91,8 +93,11 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
 
 
 def reference_config(num_classes: int, space: SearchSpace) -> NetworkConfig:
-    """The network that tells how fast the machine is while others are timed: the middle of the search space in depths
-    and widths, with its operators by turns. What slows networks of the space down should slow this one as much."""
+    """Return the reference network; re-timing it gives the machine's slowdown.
+
+    It is the middle of the search space in depths and widths, and cycles through the operators, so that a slowdown
+    affects it as much as other networks of the space.
+    """
     depths = [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]
     turns = itertools.cycle(range(len(space.ops)))
     arch = {name: [next(turns) for _ in range(depth)] for name, depth in zip(space.stage_names, depths, strict=True)}
@@ -100,8 +105,9 @@ def reference_config(num_classes: int, space: SearchSpace) -> NetworkConfig:
 
 
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
-    """The table's reference network with the time that it had when the table was made; None where that was not on this
-    device, or not with this batch size and number of threads.
+    """Return the table's reference network with its time from when the table was made.
+
+    None if that was not on this device, or not with this batch size and number of threads.
 
     Raises:
         BadInput: the table's reference is no config, or its time no positive number.
@@ -118,10 +124,10 @@ def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> S
 
 
 def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: float) -> Sample:
-    """The times of a network's parts as a sample.
+    """Make a sample of the times of a network's parts.
 
     Args:
-        fastest: the `fastest_probe` of all passes of a table; more, where disturbed timings shall count too.
+        fastest: the `fastest_probe` of all passes of a table, ms; a larger value counts disturbed timings too.
     """
     stem, *blocks, end = np.where(passes.seen(fastest), typical_parts([passes], fastest), math.nan).tolist()
     keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(img_size)]

@@ -1,4 +1,4 @@
-"""How long a network takes."""
+"""Latencies of networks, measured on contended machines too. See docs/latency.md."""
 
 import math
 import random
@@ -19,79 +19,71 @@ from tools.environment import device_name
 from tools.run.folder import RunLogger
 
 ROUNDS = 24
-"""Times that a network is built anew and timed for one latency; up to twice as many where the machine is noisy."""
-
+"""Times that a network is built and timed for one latency; up to twice as many on a noisy machine."""
 
 TURNS, ABREAST = 4, 10
-"""Turns that networks take in a round, and how many take turns beside the standard. Few turns in many rounds: a network
-differs more from one layout of its memory to another than from turn to turn."""
-
+"""Turns of a network in a round, and networks that alternate with one standard. Few turns in many rounds: a network's
+time differs more between memory layouts than between turns."""
 
 PRECISION = 0.005
-"""Standard error of a latency by a standard, as a share of it, at which no more timings are made."""
-
+"""Standard error of a latency, as a share of it, at which timing ends."""
 
 GROUPS = 6
-"""Groups of rounds, of which each is left out once for a standard error."""
-
+"""Groups of rounds for the jackknife."""
 
 WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
-"""Passes of a network just built to warm up, of one that others had a turn after, and timed ones of a turn."""
-
+"""Passes of a turn: to warm up a new network, to warm up again after the turns of others, and timed ones."""
 
 PROBE = range(2000)
-"""Summed, it tells how fast a core is: some 0.03 ms of work that needs neither caches nor memory."""
-
+"""Probe that detects a contended core, by the time of its sum: 0.03 ms that need neither caches nor memory."""
 
 UNDISTURBED = 1.25
-"""Time of a probe over that of the fastest ones up to which a core is taken to be undisturbed. A neighbour on
-the core's other thread doubles it; clock rates differ by less."""
-
+"""Largest probe time on an undisturbed core, over that of the fastest probes. A neighbour on the core's other thread
+doubles it; clock rates differ by less."""
 
 OUTLIER = 1.5
-"""Most that a timing counts, over the median of its part. Means do not depend on how many there are, unlike medians."""
-
+"""Upper bound on a timing in a mean, over the median of its part. A mean does not depend on the number of timings, a
+median of skewed ones does."""
 
 LEAST_UNDISTURBED = 2
-"""Undisturbed timings that a part needs to be known. A latency of the whole counts as many of the least disturbed ones
-where there are fewer."""
-
+"""Undisturbed timings that a part of a sample needs. If a part of a whole latency has fewer, as many of its least
+disturbed timings count."""
 
 FITS = 3
 """Standard errors up to which two timings agree."""
 
-
 ERRORS = (0.003, 0.1)
-"""Least and most standard error of a timing in a pool. Two networks of one architecture differ by some 0.3 %."""
-
+"""Bounds on the standard error of a timing in a pool. Networks of one architecture differ by about 0.3 %."""
 
 UNCONFIRMED = 0.02
-"""Standard error of a network that was timed once, for its timing may be an outlier."""
+"""Standard error of a single timing, which may be an outlier."""
 
-
-WORTH_SAYING = 0.01
-"""Change of the machine's speed that is said."""
+REPORTED_CHANGE = 0.01
+"""Report speed changes above this fraction."""
 
 
 @dataclass(frozen=True)
 class Standard:
-    """A network whose time is known: what the machine is slower by now than it was then, is told by timing it again."""
+    """Reference network; re-timing it gives the machine's slowdown."""
 
     build: Callable[[], nn.Module]
     ms: float
+    """Its latency when it was timed first."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A latency in ms, and its standard error as a share of it. By a standard: at the speed that the machine had when
-    the standard was timed first, and how many times as slow it is now."""
+    """A latency."""
 
     ms: float
+    """With a standard: at the machine's speed when the standard was timed first."""
     error: float
+    """Standard error, as a share of the latency."""
     slowness: float | None = None
+    """Time of the standard now over then; None without a standard."""
 
     def __str__(self) -> str:
-        if self.slowness is None or abs(self.slowness - 1) < WORTH_SAYING:
+        if self.slowness is None or abs(self.slowness - 1) < REPORTED_CHANGE:
             return f'{self.ms:.4f} ms'
         return (
             f'{self.ms:.4f} ms ({self.ms * self.slowness:.4f} by the clock, '
@@ -101,46 +93,46 @@ class Measured:
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of one network: ms of its parts [passes, parts], and of a probe before the first part and after each
-    [passes, parts + 1], which tells whether the core was disturbed. Probes are zero where there are none, as on a GPU.
-    """
+    """Timed passes of one network."""
 
     parts: np.ndarray
+    """ms, [passes, parts]"""
     probes: np.ndarray
+    """ms of a probe before the first part and after each, [passes, parts + 1]; 0 on a GPU, which has no probes."""
 
     @classmethod
     def joined(cls, passes: Iterable['Passes']) -> 'Passes':
-        """All passes of one network that were timed at several times."""
+        """Join passes of one network from several times."""
         return cls(*(np.concatenate(a) for a in zip(*((one.parts, one.probes) for one in passes), strict=True)))
 
     @property
     def beside(self) -> np.ndarray:
-        """The slower one of the two probes beside each part, [passes, parts]."""
+        """Slower of the two probes beside each part, [passes, parts]."""
         return np.maximum(self.probes[:, :-1], self.probes[:, 1:])
 
     def seen(self, fastest: float) -> np.ndarray:
-        """Which parts were timed often enough with an undisturbed core, [parts]; see `typical_parts`."""
+        """Return which parts have `LEAST_UNDISTURBED` timings on an undisturbed core, bool [parts]."""
         return (self.beside <= UNDISTURBED * fastest).sum(axis=0) >= LEAST_UNDISTURBED
 
 
 def fastest_probe(passes: Iterable[Passes]) -> float:
-    """Time of a probe on an undisturbed core: a low quantile of all, since a few are faster than can be for long."""
+    """Return the time of a probe on an undisturbed core, ms: a low quantile, since the very fastest are exceptions."""
     return float(np.quantile(np.concatenate([one.probes.ravel() for one in passes]), 0.02))
 
 
 def undisturbed_share(passes: Sequence[Passes]) -> float:
-    """Share of the parts' timings in which the core was undisturbed."""
+    """Return the share of the parts' timings on an undisturbed core."""
     return float(np.mean(np.concatenate([one.beside.ravel() for one in passes]) <= UNDISTURBED * fastest_probe(passes)))
 
 
 def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
-    """Ms of each part [parts]: means of the timings with an undisturbed core, in which outliers count as `OUTLIER`.
+    """Return the mean time of each part on an undisturbed core, ms [parts]; timings are bounded by `OUTLIER`.
 
-    What shares a core with us, takes a third to a half of its speed, for milliseconds or minutes. Between two
-    undisturbed probes a part was hardly disturbed, while whole passes on a busy machine always are.
+    A contended core is slower by a third to a half, for milliseconds or minutes. A part between two undisturbed probes
+    was hardly disturbed. Whole passes on a busy machine always are.
 
     Args:
-        fastest: the `fastest_probe` of all passes that are to be compared.
+        fastest: the `fastest_probe` of all passes that are to be compared, ms.
     """
     joined = Passes.joined(passes)
     ms, beside = joined.parts, joined.beside
@@ -151,10 +143,10 @@ def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
 
 @dataclass
 class Bench:
-    """A network that is built at the first call, and some passes of it at each call.
+    """A network that is built at the first call, and timed for some passes at each call.
 
     Args:
-        by_part: whether each part is timed for itself. On a CPU always; on a GPU it takes some time of its own.
+        by_part: time each part. Always so on a CPU; on a GPU the events take time themselves.
     """
 
     build: Callable[[], nn.Module]
@@ -165,17 +157,17 @@ class Bench:
 
     @cached_property
     def parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """What is timed, in succession; `build()` has a method `parts` that gives it."""
+        """Timed parts in their order: those of the network's method `parts`, or the whole network."""
         net = self.build().eval().to(self.device)
         return net.parts() if self.by_part or self.device.type == 'cpu' else [net]
 
     @cached_property
     def images(self) -> Tensor:
-        """The input."""
+        """Input, [N, 3, H, W]."""
         return torch.randn(self.batch_size, 3, self.img_size, self.img_size, device=self.device)
 
     def __call__(self, passes: int = PASSES) -> Passes:
-        """Time some passes, after others that warm up. On a GPU all are queued and waited for once."""
+        """Warm up, then time some passes. On a GPU all are queued before one wait."""
         warm_up = WARM_AGAIN if 'parts' in self.__dict__ else WARM_UP
         clock = Clock(self.device)
         with torch.inference_mode():
@@ -183,7 +175,7 @@ class Bench:
         return clock.passes(marks[warm_up:])
 
     def _run(self, clock: 'Clock') -> list:
-        """Marks of one pass: before and after each part, with a probe between them on a CPU."""
+        """Return the marks of one pass: before and after each part, with a probe between them on a CPU."""
         x, marks = self.images, clock.marks()
         for part in self.parts:
             x = part(x)
@@ -192,14 +184,16 @@ class Bench:
 
 
 def bench_apart(bench: Bench) -> AbstractContextManager[Callable[..., Passes]]:
-    """The bench where it is timed: on a CPU in a process of its own, since in one that has built other networks before,
-    the same network can be a quarter slower; for a GPU here, a copy that has built nothing yet."""
+    """Return a bench that has built nothing yet: on a CPU in a new process, for a GPU a copy in this one.
+
+    In a process that has built other networks before, the same network can be a quarter slower on a CPU.
+    """
     return FreshProcess(bench) if bench.device.type == 'cpu' else nullcontext(replace(bench))
 
 
 @dataclass(frozen=True)
 class Round:
-    """Passes of a network and, by turns with them, of the standard."""
+    """Alternating passes of a network and of the standard."""
 
     own: list[Passes]
     standard: list[Passes]
@@ -213,7 +207,7 @@ def measure_latency(
     standard: Standard | None = None,
     rounds: int = ROUNDS,
 ) -> Measured:
-    """Time of one forward pass of the network that `build()` returns: `measure_in_turns` of one network."""
+    """Measure the latency of one forward pass of the network that `build()` returns: `measure_in_turns` of one."""
     return measure_in_turns([build], batch_size, img_size, device, standard, rounds)[0][0]
 
 
@@ -225,17 +219,21 @@ def measure_in_turns(
     standard: Standard | None = None,
     rounds: int = ROUNDS,
 ) -> tuple[list[Measured], float]:
-    """Time of one forward pass of each network, and the share of the time in which the core was undisturbed.
+    """Measure the latency of one forward pass of each network. Shows a progress bar on a terminal.
 
-    In each of `rounds`, every network is built anew, and some take turns of a few passes: what slows the machine down
-    for a while meets all alike. A standard, where there is one, takes turns with them: what slows the machine down for
-    long slows both down, so that their ratio is steady where times are not. Networks whose latencies are not precise
-    yet get more rounds, up to twice as many in all. On a terminal, with a progress bar.
+    In each round, every network is rebuilt, and some networks alternate in turns of a few passes, so that a slowdown
+    affects all of them. A standard alternates with them: a slowdown that lasts affects both, and their ratio is steady.
+    With a standard, networks whose standard errors are above `PRECISION` get up to twice as many rounds.
+
+    Returns:
+        The latency of each network, and the share of timings on an undisturbed core.
     """
     kept: list[list[Round]] = [[] for _ in builds]
     benches = [Bench(build, batch_size, img_size, device) for build in builds]
     beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
-    times = math.isqrt(min(len(builds), ABREAST))  # what many are compared with is worth more builds
+    times = math.isqrt(
+        min(len(builds), ABREAST)
+    )  # many networks are compared with the standard, so its own noise matters more
     order, measured = random.Random(0), []
     with tqdm(total=rounds, unit='round', desc='timing networks', leave=False, disable=None) as bar:
         for number in range(2 * rounds):
@@ -257,7 +255,7 @@ def measure_in_turns(
 
 
 def take_turns(benches: Sequence[Bench], order: random.Random) -> list[list[Passes]]:
-    """Passes of each network, all built anew, in turns."""
+    """Rebuild all networks, and return their passes, timed in alternating turns."""
     with ExitStack() as stack:
         calls = [stack.enter_context(bench_apart(bench)) for bench in benches]
         passes: list[list[Passes]] = [[] for _ in calls]
@@ -268,7 +266,7 @@ def take_turns(benches: Sequence[Bench], order: random.Random) -> list[list[Pass
 
 
 def summary_of(rounds: Sequence[Round], standard: Standard | None, fastest: float) -> Measured:
-    """A latency from the passes of some rounds. Its standard error is that of a jackknife (Tukey 1958)."""
+    """Return the latency from some rounds, with the standard error of a jackknife (Tukey 1958)."""
 
     def total(passes: Iterable[list[Passes]]) -> float:
         return float(typical_parts([one for some in passes for one in some], fastest).sum())
@@ -317,15 +315,14 @@ def pool_timings(timings: Sequence[tuple[float, Measured]]) -> Pool:
 
 
 class Clock:
-    """Marks points of time: the processor's clock on a CPU, with a probe of the core's speed at each, events on a GPU
-    that are read after one `wait`."""
+    """Marks points in time: by the processor's clock with a probe on a CPU, by events on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.probes = device.type != 'cuda'
 
     def marks(self) -> list:
-        """One point of time; on a CPU two, before and after a probe."""
+        """Mark one point in time; on a CPU two, before and after a probe."""
         if self.probes:
             before = time.perf_counter()
             sum(PROBE)
@@ -335,12 +332,12 @@ class Clock:
         return [event]
 
     def wait(self) -> None:
-        """Until all marks have been passed."""
+        """Wait until all marks have been passed."""
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
 
     def passes(self, marks: Sequence[list]) -> Passes:
-        """What lies between the marks of each pass: before its first part, and after each."""
+        """Return the times between the marks of each pass."""
         self.wait()
         if not self.probes:
             parts = np.array([[a.elapsed_time(b) for a, b in pairwise(run)] for run in marks])

@@ -2,7 +2,8 @@
 
 A table is a pickled OrderedDict: 'base' -> ms of stem, mix layer, pool and classifier, and for each block shape
 `MBInvertedResBlock_{input size}_{in}_{se}_{out}_k{kernel}_s{stride}_{act}` -> OrderedDict of mid channels -> ms.
-An optional entry 'meta' (a dict of plain values) says how the table was made.
+An optional entry 'meta', a dict of plain values, describes how the table was made. For file
+formats see `models.table_files`.
 """
 
 import math
@@ -25,17 +26,17 @@ from tools.errors import BadInput
 from tools.files import write_atomic
 
 ROUNDING = 5e-5
-"""Of the ends of the reachable range as they are printed."""
+"""Rounding of the ends of the reachable range when they are printed."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Numbers above 0 that a table may hold."""
+"""Bounds on table entries above 0."""
 
 LEAST_PLAUSIBLE_MS = 0.2
-"""A largest network faster than this is taken for a table in seconds."""
+"""Least plausible latency of the largest network; a faster one indicates a table in seconds."""
 
 MOST_PLAUSIBLE_MS = 5_000
-"""A largest network slower than this, at 224 pixels, is taken for a table in microseconds, if the table does not name
-its unit. One image may take a slow phone's CPU 2 s; 32 images take an H100 about 6,000 us."""
+"""Most plausible latency of the largest network at 224 pixels, if a table does not name its unit; a slower one
+indicates microseconds. One image may take a slow phone's CPU 2 s; 32 images take an H100 about 6,000 us."""
 
 OUTLIER = 0.25
 """Distance of an outlier from the running median, as a share of it."""
@@ -46,7 +47,7 @@ HALF_WINDOW = 10
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A checked table for one search space and input size. All latencies in ms, or the unit that `meta` names."""
+    """A checked table for one search space and input size. All latencies are in ms, or the unit in `meta`."""
 
     base: float
     curves: dict[str, np.ndarray]
@@ -56,14 +57,14 @@ class LatencyTable:
 
     @property
     def unit(self) -> str:
-        """What the table counts in: 'ms' where it does not say otherwise."""
+        """Unit of the entries; 'ms' if `meta` has none."""
         return str(self.meta.get('unit', 'ms'))
 
     def setting(self, name: str, usual: int) -> int:
-        """`batch_size` or `threads` that the table was made with; `usual` where it does not tell.
+        """Return the `batch_size` or `threads` of the table; `usual` if `meta` has none.
 
         Raises:
-            BadInput: it is no whole number of at least 1.
+            BadInput: not a whole number of at least 1.
         """
         value = self.meta.get(name, usual)
         if type(value) is not int or value < 1:
@@ -71,21 +72,21 @@ class LatencyTable:
         return value
 
     def of(self, block: Block, op: Op, width: int) -> float:
-        """Latency of one operator."""
+        """Return the latency of one operator."""
         return float(self.curves[block.key(op)][width - 1])
 
     def total(self, arch: Arch, widths: Widths, space: SearchSpace) -> float:
-        """Latency of a whole network: base plus its blocks."""
+        """Return the latency of a whole network: base plus its blocks."""
         return self.base + sum(
             self.of(block, space.ops[index], widths[block.stage][block.name][index])
             for block, index in space.chosen(arch, self.img_size)
         )
 
     def of_config(self, config: NetworkConfig) -> float:
-        """Latency of the network in a config.
+        """Return the latency of the network in a config.
 
         Raises:
-            BadInput: a block that is not of this table's space.
+            BadInput: a block is not in this table.
         """
         total = self.base
         for place, spec, key in config.table_keys(self.img_size):
@@ -95,7 +96,7 @@ class LatencyTable:
         return total
 
     def reach(self, space: SearchSpace) -> tuple[float, float, float]:
-        """Latencies that networks of the space can have: (least, least at full depth, most)."""
+        """Return the latencies that networks of the space can have: (least, least at full depth, most)."""
         least = shallow = most = self.base
         blocks = space.blocks(self.img_size)
         for name, stage in zip(space.stage_names, space.stages, strict=True):
@@ -107,7 +108,7 @@ class LatencyTable:
         return least, shallow, most
 
     def target(self, text: str, space: SearchSpace) -> float:
-        """The latency that `--target_lat` asks for: a number, or a share such as '60%' of the way from least to most.
+        """Return the target of `--target_lat`: a number, or a share such as '60%' of the way from least to most.
 
         Raises:
             BadInput: not a number, or out of reach for every network of the space.
@@ -127,7 +128,7 @@ class LatencyTable:
         return min(max(target, least), most)
 
     def matrix(self, widths: Widths, space: SearchSpace) -> Tensor:
-        """Latency of every operator at its present width, [blocks, ops] float32."""
+        """Return the latency of every operator at its present width, [blocks, ops] float32."""
         return torch.tensor(
             [
                 [self.of(block, op, widths[block.stage][block.name][i]) for i, op in enumerate(space.ops)]
@@ -139,7 +140,7 @@ class LatencyTable:
 def expected_latency(
     base: float, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace
 ) -> Tensor:
-    """Latency of the mixture (paper, section 3.3), a scalar tensor differentiable in both kinds of weights.
+    """Return the latency of the mixture (paper, section 3.3), a scalar tensor, differentiable in both kinds of weights.
 
     The latency of an exit is that of all blocks before it; a stage's is the sum of its exits' latencies weighted
     by softmax(betas).
@@ -194,7 +195,7 @@ def load_table(
 
     Latencies that are negative, or fall with growing width, within the widths that a search can use, are replaced by
     `rising` curves. One line to `log` gives how far they moved. Widths that are missing between others are
-    interpolated, those beyond by at most the distance between the nearest two; this is a line too.
+    interpolated, those beyond by at most the distance between the nearest two. One line to `log` gives their number.
 
     Raises:
         BadInput: not a table, keys or widths of this space and size missing, values that are no finite numbers, or
@@ -212,33 +213,24 @@ def load_table(
             f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
             f'make a table of that size with: {_maker(img_size)}'
         )
-    curves, moved, widest_gap = {}, [], 1
+    curves, moved, absent = {}, [], 0
     for key, (low, high) in wanted.items():
         try:
-            curves[key], shares, gap = _curve(by_width(data[key]), low, high)
+            curves[key], shares, count = _curve(by_width(data[key]), low, high)
         except ValueError as e:
             raise BadInput(f'{path}: {key} {e}; make a table with: {_maker(img_size)}') from e
         moved.append(shares)
-        widest_gap = max(widest_gap, gap)
+        absent += count
     meta = data.get('meta') or {}
     if not isinstance(meta, dict):
-        raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict that says how the table was made")
+        raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict about how the table was made")
     table = LatencyTable(float(base), curves, meta, img_size)
-    largest = base + sum(
-        max(table.of(b, op, op.max_width(b.in_ch)) for op in space.ops) for b in space.blocks(img_size)
-    )
-    if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
-        raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
-    if 'unit' not in meta and largest > MOST_PLAUSIBLE_MS * max(img_size / 224, 1) ** 2:
-        raise BadInput(
-            f'{path}: the largest network would take {largest:.0f} ms; are these microseconds? Tables are in ms; '
-            "if these are, give the table's 'meta' the unit: ms"
-        )
+    _check_unit(path, table, table.reach(space)[2])
     method = str(table.meta.get('method', ''))
     if method.startswith('estimated'):
         log(f'{path}: latencies of {table.meta.get("device")} are {method.split(":")[0]}')
-    if widest_gap > 1:
-        log(f'{path}: latencies between given widths, up to {widest_gap} apart, are interpolated')
+    if absent:
+        log(f'{path}: latencies of {absent} widths are interpolated between the given widths')
     moved = 100 * np.concatenate(moved)
     if moved.any():
         log(
@@ -246,6 +238,17 @@ def load_table(
             f'by {moved[moved > 0].mean():.2f} % on average, {moved.max():.2f} % at most'
         )
     return table
+
+
+def _check_unit(path: str | Path, table: LatencyTable, largest: float) -> None:
+    """Raise BadInput if the latency of the largest network is not plausible in ms."""
+    if largest < LEAST_PLAUSIBLE_MS and table.unit == 'ms':
+        raise BadInput(f'{path}: the largest network would take {largest:.6f} ms; are these seconds? Tables are in ms')
+    if 'unit' not in table.meta and largest > MOST_PLAUSIBLE_MS * max(table.img_size / 224, 1) ** 2:
+        raise BadInput(
+            f'{path}: the largest network would take {largest:.0f} ms; are these microseconds? Tables are in ms; '
+            "if these are, give the table's 'meta' the unit: ms"
+        )
 
 
 def save_table(base: float, curves: dict[str, np.ndarray], meta: dict, path: str | Path) -> None:
@@ -264,8 +267,8 @@ def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, 
         low, high: the least and the most width of a search.
 
     Returns:
-        The curve, [high]; by which shares its given values from `low` to `high` moved to let it rise; and the largest
-        distance between two given widths.
+        The curve, [high]; the shares by which the given values moved to let it rise; and the number of widths from
+        `low` to `high` that are not given.
 
     Raises:
         ValueError: a value that is no number, or too few widths.
@@ -286,7 +289,7 @@ def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, 
     curve = _interpolate(np.arange(1, high + 1), given, fitted)
     curve[: low - 1] = [values.get(width, curve[low - 1]) for width in range(1, low)]
     moved = np.abs(used - fitted) / np.maximum(fitted, SMALLEST)
-    return curve, moved, int(np.diff(given).max(initial=1))
+    return curve, moved, high - low + 1 - int(((low <= given) & (given <= high)).sum())
 
 
 def _interpolate(at: np.ndarray, widths: np.ndarray, ms: np.ndarray) -> np.ndarray:
@@ -300,10 +303,10 @@ def _interpolate(at: np.ndarray, widths: np.ndarray, ms: np.ndarray) -> np.ndarr
 
 
 def rising(values: np.ndarray) -> np.ndarray:
-    """Return the rising curve through noisy latencies: their isotonic regression, without outliers.
+    """Return the rising curve nearest to noisy latencies: their isotonic regression (least squares), without outliers.
 
-    Unlike a running maximum it keeps the mean, so noise does not become bias. Values that rise already stay as they
-    are.
+    It keeps the mean, so noise does not become bias as in a running maximum. Values that rise already are returned as
+    they are.
 
     Args:
         values: ms at growing widths, [widths].
@@ -320,9 +323,9 @@ def rising(values: np.ndarray) -> np.ndarray:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Medians of windows around each value. Beyond the ends, the curve continues as a straight line.
+    """Return the median of a window around each value. Beyond its ends, the curve continues as a straight line.
 
-    The windows are symmetric, so steps of a rising curve are kept.
+    The windows are symmetric, which keeps the steps of a rising curve.
     """
     half = min(HALF_WINDOW, len(values) // 2)
     if not half:

@@ -13,7 +13,7 @@ Widths = dict[str, dict[str, dict[int, int]]]
 """Mid channels in use: widths[stage name][block name][op index]."""
 
 FREEDOMS = ('operator', 'width')
-"""Search freedoms that a flag switches off; the third one, depth, is built into the supernet."""
+"""Freedoms that a flag switches off. The third one, depth, is part of the supernet."""
 
 
 ACTIVATIONS = ('relu', 'relu6', 'swish', 'h-swish')
@@ -31,24 +31,24 @@ class Op:
     se: bool
 
     def start_width(self, in_ch: int) -> int:
-        """Mid channels at the start of a search."""
+        """Return the mid channels at the start of a search."""
         return in_ch * self.expand
 
     def max_width(self, in_ch: int) -> int:
-        """Most mid channels that elasticity-scaling may reach: 4/3 of the start."""
+        """Return the most mid channels of elasticity-scaling: 4/3 of the start."""
         return in_ch * self.expand * 4 // 3
 
     def min_width(self, in_ch: int) -> int:
-        """Fewest mid channels that elasticity-scaling may reach: half of the most."""
+        """Return the fewest mid channels of elasticity-scaling: half of the most."""
         return self.max_width(in_ch) // 2
 
     def se_width(self, in_ch: int) -> int:
-        """Channels of the squeeze (0 without SE)."""
+        """Return the channels of the squeeze; 0 without SE."""
         return in_ch * self.expand // 3 if self.se else 0
 
     @property
     def label(self) -> str:
-        """A short readable name, such as 'k5 e6 se'."""
+        """Short name, such as 'k5 e6 se'."""
         return f'k{self.kernel} e{self.expand}' + (' se' if self.se else '')
 
 
@@ -67,12 +67,12 @@ class Stage:
 
     @property
     def input_is_exit(self) -> bool:
-        """Whether the sink can also take the stage's input (same shape), which makes a stage of depth 0 possible."""
+        """Whether the stage's input has the sink's shape, so that depth 0 is possible."""
         return self.stride == 1 and self.in_ch == self.out_ch
 
     @property
     def exit_depths(self) -> range:
-        """Depth that each entry of `betas` stands for."""
+        """Depth of each entry of `betas`."""
         first = 0 if self.input_is_exit else 1
         return range(first, self.depth + 1)
 
@@ -99,7 +99,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Block:
-    """One position of the supernet, with all that its operators need to know of their place."""
+    """One position of the supernet: the shapes that its operators share."""
 
     stage: str
     name: str
@@ -115,7 +115,7 @@ class Block:
         return self.stride == 1 and self.in_ch == self.out_ch
 
     def key(self, op: Op) -> str:
-        """Key of the block's shape with this operator in a latency table."""
+        """Return the latency key of the block's shape with this operator."""
         se_ch = op.se_width(self.in_ch)
         return table_key(self.in_size, self.in_ch, se_ch, self.out_ch, op.kernel, self.stride, self.act)
 
@@ -160,7 +160,7 @@ class SearchSpace:
         return [f'stage{i}' for i in range(1, len(self.stages) + 1)]
 
     def blocks(self, img_size: int = 224) -> list[Block]:
-        """All blocks in the network's order; sizes are those of a square input of `img_size` pixels."""
+        """Return all blocks in the network's order, with sizes for a square input of `img_size` pixels."""
         blocks, size = [], after_stride(img_size, self.stem.stride)
         for stage_name, stage in zip(self.stage_names, self.stages, strict=True):
             in_ch, stride = stage.in_ch, stage.stride
@@ -171,28 +171,28 @@ class SearchSpace:
         return blocks
 
     def positions(self, img_size: int = 224) -> Iterator[tuple[Block, int, Op]]:
-        """(block, op index, operator) of every operator in the supernet."""
+        """Yield (block, op index, operator) of every operator in the supernet."""
         for block in self.blocks(img_size):
             for index, op in enumerate(self.ops):
                 yield block, index, op
 
     def chosen(self, arch: Arch, img_size: int = 224) -> list[tuple[Block, int]]:
-        """(block, op index) of the blocks that `arch` keeps, in the network's order."""
+        """Return (block, op index) of the blocks that `arch` keeps, in the network's order."""
         by_stage: dict[str, list[Block]] = {name: [] for name in self.stage_names}
         for block in self.blocks(img_size):
             by_stage[block.stage].append(block)
         return [pick for name in self.stage_names for pick in zip(by_stage[name], arch[name], strict=False)]
 
     def start_widths(self) -> Widths:
-        """Mid channels of every operator at the start of a search."""
+        """Return the mid channels of every operator at the start of a search."""
         return self._widths(Op.start_width)
 
     def max_widths(self) -> Widths:
-        """Most mid channels of every operator: the widths of the full-width weights."""
+        """Return the most mid channels of every operator: the widths of the full-width weights."""
         return self._widths(Op.max_width)
 
     def table_widths(self, img_size: int = 224) -> dict[str, tuple[int, int]]:
-        """(fewest, most) mid channels that a search can look up, by latency key, in the network's order."""
+        """Return (fewest, most) mid channels of a search by latency key, in the network's order."""
         found: dict[str, tuple[int, int]] = {}
         for block, _, op in self.positions(img_size):
             key, low, high = block.key(op), op.min_width(block.in_ch), op.max_width(block.in_ch)
@@ -227,12 +227,12 @@ def _check_row(place: str, row: Op | Stage | Stem | Head) -> None:
 
 
 def table_key(in_size: int, in_ch: int, se_ch: int, out_ch: int, kernel: int, stride: int, act: str) -> str:
-    """Key of a block's shape in a latency table."""
+    """Return the latency key of a block's shape."""
     return f'MBInvertedResBlock_{in_size}_{in_ch}_{se_ch}_{out_ch}_k{kernel}_s{stride}_{act}'
 
 
 def after_stride(size: int, stride: int) -> int:
-    """Height or width of a feature map behind a convolution of this stride (padding kernel // 2)."""
+    """Return the height or width of a feature map after a convolution of this stride with padding kernel // 2."""
     return -(-size // stride)
 
 

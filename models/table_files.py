@@ -48,7 +48,8 @@ def read_table(path: str | Path) -> dict:
         raise BadInput(f'{path}: {e}') from e
     except Exception as e:  # a damaged pickle can raise anything at all
         reason = ' '.join(str(e).split())
-        raise BadInput(f'{path}: not {kind} latency table ({type(e).__name__}: {reason})') from e
+        also = '' if Path(path).suffix.lower() in READERS else '; name JSON and CSV tables .json and .csv'
+        raise BadInput(f'{path}: not {kind} latency table ({type(e).__name__}: {reason}){also}') from e
     if not isinstance(data, dict):
         raise BadInput(f'{path}: holds a {type(data).__name__}, should be a dict of latencies by block shape')
     return data

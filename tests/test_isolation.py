@@ -1,4 +1,4 @@
-"""Calls in new processes: what comes back, where their memory lies, and what happens when they fail."""
+"""Calls in new processes: results, memory layout, failures."""
 
 import itertools
 import os
@@ -66,8 +66,8 @@ def test_what_is_called_keeps_what_it_has_until_the_end():
     assert not Path(f'/proc/{pid}').exists()  # ended, and not left as a zombie
 
 
-def test_tensors_lie_elsewhere_to_each_other_in_each_process():
-    """Forked processes would all have the same layout, whose collisions in the caches no repetition takes out."""
+def test_each_process_has_another_memory_layout():
+    """Forked processes would all have the same layout, and repetition would not average out its cache collisions."""
     made = "[t.data_ptr() for t in [__import__('torch').empty(3**i) for i in range(4, 15)]]"
     layouts = [in_fresh_process(eval, made) for _ in range(4)]
     distances = {tuple(a - b for a, b in itertools.pairwise(places)) for places in layouts}

@@ -230,6 +230,7 @@ def test_text_tables_that_are_none_are_refused_by_line(tmp_path):
         ('t.csv', 'base,,1\nbase,,1\n', 'line 2: base, is there twice'),
         ('t.csv', '', "'base' is None"),
         ('t.json', '{"base": 1, "base": 2}', 'not a JSON latency table .*twice'),
+        ('t.txt', '{"base": 1}', 'not a pickled latency table .*; name JSON and CSV tables .json and .csv'),
         ('t.json', '[1]', 'holds a list'),
         ('t.json', '{', 'not a JSON latency table'),
         ('t.json', '{"base": NaN}', "'base' is nan"),
@@ -276,7 +277,11 @@ def test_every_eighth_width_is_enough(start, tmp_path):
     table = load_table(tmp_path / 't.csv', 224, SPACE, lines.append)
     for key, (low, _) in SPACE.table_widths().items():
         assert table.curves[key][low - 1 :] == pytest.approx(truth[key][low - 1 :])
-    assert lines == [f'{tmp_path / "t.csv"}: latencies between given widths, up to 8 apart, are interpolated']
+    absent = sum(
+        high - low + 1 - sum(low <= int(w) <= high for w in data[key])
+        for key, (low, high) in SPACE.table_widths().items()
+    )
+    assert lines == [f'{tmp_path / "t.csv"}: latencies of {absent} widths are interpolated between the given widths']
 
 
 def test_noise_of_every_eighth_width_is_no_bias(tmp_path):

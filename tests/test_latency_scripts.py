@@ -62,7 +62,7 @@ def searched(tmp_path_factory):
     return path
 
 
-def test_measured_table_covers_the_space_and_tells_how_it_was_made(measured):
+def test_measured_table_covers_the_space_and_records_how_it_was_made(measured):
     path, out = measured
     table = load_table(path, 32, SPACE)
     assert table.curves.keys() == SPACE.table_widths(32).keys()
@@ -88,7 +88,7 @@ def test_check_exits_by_its_tolerance(measured, run_script):
 
 def test_check_refuses_what_no_clock_measures_and_takes_the_settings_of_the_table(tmp_path, run_script):
     table = make_table(img_size=32, seed=1)
-    for meta, code, says in (
+    for meta, code, message in (
         ({'unit': 'M parameters'}, 2, 'counts M parameters'),
         ({'unit': 'ms', 'device': 'another', 'batch_size': 2, 'threads': 2}, 1, 'Table of: another; timed on: '),
         ({'unit': 'ms', 'threads': 'many'}, 2, "threads is 'many', should be a whole number"),
@@ -96,7 +96,7 @@ def test_check_refuses_what_no_clock_measures_and_takes_the_settings_of_the_tabl
         save_table(table.base, table.curves, meta, tmp_path / 'table.pkl')
         words = ['--check', tmp_path / 'table.pkl', '--device', 'cpu', *SIZE, '--networks', '2', '--rounds', '1']
         done = run_script(MAKER, *words, '--tolerance', '0', code=code)
-        assert says in (done.stderr if code == 2 else done.stdout)
+        assert message in (done.stderr if code == 2 else done.stdout)
         if code == 1:
             assert 'batch 2, threads 2' in done.stdout and 'the clock alone' in done.stdout
 
@@ -107,7 +107,7 @@ def sample(rng, fixed=1.0):
     return Sample(fixed, [(key, spec.mid_channels, 1.0) for _, spec, key in config.table_keys(32)])
 
 
-def test_what_a_fit_lacks_is_said():
+def test_what_a_fit_lacks_is_named():
     rng, samples = random.Random(0), []
     while missing(samples, 32):
         assert len(samples) < 20 * LEAST_SAMPLES
@@ -122,8 +122,8 @@ def test_what_a_fit_lacks_is_said():
 
 
 def disturbed_turns(share, seed):
-    """Stands in for `time_turn` on a core that something else slows down by half in bursts, for a share of the time; by
-    no share, at every other probe."""
+    """A fake `time_turn` on a core that is contended in bursts, for a share of the time; if `share` is None, at every
+    second probe. A contended core takes 1.5 times as long."""
     generator, reference, truth = np.random.default_rng(seed), reference_config(10, SPACE), physical_curves(32)
 
     def passes(config, count):
@@ -146,7 +146,7 @@ def disturbed_turns(share, seed):
 
 
 def table_of(share, monkeypatch, budget=1, patience=1000):
-    """What the maker makes of `disturbed_turns` that take a second each: (base and mean of curves over what is true,
+    """Make a table from `disturbed_turns` that take a second each: (base and mean of each curve over their true values,
     meta)."""
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=budget)
     monkeypatch.setattr(make_lat_lut, 'time_turn', disturbed_turns(share, seed=0))
@@ -159,8 +159,8 @@ def table_of(share, monkeypatch, budget=1, patience=1000):
 
 
 @pytest.mark.parametrize('share', [0.0, 0.8])
-def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, monkeypatch, capsys):
-    """What was never timed undisturbed is neither fitted nor compared, and the maker goes on until all shapes were."""
+def test_a_short_look_at_a_disturbed_machine_gives_the_tables_own_error(share, monkeypatch, capsys):
+    """Parts that were never undisturbed are neither fitted nor compared; the maker goes on until all shapes were."""
     base, ratios, meta = table_of(share, monkeypatch)
     assert base == pytest.approx(1.0, rel=0.03) and ratios.mean() == pytest.approx(1.0, rel=0.02)
     assert abs(ratios - 1).mean() < 0.04
@@ -172,7 +172,7 @@ def test_a_short_look_at_a_disturbed_machine_tells_the_tables_own_error(share, m
     assert f'mean error {meta["residual_mean_percent"]:.2f} %' in out and 'counted too' not in out
 
 
-def test_a_turn_is_as_slow_as_the_reference_was_where_it_was_not_disturbed():
+def test_a_turn_is_as_slow_as_the_undisturbed_parts_of_the_reference():
     parts, quiet = np.array([[3.0, 1.0]] * 4), np.full((4, 3), 0.03)
     half, busy = np.array([[0.03, 0.03, 0.06]] * 4), np.full((4, 3), 0.06)
     of_turns = [
@@ -208,7 +208,7 @@ def test_a_turn_times_the_reference_after_each_network(monkeypatch):
     built = []
     monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
     turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
-    assert len(built) == TURN + TURN // SHARING  # the reference was built anew for every two
+    assert len(built) == TURN + TURN // SHARING  # the reference was rebuilt for every two
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
     reference = sum(map(len, reference_config(10, SPACE).stages.values())) + 2  # its stem, and what follows its blocks
     assert {one.parts.shape[1] for one in turn.reference} == {reference}
@@ -219,7 +219,7 @@ def test_a_turn_times_the_reference_after_each_network(monkeypatch):
 
 
 def test_a_table_is_compared_with_another(tmp_path, run_script):
-    """Widths that a search can reach are a tenth too slow, of one shape a tenth too fast; others are of no account."""
+    """Widths that a search can reach are a tenth too slow, of one shape a tenth too fast. Others do not count."""
     table, widths = make_table(img_size=32, seed=1), SPACE.table_widths(32)
     one = max(widths, key=lambda key: widths[key][1])
     curves = {key: curve * (0.9 if key == one else 1.1) for key, curve in table.curves.items()}
@@ -264,8 +264,14 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
 
 
 def fit_by(clock, searched, monkeypatch):
-    """A fit to the middle of a table's range by `clock(number, ms of the table) -> Measured`: (the table's ms of its
-    network, the target, what was measured)."""
+    """Fit a network to the middle of a table's range by a fake clock.
+
+    Args:
+        clock: called with the number of the timing and the network's latency in the table, returns a `Measured`.
+
+    Returns:
+        The table's latency of the fitted network, the target, and the measured latencies.
+    """
     table, args = make_table(img_size=32), SimpleNamespace(width_divisor=1, img_size=32, rounds=1)
     measured = []
 
@@ -283,7 +289,7 @@ def fit_by(clock, searched, monkeypatch):
 
 @pytest.mark.parametrize('slower', [0.9, 1.05, 1.2])
 def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, monkeypatch, capsys):
-    """A network that takes so many times what the table says is fitted to the target over that."""
+    """A network that takes a multiple of its latency in the table is fitted to the target over that multiple."""
     ms, target, measured = fit_by(lambda _, ms: Measured(slower * ms, 0.001), searched, monkeypatch)
     assert measured[0] == pytest.approx(slower * target, rel=0.005)  # fitted to the table
     assert measured[1:] == pytest.approx([target] * (len(measured) - 1), rel=0.005) and len(measured) in (2, 3)
@@ -345,7 +351,7 @@ def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_s
     rounds = re.findall(r'Round (\d): predicted (\d+\.\d+), measured (\d+\.\d+) ms.*, target (\d+\.\d+) ms', out)
     assert [int(number) for number, *_ in rounds] == list(range(1, len(rounds) + 1)) and 1 <= len(rounds) <= 8
     assert re.search(r'Measured latency is within \d+\.\d\d % of the target', out)
-    if len(rounds) > 1:  # the second aim moves against the first error, where that is more than a gap between widths
+    if len(rounds) > 1:  # the second aim moves against the first error, if that is more than a gap between widths
         (_, first, slow, target), (_, second, *_) = rounds[:2]
         error = float(slow) / float(target) - 1
         assert abs(error) < 0.02 or (float(second) < float(first)) == (error > 0)

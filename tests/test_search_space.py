@@ -32,7 +32,7 @@ def test_keys_are_the_66_of_the_published_tables():
     assert sum(high for _, high in widths.values()) == 36480
 
 
-def test_operators_stand_in_the_order_of_checkpoints():
+def test_operators_have_the_order_of_checkpoints():
     rows = [(op.kernel, op.expand, op.se) for op in SPACE.ops]
     assert rows == [
         (3, 3, False), (3, 6, False), (5, 3, False), (5, 6, False),
@@ -57,7 +57,7 @@ def test_sizes_follow_strides_at_any_input_size():
     assert [b.in_size for b in SPACE.blocks(65) if b.name == 'block1'] == [33, 17, 9, 5, 5, 3]
 
 
-def test_stage_input_is_an_exit_only_where_shapes_allow(small_space):
+def test_stage_input_is_an_exit_only_if_shapes_allow(small_space):
     assert not any(stage.input_is_exit for stage in SPACE.stages)
     assert [list(stage.exit_depths) for stage in small_space.stages] == [[1], [0, 1, 2], [1, 2]]
 

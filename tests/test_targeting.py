@@ -174,8 +174,7 @@ def test_fit_meets_targets_closer_than_scaling_and_never_above(divisor):
 
 
 def timed_networks(count, noise, seed, img_size=64):
-    """Samples as if timed on a machine whose blocks take a known time, whose clock is noisy, and which neighbours slow
-    down by a third every third time."""
+    """Samples of blocks with known times, by a noisy clock, from a machine that is slower every third time."""
     rng, generator = random.Random(seed), np.random.default_rng(seed)
     truth = physical_curves(img_size)
     samples = []
@@ -204,7 +203,7 @@ def without_parts(samples, share):
 def test_table_recovers_the_truth_behind_disturbances(share):
     truth, samples = timed_networks(200, noise=0.03, seed=0)
     samples = without_parts(samples, share) if share else samples
-    # the reference network, timed now and then, knows of half of the disturbances
+    # the reference network is timed during half of the disturbances
     slowness = np.where(np.arange(200) % 6 == 0, 1.35, 1.0)
     fit = fit_table(samples, slowness, 64, SPACE)
     assert fit.base == pytest.approx(0.5, rel=0.06)
@@ -230,7 +229,7 @@ def fake_benches(monkeypatch, factors):
 
 
 def test_a_standard_takes_out_the_speed_of_the_machine(monkeypatch):
-    """A machine that slows down by turns and for good: the network takes 1.5 times as long as the standard of 8 ms."""
+    """A machine whose speed alternates and has dropped for good: the network takes 1.5 times the standard's 8 ms."""
     speeds = [lambda: 1.1, lambda: 1.1 * 1.4, lambda: 1.1 * 1.2]
     fake_benches(monkeypatch, itertools.cycle(speeds))
     standard = Standard(lambda: 10.0, 8.0)
@@ -257,7 +256,7 @@ def test_a_noisy_machine_is_timed_more_often(monkeypatch, spread, rounds):
 
 
 def test_what_many_are_compared_with_is_built_more_often(monkeypatch):
-    """Each build's own layout of memory is noise: of one standard it would be in all ratios."""
+    """The memory layout of a build is noise; that of one standard would be in all ratios."""
     generator, built = np.random.default_rng(0), []
 
     def take_turns(benches, order):
@@ -268,13 +267,13 @@ def test_what_many_are_compared_with_is_built_more_often(monkeypatch):
     builds = [partial(float, 5 + i) for i in range(13)]
     measured, share = measure_in_turns(builds, 1, 64, torch.device('cpu'), Standard(lambda: 2.0, 4.0))
     assert [len(one) for one in built[: 2 * ROUNDS]] == [10 + 3, 3 + 3] * ROUNDS and share == 1
-    assert len(built) > 2 * ROUNDS and all(one.count(2.0) == 3 for one in built)  # as often where few are still due
+    assert len(built) > 2 * ROUNDS and all(one.count(2.0) == 3 for one in built)  # also in rounds with few networks
     ratios = np.array([one.ms / (2 * (5 + i)) for i, one in enumerate(measured)])
     assert ratios.mean() == pytest.approx(1, abs=0.007) and abs(ratios - 1).max() < 0.02
 
 
 def test_only_what_an_undisturbed_core_did_counts():
-    """A core that something else slows down by half in most passes: probes tell which."""
+    """Probes find the passes in which the core was contended."""
     generator = np.random.default_rng(0)
     disturbed = generator.random((400, 4)) < 0.6  # at each of the four probes beside three parts
     parts = np.array([1.0, 2.0, 4.0]) * generator.normal(1, 0.02, (400, 3))
@@ -305,7 +304,7 @@ def test_networks_take_turns_and_are_built_once_a_round():
     assert len({one.parts.shape[1] for one in own + other}) == 1 and min(one.parts.min() for one in own) > 0
 
 
-def test_networks_on_a_gpu_are_built_anew_each_round():
+def test_networks_on_a_gpu_are_rebuilt_each_round():
     bench = Bench(lambda: torch.nn.Identity(), 1, 32, torch.device('cuda'))
     bench.__dict__['parts'] = ['built in an earlier round']
     with bench_apart(bench) as again:
@@ -368,7 +367,7 @@ def test_a_network_to_be_timed_is_noise_of_its_seed():
             assert value.numel() < 500 or value.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
 
 
-def test_blocks_are_timed_where_they_stand():
+def test_blocks_are_timed_inside_their_network():
     config = random_config(random.Random(0), ends=True, num_classes=10, space=SPACE)
     cpu = torch.device('cpu')
     net, images = build_network(config, cpu, seed=0), torch.randn(1, 3, 64, 64)
@@ -403,7 +402,7 @@ def test_a_sample_has_the_parts_that_were_timed_undisturbed():
     assert len(sample_of(config, Passes(parts, probes), 64, math.inf).blocks) == len(keys)
 
 
-def test_a_processor_is_told_from_others_of_its_name(monkeypatch):
+def test_processors_of_one_name_are_distinguished(monkeypatch):
     text = 'processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: a : b\n'
     monkeypatch.setattr(Path, 'read_text', lambda self: f'{text}\n{text.replace("17", "18")}')
     assert device_name(torch.device('cpu')) == 'AMD EPYC, family 25, model 17'

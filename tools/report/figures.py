@@ -99,7 +99,7 @@ def _draw_costs(axis: Axes, network: dict) -> None:
     """Draw the share of each block in latency and MACs; the last column is the fixed stem and head."""
     rows, unit = network['blocks'], network['unit']
     shares = [('MACs', [row['macs'] for row in rows], network['macs'], {'color': 'white', 'hatch': '/////'})]
-    if network['latency'] is not None and unit != 'M multiply-adds':
+    if network['latency'] is not None and unit not in ('M MACs', 'M multiply-adds'):
         latency = [row['latency'] for row in rows]
         shares.insert(0, ('latency' if unit == 'ms' else unit, latency, network['latency'], {'color': BLUE}))
     wide = 0.8 / len(shares)
