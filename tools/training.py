@@ -477,6 +477,8 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
     """Load a state dict, but keep this optimizer's learning rate, weight decay and the like: what the flags say now.
 
+    The moments get the memory layout of the parameters.
+
     Raises:
         ValueError: the state dict is malformed, or of other parameters.
     """
@@ -487,6 +489,20 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
         raise ValueError(f'{type(e).__name__}: {e}') from e
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         group.update(values)
+    align_moments(optimizer)
+
+
+@torch.no_grad()
+def align_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give each moment of a parameter's shape the memory layout of that parameter.
+
+    A loaded moment keeps the layout that it was saved in. torch's fused optimizers read both by their place in memory:
+    on a CPU they would permute the moments of a network whose layout changed, without an error.
+    """
+    for p, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == p.shape and value.stride() != p.stride():
+                moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def to_device(
