@@ -13,6 +13,7 @@ from dataset.images import load_pixels, load_rgb
 from dataset.lists import Sample, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
+from tools.environment import cores
 from tools.errors import BadInput
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
@@ -154,6 +155,7 @@ def make_loader(
     source: str,
     *,
     for_training: bool,
+    workers: int | None = None,
 ) -> DataLoader:
     """Return a loader of batches (images [N, 3, H, W], labels [N]) for this process. Its sampler is an `EpochSampler`.
 
@@ -162,6 +164,7 @@ def make_loader(
         source: name of the images in error messages.
         for_training: shuffled, whole batches only, and a bad image is replaced by the next one. Otherwise in order, the
             last batch of what is left, and bad images are left out.
+        workers: instead of args.workers. A process has at most one for each of its cores.
 
     Raises:
         BadInput: for training, fewer images than one batch, or batches too small for batch norm.
@@ -173,7 +176,7 @@ def make_loader(
     batch_size = world.split_evenly(args.batch_size, '--batch_size')
     if for_training and batch_size < 2:
         raise BadInput(f'--batch_size {args.batch_size}: batch norm needs two images a process to train on')
-    workers = -(-args.workers // world.size)
+    workers = min(workers_here(args.workers if workers is None else workers, world), cores())
     return DataLoader(
         dataset,
         batch_size,
@@ -188,6 +191,19 @@ def make_loader(
     )
 
 
+def workers_here(workers: int, world: World) -> int:
+    """Return the part of this process of a total of workers."""
+    return -(-workers // world.size)
+
+
+def fewer_workers(flag: str, workers: int, world: World) -> str:
+    """Return a line for the log if `make_loader` makes fewer workers than the flag asks for; else ''."""
+    if (asked := workers_here(workers, world)) <= cores():
+        return ''
+    each = 'this process' if world.size == 1 else 'each process'
+    return f'{flag} {workers}: {cores()} instead of {asked} in {each}, which may use {cores()} cores'
+
+
 def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLoader], int]:
     """Return the loaders of a training script (training, validation), and the number of classes.
 
@@ -200,6 +216,8 @@ def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLo
     warn = partial(print, flush=True) if world.is_first else lambda _: None
     lists, roots = (args.train_list, args.val_list), (args.train_root, args.val_root)
     train, val, num_classes = read_train_val(lists, roots, args.num_classes, warn)
+    if line := fewer_workers('--workers', args.workers, world):
+        warn(line)
     train_transform, val_transform = transforms(args)
     train_loader = make_loader(args.train_root, train, train_transform, args, world, lists[0], for_training=True)
     val_loader = make_loader(args.val_root, val, val_transform, args, world, lists[1], for_training=False)

@@ -1,14 +1,33 @@
 """What a GPU needs, as far as a CPU can show it."""
 
 import copy
+import os
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train_search
+from dataset.lists import read_list
+from dataset.loaders import fewer_workers, make_loader
+from dataset.transforms import train_transform
+from models.config import load_config
+from models.describe import largest_activation, largest_mixture
+from models.model_eval import NetworkEval
+from models.model_search import ExecutionMode, Network
+from models.search_space import SPACE
+from tools.distributed import World
+from tools.environment import large_tensor_note, prepare
+from tools.errors import BadInput
+from tools.precision import check_format, make_precision
+from tools.run.folder import RunLogger
 from tools.training import begin_momentum, load_moments
 
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
@@ -51,3 +70,175 @@ def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, 
     assert moved > 0.1
     for fused, unfused in zip(*ends, strict=True):
         assert (fused - unfused).abs().max() < 1e-5
+
+
+@pytest.fixture
+def settings():
+    """Restores torch's settings of kernels."""
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory
+    yield
+    cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ('asked', 'tries_out'),
+    [({}, True), ({'shapes_change': True}, False), ({'deterministic': True}, False)],
+)
+def test_only_steps_of_constant_shapes_try_kernels_out(settings, asked, tries_out):
+    prepare(CUDA, **asked)
+    assert torch.backends.cudnn.benchmark is tries_out
+    assert torch.backends.cudnn.deterministic is asked.get('deterministic', False)
+
+
+def test_deterministic_runs_do_not_fill_memory_that_is_written_anyway(settings):
+    prepare(CPU, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.empty(1000).isnan().all()  # torch fills with NaN
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """A GPU that emulates bfloat16."""
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'TITAN RTX')
+
+
+def test_emulated_bfloat16_is_refused(turing):
+    args = SimpleNamespace(
+        opt_level='O1', amp_dtype='bfloat16', amp_backend='native', loss_scale=None, keep_batchnorm_fp32=None
+    )
+    with pytest.raises(BadInput, match='--amp_dtype bfloat16: TITAN RTX only emulates.*--amp_dtype float16'):
+        make_precision(args, CUDA)
+    assert make_precision(args, CPU).dtype is torch.bfloat16
+    args.amp_dtype = None
+    assert make_precision(args, CUDA).dtype is torch.float16
+    for name in (None, 'float16'):
+        check_format(name, '--amp', CUDA)
+
+
+def test_a_search_refuses_emulated_bfloat16_before_anything_else(turing, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_search, 'join_world', lambda *_: World(CUDA))
+    words = ['train_search.py', '--img_root', 'none', '--save', str(tmp_path / 'runs'), '--amp', 'bfloat16']
+    monkeypatch.setattr(sys, 'argv', words)
+    with pytest.raises(BadInput, match='--amp bfloat16: TITAN RTX'):
+        train_search.main(train_search.get_args())
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_bfloat16_is_not_refused_if_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
+    check_format('bfloat16', '--amp', CUDA)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that convolutions and batch norms read or write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if 'conv' in func.name() or 'batch_norm' in func.name():
+            tensors = args[0], (out[0] if isinstance(out, tuple) else out)
+            self.elements = max(self.elements, *(x.numel() for x in tensors))
+        return out
+
+
+@pytest.mark.parametrize('img_size', [33, 64])
+def test_the_largest_activation_of_a_network(img_size):
+    config = load_config('models/zoo/tf_nas_a.config')
+    with Largest() as largest, torch.no_grad():
+        NetworkEval(config).eval()(torch.zeros(1, 3, img_size, img_size))
+    assert largest_activation(config, img_size) == largest.elements > 0
+
+
+def test_the_largest_activation_of_a_search(small_space):
+    for space, img_size in ((small_space, 33), (SPACE, 64)):
+        net = Network(space.max_widths(), 3, space, ExecutionMode(fused=True))
+        images, weights = torch.zeros(2, 3, img_size, img_size), torch.zeros(net.num_blocks, len(space.ops))
+        with Largest() as largest, torch.no_grad():
+            net(images, weights)
+        assert 2 * largest_mixture(img_size, space) == largest.elements
+
+
+def test_the_note_on_large_activations():
+    elements = largest_mixture(224, SPACE)
+    assert large_tensor_note(elements, 445, CUDA) == ''
+    assert 'at most 445 images' in large_tensor_note(elements, 446, CUDA)
+    assert large_tensor_note(elements, 10**6, CPU) == ''
+
+
+def loader_of(images, workers, **more):
+    args = SimpleNamespace(batch_size=4, workers=workers, seed=5)
+    samples = read_list(images / 'train.txt', images, 3)
+    world = World(CPU, size=more.pop('size', 1))
+    return make_loader(images, samples, train_transform(32), args, world, 'train.txt', for_training=True, **more)
+
+
+def test_a_process_has_no_more_workers_than_cores(images, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3, 5, 8}, raising=False)
+    asked = {0: 0, 2: 2, 3: 3, 16: 3}
+    assert {workers: loader_of(images, workers).num_workers for workers in asked} == asked
+    assert loader_of(images, 5, size=2).num_workers == 3
+    assert loader_of(images, 3, size=2).num_workers == 2
+    assert [bool(fewer_workers('--workers', workers, World(CPU))) for workers in asked] == [False, False, False, True]
+    assert fewer_workers('--workers', 16, World(CPU)).startswith('--workers 16: 3 instead of 16')
+    assert not fewer_workers('--workers', 6, World(CPU, size=2))
+
+
+def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
+    words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
+    for more, expected in (([], [6, 3]), (['--val_workers', '9'], [6, 8])):
+        monkeypatch.setattr(sys, 'argv', [*words, *more])
+        notes = []
+        loaders, _ = train_search.make_loaders(train_search.get_args(), World(CPU), notes.append)
+        assert [loader.num_workers for loader in loaders] == expected
+        assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == bool(more)
+
+
+def test_workers_of_the_images_that_train_the_architecture(monkeypatch):
+    def asked(*words):
+        monkeypatch.setattr(sys, 'argv', ['train_search.py', '--img_root', 'x', *words])
+        return train_search.val_workers(train_search.get_args())
+
+    assert asked() == 2
+    assert [asked('--workers', str(n)) for n in (0, 1, 3, 8)] == [0, 1, 2, 4]
+    assert asked('--workers', '8', '--val_workers', '0') == 0
+
+
+def watched(monkeypatch, waits, uses, batches=150, device_aug=False):
+    """Lines about loading of a run of batches that come after `waits` seconds and are used for `uses` seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+
+    def loaded(count):
+        for i in range(count):
+            now[0] += 100 if i == 0 else waits
+            yield i
+
+    logger, lines = RunLogger(None, {}), []
+    logger.log = lines.append
+    args = SimpleNamespace(batch_size=32, device_aug=device_aug)
+    seen = 0
+    for _ in range(3):  # as the passes of a run
+        for _ in logger.watch(loaded(batches // 3), '--workers', args):
+            now[0] += uses
+            seen += 1
+    assert seen == batches
+    return lines
+
+
+def test_slow_loading_is_said_once(monkeypatch):
+    (line,) = watched(monkeypatch, waits=0.3, uses=0.1)
+    assert line.startswith('loading: 80 images/s come, the steps need 320; 75 % of the time')
+    assert '--workers' in line and '--device_aug' in line
+    (line,) = watched(monkeypatch, waits=0.3, uses=0.1, device_aug=True)
+    assert '--device_aug' not in line
+
+
+@pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
+def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, waits, batches):
+    assert watched(monkeypatch, waits, 0.1, batches) == []

@@ -278,6 +278,7 @@ def train_epoch(
     tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
     loader.sampler.set_epoch(state.epoch, state.step)
     batches = to_device(loader, world.device, memory_format(args, world.device))
+    batches = logger.watch(batches, '--workers', args)
     batches = logger.track(zip(range(state.step, end), batches, strict=False), f'epoch {state.epoch}')
     for step, (images, labels) in batches:
         group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
