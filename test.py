@@ -18,7 +18,7 @@ import torch
 from dataset.folders import ClassFolders
 from dataset.images import load_rgb
 from dataset.lists import read_list
-from dataset.loaders import log_skipped, make_loader
+from dataset.loaders import fewer_workers, log_skipped, make_loader
 from dataset.transforms import val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
@@ -167,6 +167,8 @@ def test(net, names, args, world):
     loader = make_loader(
         args.val_root, samples, val_transform(args.img_size), args, world, args.val_list, for_training=False
     )
+    if line := fewer_workers('--workers', args.workers, world):
+        print(line)
     logits = []
     result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append).numbers
     print(f'Val_acc_top1: {result["top1"]:.2f}')

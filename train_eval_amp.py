@@ -17,12 +17,12 @@ from dataset.lists import class_file, class_names
 from dataset.loaders import make_train_val_loaders
 from latency_pkl.timing import log_latency
 from models.config import dump_config
-from models.describe import describe_network
+from models.describe import describe_network, largest_activation
 from models.model_eval import NetworkEval, start_from_weights
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from tools.distributed import join_world, leave_world
-from tools.environment import prepare
+from tools.environment import large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
 from tools.options import Parser, add_amp_args, add_training_args, run_script
@@ -64,13 +64,15 @@ def main(args):
     config = load_architecture(args.model_path or args.config_path, num_classes, SPACE).with_classes(num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic)
+    images = args.batch_size // (world.size * max(world.gpus, 1))
+    large = large_tensor_note(largest_activation(config, args.img_size), images, world.device)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     start = start_from_weights(net, args.weights) if args.weights else ''
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     if args.sync_bn and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     snapshot = find_snapshot(args, TRAINING)
-    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start)
+    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start, large)
     state, snapshot = start_state(net, precision, snapshot, world, args)
     network = describe_network(config, args.img_size, SPACE)
     header = run_header('training', flags, world.device, network=network, steps_an_epoch=len(loaders[0]))

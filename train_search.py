@@ -13,7 +13,7 @@ A search that was stopped or killed goes on, in its folder, with the same flags 
 
     python train_search.py ... --snapshot auto
 
-One process a GPU, with --batch_size and --workers as totals:
+One process a GPU, with --batch_size, --workers and --val_workers as totals:
 
     torchrun --nproc_per_node=4 train_search.py ...
 """
@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from dataset.lists import class_file, class_names, list_folder, read_classes, split_by_class, write_list
-from dataset.loaders import Batches, log_skipped, make_loader, read_train_val, transforms
-from models.describe import describe_architecture, describe_space, describe_table
+from dataset.loaders import Batches, fewer_workers, log_skipped, make_loader, read_train_val, transforms
+from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
 from models.parsing import mask_widths, parse_architecture
@@ -42,7 +42,7 @@ from models.search_state import (
 )
 from models.search_steps import backward_on_mixture, backward_on_paths, train_only
 from tools.distributed import join_world, leave_world
-from tools.environment import fingerprint, prepare
+from tools.environment import fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
 from tools.options import (
@@ -64,6 +64,7 @@ from tools.options import (
     project_file,
     run_script,
 )
+from tools.precision import check_format
 from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
 from tools.run.checkpoint import Checkpointer
@@ -94,7 +95,15 @@ def get_args():
         '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
     )
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
-    parser.add_argument('--workers', type=process_count, default=4, help='processes that load images')
+    parser.add_argument(
+        '--workers', type=process_count, default=4, help='processes that load the images that train the weights'
+    )
+    parser.add_argument(
+        '--val_workers',
+        type=process_count,
+        help='processes that load the images that train the architecture; default: half of --workers, at least 1 if'
+        ' there are any',
+    )
     parser.add_argument('--epochs', type=count(), default=90)
     parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
     add_image_args(parser)
@@ -154,8 +163,10 @@ def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
     weights, architecture = net.weight_parameters(), net.arch_parameters()
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
-    train_batches = logger.track(to_device(train_loader, world.device), f'epoch {epoch}')
-    val_batches = to_device(Batches(val_loader, architecture_steps(epoch, state.step, steps, args)), world.device)
+    train_batches = logger.watch(to_device(train_loader, world.device), '--workers', args)
+    train_batches = logger.track(train_batches, f'epoch {epoch}')
+    val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
+    val_batches = logger.watch(to_device(val_batches, world.device), '--val_workers', args)
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
         paths = [net.sample('gumbel', draws)]
@@ -262,14 +273,23 @@ def read_table(args, world):
     return table, table.target(args.target_lat, SPACE), notes
 
 
+def val_workers(args):
+    """Return the number of processes that load the images that train the architecture, a batch every second step."""
+    return -(-args.workers // 2) if args.val_workers is None else args.val_workers
+
+
 def make_loaders(args, world, note):
     """Return the loaders of the images that train the weights and the architecture, and the number of classes."""
     note(world.from_rank0(lambda: make_default_lists(args)))
     lists = args.train_list, args.val_list
     train, val, num_classes = read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
     train_transform, val_transform = transforms(args)
-    train_loader = make_loader(args.img_root, train, train_transform, args, world, lists[0], for_training=True)
-    val_loader = make_loader(args.img_root, val, val_transform, args, world, lists[1], for_training=True)
+    workers = {'--workers': args.workers, '--val_workers': val_workers(args)}
+    for flag, total in workers.items():
+        note(fewer_workers(flag, total, world))
+    make = partial(make_loader, args.img_root, args=args, world=world, for_training=True)
+    train_loader = make(train, train_transform, source=lists[0], workers=workers['--workers'])
+    val_loader = make(val, val_transform, source=lists[1], workers=workers['--val_workers'])
     return (train_loader, val_loader), num_classes
 
 
@@ -286,13 +306,16 @@ def make_header(flags, table, target, world, args, steps):
 def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
     world = join_world(args.device, args.local_rank)
+    check_format(args.amp, '--amp', world.device)
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
     loaders, num_classes = make_loaders(args, world, notes.append)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic)
+    prepare(world.device, args.deterministic, shapes_change=True)
+    images = args.batch_size // world.size
+    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
     snapshot = find_snapshot(args, SEARCH)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)

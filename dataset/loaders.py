@@ -14,6 +14,7 @@ from dataset.images import load_pixels, load_rgb
 from dataset.lists import Sample, check_labels, count_classes, read_list, warn_of_overlap
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
+from tools.environment import cores
 from tools.errors import BadInput
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
@@ -158,6 +159,7 @@ def make_loader(
     source: str,
     *,
     for_training: bool,
+    workers: int | None = None,
 ) -> DataLoader:
     """Return a loader of batches (images [N, 3, H, W], labels [N]) for this process. Its sampler is an `EpochSampler`.
 
@@ -166,6 +168,7 @@ def make_loader(
         source: list or folder that error messages name.
         for_training: shuffle, drop the last, incomplete batch, replace a bad image by the next one. If False: keep
             order and last batch, leave bad images out.
+        workers: instead of args.workers. A process has at most one for each of its cores.
 
     Raises:
         BadInput: for training, fewer images than one batch, or batches too small for batch norm.
@@ -177,7 +180,7 @@ def make_loader(
     batch_size = world.split_evenly(args.batch_size, '--batch_size')
     if for_training and batch_size < 2:
         raise BadInput(f'--batch_size {args.batch_size}: batch norm needs two images a process to train on')
-    workers = -(-args.workers // world.size)
+    workers = min(workers_here(args.workers if workers is None else workers, world), cores())
     return DataLoader(
         dataset,
         batch_size,
@@ -192,6 +195,19 @@ def make_loader(
     )
 
 
+def workers_here(workers: int, world: World) -> int:
+    """Return the part of this process of a total of workers."""
+    return -(-workers // world.size)
+
+
+def fewer_workers(flag: str, workers: int, world: World) -> str:
+    """Return a line for the log if `make_loader` makes fewer workers than the flag asks for; else ''."""
+    if (asked := workers_here(workers, world)) <= cores():
+        return ''
+    each = 'this process' if world.size == 1 else 'each process'
+    return f'{flag} {workers}: {cores()} instead of {asked} in {each}, which may use {cores()} cores'
+
+
 def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLoader], int]:
     """Return the loaders of a training script (training, validation), and the number of classes.
 
@@ -204,6 +220,8 @@ def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLo
     warn = partial(print, flush=True) if world.is_first else lambda _: None
     lists, roots = (args.train_list, args.val_list), (args.train_root, args.val_root)
     train, val, num_classes = read_train_val(lists, roots, args.num_classes, warn)
+    if line := fewer_workers('--workers', args.workers, world):
+        warn(line)
     train_transform, val_transform = transforms(args)
     train_loader = make_loader(args.train_root, train, train_transform, args, world, lists[0], for_training=True)
     val_loader = make_loader(args.val_root, val, val_transform, args, world, lists[1], for_training=False)

@@ -120,6 +120,34 @@ def describe_architecture(
     }
 
 
+def largest_activation(config: NetworkConfig, img_size: int) -> int:
+    """Return the number of elements of a network's largest activation, for one square input."""
+    size = after_stride(img_size, config.first_stem.stride)
+    found = [3 * img_size**2, config.first_stem.out_channels * size**2]
+    for _, spec in config.blocks():
+        out_size = after_stride(size, spec.stride)
+        mid = max(spec.mid_channels, spec.in_channels)  # no expansion if mid_channels <= in_channels
+        found += [mid * size**2, mid * out_size**2, spec.out_channels * out_size**2]
+        size = out_size
+    return max(*found, config.feature_mix_layer.out_channels * size**2)
+
+
+def largest_mixture(img_size: int, space: SearchSpace) -> int:
+    """Return the number of elements that a search's largest activation can get, for one square input.
+
+    A GPU expands all operators of one kernel size together, and normalizes the outputs of all operators together (see
+    `fused_mixture`). The widths are the most that elasticity-scaling may reach.
+    """
+    found = [3 * img_size**2, space.stem.conv_ch * after_stride(img_size, space.stem.stride) ** 2]
+    for block in space.blocks(img_size):
+        for kernel in {op.kernel for op in space.ops}:
+            channels = sum(op.max_width(block.in_ch) for op in space.ops if op.kernel == kernel)
+            found.append(channels * block.in_size**2)
+        found.append(len(space.ops) * block.out_ch * after_stride(block.in_size, block.stride) ** 2)
+    last = space.blocks(img_size)[-1]
+    return max(*found, space.head.out_ch * after_stride(last.in_size, last.stride) ** 2)
+
+
 def _operator(spec: MBSpec, space: SearchSpace) -> Op | None:
     """Return the operator of the space that a block can be; None if there is none."""
     in_ch = spec.in_channels

@@ -44,19 +44,48 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def prepare(device: torch.device, deterministic: bool = False) -> None:
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def prepare(device: torch.device, deterministic: bool = False, *, shapes_change: bool = False) -> None:
     """Set up this process for many steps: fastest kernels, and on a CPU memory that is kept from step to step.
 
     Args:
         deterministic: instead use only kernels that give the same bits each time. On a CPU all used here do.
+        shapes_change: the convolutions get new shapes all the time, as in a search, whose widths change. Then cuDNN
+            chooses kernels by its heuristics. Trying them out would build and time up to ten for each new shape, 30 to
+            150 ms; a search has some 290 new shapes an epoch.
     """
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = not (deterministic or shapes_change)
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else one more kernel for each torch.empty
     if device.type == 'cpu':
         keep_freed_memory()
+
+
+INDEXED = 2**31
+"""Elements of a tensor from which cuDNN's fast kernels, which count in 32 bits, do not take it."""
+
+
+def large_tensor_note(elements: int, images: int, device: torch.device) -> str:
+    """Return a line for the log if the largest activation on a GPU is too large for its fast kernels; else ''.
+
+    Args:
+        elements: of the largest activation of one image.
+        images: of a batch, on each GPU.
+    """
+    if device.type != 'cuda' or elements * images < INDEXED:
+        return ''
+    most = (INDEXED - 1) // elements
+    return (
+        f'slow: with {images} images on each GPU the largest activation has {elements * images} elements, 2^31 or more,'
+        f' which the fast kernels of cuDNN do not take; at most {most} images avoid that'
+    )
 
 
 def device_name(device: torch.device) -> str:

@@ -170,7 +170,9 @@ def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: 
     """Add flags of the validation images and their loading."""
     parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
     parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
-    parser.add_argument('--workers', type=process_count, default=workers, help='processes that load images')
+    parser.add_argument(
+        '--workers', type=process_count, default=workers, help='processes that load images, at most one for each core'
+    )
     parser.add_argument('--batch_size', type=count(), default=batch_size)
     parser.add_argument('--num_classes', type=class_count, help='default: as many as the list or the weights have')
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')

@@ -109,6 +109,20 @@ class ApexPrecision(Precision):
             self.amp.load_state_dict(state)
 
 
+def check_format(name: str | None, flag: str, device: torch.device) -> None:
+    """Raise BadInput if the GPU only emulates this format of autocast, which is slower than float32.
+
+    Args:
+        name: of `DTYPES`; None for float32.
+        flag: that asked for it.
+    """
+    if name == 'bfloat16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise BadInput(
+            f'{flag} bfloat16: {torch.cuda.get_device_name(device)} only emulates this format, slowly; use {flag}'
+            ' float16'
+        )
+
+
 def make_precision(args, device: torch.device) -> Precision:
     """Return the number format of the flags: float32 for O0 (default), autocast for O1; all levels with apex.
 
@@ -132,6 +146,7 @@ def make_precision(args, device: torch.device) -> Precision:
         raise BadInput(f'--keep_batchnorm_fp32 False: --opt_level {level} keeps batch norm in float32; use True')
     if level == 'O0' and args.amp_dtype:
         raise BadInput(f'--amp_dtype {args.amp_dtype}: --opt_level O0 is float32; use --opt_level O1')
+    check_format(args.amp_dtype, '--amp_dtype', device)
     scale = None if args.loss_scale == 'dynamic' else args.loss_scale
     dtype = DTYPES[args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')]
     if scale is not None and (level == 'O0' or dtype is not torch.float16):

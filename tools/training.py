@@ -278,6 +278,7 @@ def train_epoch(
     tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
     loader.sampler.set_epoch(state.epoch, state.step)
     batches = to_device(loader, world.device, memory_format(args, world.device))
+    batches = logger.watch(batches, '--workers', args)
     batches = logger.track(zip(range(state.step, end), batches, strict=False), f'epoch {state.epoch}')
     for step, (images, labels) in batches:
         group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
@@ -477,6 +478,8 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
     """Load a state dict, but keep this optimizer's learning rate, weight decay and the like: what the flags say now.
 
+    The moments get the memory layout of the parameters.
+
     Raises:
         ValueError: the state dict is malformed, or of other parameters.
     """
@@ -487,6 +490,20 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
         raise ValueError(f'{type(e).__name__}: {e}') from e
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         group.update(values)
+    align_moments(optimizer)
+
+
+@torch.no_grad()
+def align_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give each moment of a parameter's shape the memory layout of that parameter.
+
+    A loaded moment keeps the layout that it was saved in. torch's fused optimizers read both by their place in memory:
+    on a CPU they would permute the moments of a network whose layout changed, without an error.
+    """
+    for p, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == p.shape and value.stride() != p.stride():
+                moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def to_device(

@@ -6,13 +6,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from tools.distributed import World
+from tools.environment import cores
 from tools.errors import BadInput, silence
 from tools.files import write_text
 from tools.run.metrics import MetricsFile
@@ -27,6 +28,58 @@ FORMATS = {'lr': '.5f', 'loss': '.4f', 'top1': '.2f', 'top5': '.2f', 'latency': 
 
 SMOOTHING = 0.02
 """Weight of the newest step in the speed that the time left is estimated from."""
+
+
+SKIPPED, WATCHED = 10, 100
+"""First batches of a run, during which kernels are chosen and workers start; the batches after which it is judged."""
+
+TOLERATED = 0.1
+"""Share of the time that may pass waiting for images."""
+
+
+class Waiting:
+    """Time that a loop waits for batches, against the time that it uses them; one log line after `WATCHED` batches.
+
+    It is the host's time: nothing waits for a GPU. The host waits for a GPU at each step that reads a result, or if
+    the GPU's queue is full.
+
+    Args:
+        images: of a batch, over all processes.
+        log: called with the line, if more than `TOLERATED` of the time is waiting.
+        advice: end of the line.
+    """
+
+    def __init__(self, images: int, log: Callable[[str], object], advice: str):
+        self.images, self.log, self.advice = images, log, advice
+        self.batches, self.waited, self.used = 0, 0.0, 0.0
+
+    def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches."""
+        iterator, first = iter(batches), True
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            got = time.monotonic()
+            yield batch
+            if not first:  # whose waiting is the start of the workers
+                self.add(got - asked, time.monotonic() - got)
+            first = False
+
+    def add(self, waited: float, used: float) -> None:
+        """Count a batch: seconds until it came, and until the next one was asked for."""
+        self.batches += 1
+        if SKIPPED < self.batches <= WATCHED:
+            self.waited, self.used = self.waited + waited, self.used + used
+        if self.batches == WATCHED and self.waited > TOLERATED * (total := self.waited + self.used):
+            images, share = self.images * (WATCHED - SKIPPED), 100 * self.waited / total
+            given, needed = images / total, images / max(self.used, 1e-9)
+            self.log(
+                f'loading: {given:.0f} images/s come, the steps need {needed:.0f}; {share:.0f} % of the time is'
+                f' waiting for images. {self.advice}'
+            )
 
 
 def make_run_folder(save: str | Path, kind: str, note: str) -> Path:
@@ -106,6 +159,7 @@ class RunLogger:
         self.metrics = MetricsFile(folder, header, position, tensorboard)
         self.log = make_logger(folder).info
         self.bar = tqdm(disable=True)
+        self.waiting: dict[str, Waiting] = {}
 
     @property
     def is_new(self) -> bool:
@@ -133,6 +187,19 @@ class RunLogger:
                 self.bar.update()
             except OSError:  # the terminal is closed
                 silence(sys.stderr)
+
+    def watch(self, batches: Iterable[Item], flag: str, args) -> Iterator[Item]:
+        """Yield the batches; log one line if they come more slowly than the run needs them, see `Waiting`.
+
+        Args:
+            flag: of the workers that load them; its loaders are watched as one.
+            args: batch_size, and device_aug if there is a choice.
+        """
+        if flag not in self.waiting:
+            advice = f'Give more {flag}, up to the {cores()} cores of this process'
+            advice += '.' if getattr(args, 'device_aug', False) else ', or --device_aug.'
+            self.waiting[flag] = Waiting(args.batch_size, self.log, advice)
+        return self.waiting[flag].watch(batches)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
         """Log the epoch so far, after `step` of its `steps`."""

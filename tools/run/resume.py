@@ -19,8 +19,8 @@ CHECKPOINT = 'checkpoint.pth.tar'
 
 
 HARMLESS = {
-    'snapshot', 'save', 'note', 'device', 'workers', 'print_freq', 'save_freq', 'keep_checkpoints', 'local_rank',
-    'max_steps', 'tensorboard', 'report', 'deterministic',
+    'snapshot', 'save', 'note', 'device', 'workers', 'val_workers', 'print_freq', 'save_freq', 'keep_checkpoints',
+    'local_rank', 'max_steps', 'tensorboard', 'report', 'deterministic',
 }  # fmt: skip
 """Flags that may change within an epoch."""
 

@@ -1,0 +1,363 @@
+"""What a GPU needs, as far as a CPU can show it."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_search
+from benchmarks import gpu_probes
+from conftest import ROOT
+from dataset.lists import read_list
+from dataset.loaders import fewer_workers, make_loader
+from dataset.transforms import train_transform
+from models.config import load_config
+from models.describe import largest_activation, largest_mixture
+from models.model_eval import NetworkEval
+from models.model_search import ExecutionMode, Network
+from models.search_space import SPACE
+from tools.distributed import World
+from tools.environment import large_tensor_note, prepare
+from tools.errors import BadInput
+from tools.precision import check_format, make_precision
+from tools.run.folder import RunLogger
+from tools.training import begin_momentum, load_moments
+
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+DEVICES = CPU, pytest.param(CUDA, marks=[pytest.mark.gpu, NO_CARD])
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 5, groups=8), nn.Conv2d(8, 4, 1))
+
+
+def train_step(net, optimizer, seed):
+    generator, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    images, targets = torch.randn(4, 3, 12, 12, generator=generator), torch.randn(4, 4, generator=generator)
+    F.mse_loss(net(images.to(device)).mean((2, 3)), targets.to(device)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize('before', LAYOUTS)
+@pytest.mark.parametrize('after', LAYOUTS)
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize('device', DEVICES)
+def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, kind, device):
+    """They were saved on a CPU."""
+
+    def make(net, layout, fused, device=device):
+        options = {'momentum': 0.9} if kind is torch.optim.SGD else {}
+        net = copy.deepcopy(net).to(device, memory_format=layout)
+        return net, kind(net.parameters(), 0.5, fused=fused, **options)
+
+    net, optimizer = make(small_net(), before, fused=True, device=CPU)
+    for seed in range(3):
+        train_step(net, optimizer, seed)
+    ends = []
+    for fused in (True, False):
+        later, again = make(net, after, fused)
+        load_moments(again, copy.deepcopy(optimizer.state_dict()))
+        for p in later.parameters():
+            for moment in again.state[p].values():
+                assert moment.shape != p.shape or moment.stride() == p.stride()
+        if kind is torch.optim.SGD:
+            begin_momentum(again)
+        train_step(later, again, 3)
+        ends.append([p.detach().cpu() for p in later.parameters()])
+    moved = max((a - p).abs().max().item() for a, p in zip(ends[0], net.parameters(), strict=True))
+    assert moved > 0.1
+    for fused, unfused in zip(*ends, strict=True):
+        assert (fused - unfused).abs().max() < 1e-5
+
+
+@pytest.fixture
+def settings():
+    """Restores torch's settings of kernels."""
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory
+    yield
+    cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ('asked', 'tries_out'),
+    [({}, True), ({'shapes_change': True}, False), ({'deterministic': True}, False)],
+)
+def test_only_steps_of_constant_shapes_try_kernels_out(settings, asked, tries_out):
+    prepare(CUDA, **asked)
+    assert torch.backends.cudnn.benchmark is tries_out
+    assert torch.backends.cudnn.deterministic is asked.get('deterministic', False)
+
+
+def test_deterministic_runs_do_not_fill_memory_that_is_written_anyway(settings):
+    prepare(CPU, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.empty(1000).isnan().all()  # torch fills with NaN
+
+
+@pytest.fixture
+def turing(monkeypatch):
+    """A GPU that emulates bfloat16."""
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: 'TITAN RTX')
+
+
+def test_emulated_bfloat16_is_refused(turing):
+    args = SimpleNamespace(
+        opt_level='O1', amp_dtype='bfloat16', amp_backend='native', loss_scale=None, keep_batchnorm_fp32=None
+    )
+    with pytest.raises(BadInput, match='--amp_dtype bfloat16: TITAN RTX only emulates.*--amp_dtype float16'):
+        make_precision(args, CUDA)
+    assert make_precision(args, CPU).dtype is torch.bfloat16
+    args.amp_dtype = None
+    assert make_precision(args, CUDA).dtype is torch.float16
+    for name in (None, 'float16'):
+        check_format(name, '--amp', CUDA)
+
+
+def test_a_search_refuses_emulated_bfloat16_before_anything_else(turing, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_search, 'join_world', lambda *_: World(CUDA))
+    words = ['train_search.py', '--img_root', 'none', '--save', str(tmp_path / 'runs'), '--amp', 'bfloat16']
+    monkeypatch.setattr(sys, 'argv', words)
+    with pytest.raises(BadInput, match='--amp bfloat16: TITAN RTX'):
+        train_search.main(train_search.get_args())
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_bfloat16_is_not_refused_if_the_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
+    check_format('bfloat16', '--amp', CUDA)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor that convolutions and batch norms read or write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if 'conv' in func.name() or 'batch_norm' in func.name():
+            tensors = args[0], (out[0] if isinstance(out, tuple) else out)
+            self.elements = max(self.elements, *(x.numel() for x in tensors))
+        return out
+
+
+@pytest.mark.parametrize('img_size', [33, 64])
+def test_the_largest_activation_of_a_network(img_size):
+    config = load_config('models/zoo/tf_nas_a.config')
+    with Largest() as largest, torch.no_grad():
+        NetworkEval(config).eval()(torch.zeros(1, 3, img_size, img_size))
+    assert largest_activation(config, img_size) == largest.elements > 0
+
+
+def test_the_largest_activation_of_a_search(small_space):
+    for space, img_size in ((small_space, 33), (SPACE, 64)):
+        net = Network(space.max_widths(), 3, space, ExecutionMode(fused=True))
+        images, weights = torch.zeros(2, 3, img_size, img_size), torch.zeros(net.num_blocks, len(space.ops))
+        with Largest() as largest, torch.no_grad():
+            net(images, weights)
+        assert 2 * largest_mixture(img_size, space) == largest.elements
+
+
+def test_the_note_on_large_activations():
+    elements = largest_mixture(224, SPACE)
+    assert large_tensor_note(elements, 445, CUDA) == ''
+    assert 'at most 445 images' in large_tensor_note(elements, 446, CUDA)
+    assert large_tensor_note(elements, 10**6, CPU) == ''
+
+
+def loader_of(images, workers, **more):
+    args = SimpleNamespace(batch_size=4, workers=workers, seed=5)
+    samples = read_list(images / 'train.txt', images, 3)
+    world = World(CPU, size=more.pop('size', 1))
+    return make_loader(images, samples, train_transform(32), args, world, 'train.txt', for_training=True, **more)
+
+
+def test_a_process_has_no_more_workers_than_cores(images, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3, 5, 8}, raising=False)
+    asked = {0: 0, 2: 2, 3: 3, 16: 3}
+    assert {workers: loader_of(images, workers).num_workers for workers in asked} == asked
+    assert loader_of(images, 5, size=2).num_workers == 3
+    assert loader_of(images, 3, size=2).num_workers == 2
+    assert [bool(fewer_workers('--workers', workers, World(CPU))) for workers in asked] == [False, False, False, True]
+    assert fewer_workers('--workers', 16, World(CPU)).startswith('--workers 16: 3 instead of 16')
+    assert not fewer_workers('--workers', 6, World(CPU, size=2))
+
+
+def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
+    words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
+    for more, expected in (([], [6, 3]), (['--val_workers', '9'], [6, 8])):
+        monkeypatch.setattr(sys, 'argv', [*words, *more])
+        notes = []
+        loaders, _ = train_search.make_loaders(train_search.get_args(), World(CPU), notes.append)
+        assert [loader.num_workers for loader in loaders] == expected
+        assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == bool(more)
+
+
+def test_workers_of_the_images_that_train_the_architecture(monkeypatch):
+    def asked(*words):
+        monkeypatch.setattr(sys, 'argv', ['train_search.py', '--img_root', 'x', *words])
+        return train_search.val_workers(train_search.get_args())
+
+    assert asked() == 2
+    assert [asked('--workers', str(n)) for n in (0, 1, 3, 8)] == [0, 1, 2, 4]
+    assert asked('--workers', '8', '--val_workers', '0') == 0
+
+
+def watched(monkeypatch, waits, uses, batches=150, device_aug=False):
+    """Lines about loading of a run of batches that come after `waits` seconds and are used for `uses` seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+
+    def loaded(count):
+        for i in range(count):
+            now[0] += 100 if i == 0 else waits
+            yield i
+
+    logger, lines = RunLogger(None, {}), []
+    logger.log = lines.append
+    args = SimpleNamespace(batch_size=32, device_aug=device_aug)
+    seen = 0
+    for _ in range(3):  # as the passes of a run
+        for _ in logger.watch(loaded(batches // 3), '--workers', args):
+            now[0] += uses
+            seen += 1
+    assert seen == batches
+    return lines
+
+
+def test_slow_loading_is_said_once(monkeypatch):
+    (line,) = watched(monkeypatch, waits=0.3, uses=0.1)
+    assert line.startswith('loading: 80 images/s come, the steps need 320; 75 % of the time')
+    assert '--workers' in line and '--device_aug' in line
+    (line,) = watched(monkeypatch, waits=0.3, uses=0.1, device_aug=True)
+    assert '--device_aug' not in line
+
+
+@pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
+def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, waits, batches):
+    assert watched(monkeypatch, waits, 0.1, batches) == []
+
+
+def lines_of(capsys, part, smoke=True):
+    """What a part of the GPU's benchmark prints."""
+    part(CPU, smoke)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_ceilings_are_counted_from_times(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_probes, 'best', lambda *_: 1e-6)
+    copied, *products = lines_of(capsys, gpu_probes.ceilings)
+    assert copied == f'ceilings: copy: {2 * 4 * 2**16 / 1e-6 / 1e9:.0f} GB/s'
+    assert len(products) == 4
+    for line in products:
+        assert line.endswith(f'product of 64: {2 * 64**3 / 1e-6 / 1e12:.2f} TFLOP/s')
+
+
+def test_the_first_touch_of_a_shape_is_projected_to_a_search(capsys, monkeypatch, settings):
+    calls = []
+
+    def seconds(step, device):
+        step()
+        calls.append(step)
+        return 0.1 if len(calls) % 3 == 1 else 0.02
+
+    monkeypatch.setattr(gpu_probes, 'seconds', seconds)
+    lines = lines_of(capsys, gpu_probes.first_touch)
+    assert len(lines) == 6
+    for line in lines:
+        assert f": 80.0 ms more at first, then 20000 us; in the paper's search {0.08 * 290 * 80 / 60:.1f} min" in line
+
+
+@pytest.mark.parametrize(
+    ('part', 'count', 'numbers'),
+    [('depthwise', 4, 2), ('norms', 4, 2), ('widths', 2, 4), ('networks', 1, 2), ('loading', 2, 4), ('training', 4, 2)],
+)
+def test_probes_of_a_gpu_run_on_a_cpu(capsys, settings, part, count, numbers):
+    lines = lines_of(capsys, getattr(gpu_probes, part))
+    assert len(lines) == count
+    for line in lines:
+        found = re.findall(r'(?<= )[\d.e+-]+(?= (?:ms|GB/s|images/s))|(?<=\()[\d.]+(?= us)', line)
+        assert len(found) >= min(numbers, 2)
+        assert all(float(number) > 0 for number in found)
+
+
+@pytest.mark.parametrize('part', ['captured_step', 'single_operators'])
+def test_parts_that_need_a_gpu_say_so(capsys, part):
+    assert lines_of(capsys, getattr(gpu_probes, part)) == [f'{part}: skipped: no GPU']
+
+
+def test_the_profile_of_a_step_counts_its_kernels():
+    a = torch.randn(64, 64)
+    took, _, kernels = gpu_probes.profiled(lambda: (a @ a) @ a, CPU)
+    calls = {name: count for _, count, name in kernels}
+    assert calls['aten::mm'] == 2
+    assert took >= max(kernels)[0] == kernels[0][0] > 0
+
+
+def on_gpu(folder, *words, python='python3'):
+    """Run benchmarks/on_gpu.sh from another folder; returns its exit code and the lines that it kept."""
+    environment = os.environ | {'PYTHON': str(python), 'CUDA_VISIBLE_DEVICES': ''}
+    command = ['bash', ROOT / 'benchmarks' / 'on_gpu.sh', *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    kept = folder / 'out' / 'all.txt'
+    return done.returncode, kept.read_text() if kept.exists() else done.stderr
+
+
+def program(folder, text):
+    """A program in place of Python."""
+    path = folder / 'program'
+    path.write_text(f'#!/bin/bash\n{text}\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_running(tmp_path):
+    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != depthwise ]] || exit 3')
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=fake)
+    parts = [part.__name__ for part in gpu_probes.PARTS]
+    assert re.findall(r'^ran (.*)$', text, re.M) == parts
+    assert code == 1
+    assert '== depthwise: failed, exit code 3' in text
+    assert ' s, 1 parts failed' in text
+    for part in parts:
+        assert (tmp_path / 'out' / f'{part}.txt').read_text() == f'ran {part}\n'
+
+
+def test_what_ran_before_the_time_was_over_is_kept(tmp_path):
+    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != checks ]] || sleep 60')
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', '--seconds', '6', python=fake)
+    assert code == 1
+    assert 'ran ceilings\n' in text and 'ran checks\n' in text
+    assert '== checks: ran out of time' in text
+    assert '== training: left out, the 6 s are over' in text
+
+
+@pytest.mark.parametrize('words', [(), ('--out',), ('--out', 'out', '--seconds', 'x'), ('--out', 'out', '--other')])
+def test_on_gpu_shows_its_usage(tmp_path, words):
+    code, text = on_gpu(tmp_path, *words)
+    assert code == 2
+    assert text.startswith('usage: ')
+
+
+@pytest.mark.slow
+def test_on_gpu_runs_on_a_cpu(tmp_path):
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=sys.executable)
+    assert code == 0, text
+    assert 'checks: search, float32: exit code 0' in text
+    for part in gpu_probes.PARTS:
+        assert f'\n{part.__name__}: ' in text
