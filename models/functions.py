@@ -209,6 +209,17 @@ def _is_wide_depthwise(x: Tensor, weight: Tensor) -> bool:
     return on_cpu and weight.shape[1:] == (1, 5, 5) and x.shape[1] == len(weight) and x.shape[-1] > 4
 
 
+def pool(x: Tensor) -> Tensor:
+    """Return the mean over all pixels: [N, C, H, W] -> [N, C]. The gradient has the layout of `x`."""
+    # that of x.mean((2, 3)) is contiguous, which slows down every operator that reads it beside a channels-last tensor
+    return to_pixels(x).mean(1) if x.stride(1) == 1 else x.mean((2, 3))
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Return a view [N, H * W, C] of [N, C, H, W]; x is channels-last, or a slice of such a tensor's channels."""
+    return x.flatten(2).mT
+
+
 def activate(x: Tensor, act_func: str | None) -> Tensor:
     """Apply the activation of that name, not in place."""
     return ACTIVATIONS[act_func].function(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import fixed_layers, op_spec
-from models.functions import compiled_norm_act, mix_norms, norm_act
+from models.functions import compiled_norm_act, mix_norms, norm_act, pool
 from models.fused import fused_mixture
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
 from models.search_space import Block, SearchSpace, Stage, Widths
@@ -134,7 +134,7 @@ class Network(nn.Module):
 
     def __init__(self, widths: Widths, num_classes: int, space: SearchSpace, mode: ExecutionMode = UNFUSED):
         super().__init__()
-        self.space = space
+        self.space, self.mode = space, mode
         fixed = fixed_layers(num_classes, space, affine=False)
         self.first_stem = ConvLayer(fixed['first_stem'], mode.norm_act)
         self.second_stem = MBInvertedResBlock(fixed['second_stem'], mode.norm_act)
@@ -170,7 +170,9 @@ class Network(nn.Module):
         for stage in self.stages():
             x = stage(x, choices[start : start + len(stage.block_names)])
             start += len(stage.block_names)
-        return self.classifier(self.feature_mix_layer(x).mean((2, 3)))
+        x = self.feature_mix_layer(x)
+        # a CPU keeps the contiguous gradient of a mean: a batch norm of it rounds differently
+        return self.classifier(pool(x) if self.mode.fused else x.mean((2, 3)))
 
     def sample(self, how: str, generator: torch.Generator, exclude: Sequence[int] | None = None) -> list[int]:
         """Draw one path: an op index per block.
