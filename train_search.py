@@ -26,9 +26,11 @@ import torch.nn.functional as F
 
 from dataset.lists import list_folder, read_classes, split_by_class, write_list
 from dataset.loaders import Batches, log_skipped, make_loader, read_train_val, transforms
+from models.cuda_graph import Graphs
 from models.describe import describe_architecture, describe_space, describe_table
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
+from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
 from models.search_state import (
@@ -40,7 +42,13 @@ from models.search_state import (
     temperature,
     weights_lr,
 )
-from models.search_steps import backward_on_mixture, backward_on_paths, train_only
+from models.search_steps import (
+    backward_on_mixture,
+    backward_on_paths,
+    check_step_args,
+    rehearse_architecture_step,
+    train_only,
+)
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, prepare
 from tools.errors import BadInput
@@ -144,7 +152,7 @@ def make_default_lists(args):
     return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
 
 
-def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger):
+def train_epoch(state, loaders, latency_loss, graphs, world, args, checkpointer, logger):
     """Train on the rest of an epoch's batches: the weights on one path while warming up, then on two (bi-sampling), and
     on every second step the architecture on the mixture."""
     net, epoch, warming_up = state.net, state.epoch, state.epoch < args.warmup_epochs
@@ -153,11 +161,19 @@ def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
     weights, architecture = net.weight_parameters(), net.arch_parameters()
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
-    train_batches = logger.track(to_device(train_loader, world.device), f'epoch {epoch}')
-    val_batches = to_device(Batches(val_loader, architecture_steps(epoch, state.step, steps, args)), world.device)
-    for step, (images, labels) in enumerate(train_batches, state.step):
+    train_batches = to_device(train_loader, world.device, torch.channels_last)
+    val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
+    val_batches = to_device(val_batches, world.device, torch.channels_last)
+    log_alphas = HostCopy(net.log_alphas())
+
+    def learn_on_mixture(images, labels, noise):
+        op_weights = net.noisy_weights(noise, temperature(epoch, args))
+        return backward_on_mixture(net, images, labels, op_weights, latency_loss, state.a_precision)
+
+    learn_on_mixture = graphs.wrap(learn_on_mixture, architecture)  # for the widths of this epoch
+    for step, (images, labels) in enumerate(logger.track(train_batches, f'epoch {epoch}'), state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
-        paths = [net.sample('gumbel', draws)]
+        paths = [net.sample('gumbel', draws, log_alphas=log_alphas)]
         if not warming_up and 'operator' in args.freedoms:
             paths.append(net.sample('random', draws, exclude=paths[0]))
         train_only(weights, architecture)
@@ -170,14 +186,12 @@ def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
         if not warming_up and step % 2 == 0:
             images, labels = next(val_batches)
             train_only(architecture, weights)
-            op_weights = net.mixture_weights(temperature(epoch, args), draws)
-            loss, logits, state.latency = backward_on_mixture(
-                net, images, labels, op_weights, latency_loss, state.a_precision
-            )
+            loss, logits, state.latency = learn_on_mixture(images, labels, net.mixture_noise(draws))
             world.average_gradients(architecture)
             if checkpointer.allows_update(state, [loss]):
                 state.a_precision.step(state.a_optimizer, args.grad_clip)
                 net.project_architecture()
+                log_alphas = HostCopy(net.log_alphas())
             a_tally.add(loss, logits, labels)
 
         if step % args.print_freq == 0 or step == steps - 1:
@@ -209,10 +223,12 @@ def validate(net, loader, args, epoch, world, stops, precision):
     """
     tally = Tally(world.device)
     loader.sampler.set_epoch(0)
-    for step, (images, labels) in enumerate(to_device(loader, world.device)):
+    log_alphas = HostCopy(net.log_alphas())
+    for step, (images, labels) in enumerate(to_device(loader, world.device, torch.channels_last)):
         if stops():
             return PassResult({}, stopped=True)
-        path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
+        draws = generator_for(args.seed, 'validation', epoch, step)
+        path = net.sample('gumbel', draws, log_alphas=log_alphas)
         with precision.autocast():
             logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
@@ -285,18 +301,24 @@ def make_header(flags, table, target, world, args, steps):
 def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
     world = join_world(args.device, args.local_rank)
+    check_step_args(args, world.device)
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
     loaders, num_classes = make_loaders(args, world, notes.append)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic)
+    prepare(world.device, args.deterministic, args.tf32)
     snapshot = find_snapshot(args, SEARCH)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
+    if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
+        shape = loaders[1].batch_size, 3, args.img_size, args.img_size
+        latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device)
+        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
     header = make_header(flags, table, target, world, args, steps)
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header)
+    graphs = Graphs(args.cuda_graph, logger.log)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
     with (
@@ -310,7 +332,7 @@ def main(args):
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
             latency_loss = LatencyLoss(table, state.net.widths(), SPACE, target, args.lambda_lat, world.device)
-            trained = train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
+            trained = train_epoch(state, loaders, latency_loss, graphs, world, args, checkpointer, logger)
             if trained.stopped:
                 break
             state.scatter_to_full()

@@ -173,14 +173,20 @@ def norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
     return _NormAct.apply(x, act_func, eps)
 
 
-@lru_cache(maxsize=1)
-def compiled_norm_act() -> Callable:
-    """Return `norm_act` compiled by torch.compile; one compilation serves all shapes of a layout and activation."""
+def compiled_norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
+    """Apply `norm_act` compiled by torch.compile; one compilation serves all shapes of a gradient mode."""
+    return _compiled(act_func)(x, eps)
 
-    def composed(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
-        return ACTIVATIONS[act_func].function(F.batch_norm(x, None, None, training=True, eps=eps))
 
-    return torch.compile(composed, dynamic=True)
+@lru_cache(maxsize=len(ACTIVATIONS))
+def _compiled(act_func: str | None) -> Callable[[Tensor, float], Tensor]:
+    """Return a compiled function for one activation: torch runs a function eagerly after its eighth compilation."""
+    activation = ACTIVATIONS[act_func].function
+
+    def composed(x: Tensor, eps: float) -> Tensor:
+        return activation(F.batch_norm(x, None, None, training=True, eps=eps))
+
+    return torch.compile(composed, dynamic=True, isolate_recompiles=True)
 
 
 def mix_norms(inputs: list[Tensor], weights: Tensor, eps: float = 1e-5) -> Tensor:

@@ -44,12 +44,14 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def prepare(device: torch.device, deterministic: bool = False) -> None:
+def prepare(device: torch.device, deterministic: bool = False, tf32: bool = True) -> None:
     """Set up this process for many steps: fastest kernels, and on a CPU memory that is kept from step to step.
 
     Args:
         deterministic: instead use only kernels that give the same bits each time. On a CPU all used here do.
+        tf32: compute float32 products and convolutions of a GPU in TF32, with 10 bits of mantissa instead of 23.
     """
+    _set_tf32(tf32)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
@@ -57,6 +59,15 @@ def prepare(device: torch.device, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
     if device.type == 'cpu':
         keep_freed_memory()
+
+
+def _set_tf32(enabled: bool) -> None:
+    """Set one precision for matrix products and convolutions; torch's defaults differ."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, 'fp32_precision'):
+        matmul.fp32_precision = cudnn.conv.fp32_precision = 'tf32' if enabled else 'ieee'
+    else:  # torch before 2.9
+        matmul.allow_tf32 = cudnn.allow_tf32 = enabled
 
 
 def device_name(device: torch.device) -> str:
