@@ -19,16 +19,17 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import class_file, class_names, list_folder, read_classes, split_by_class, write_list
-from dataset.loaders import Batches, fewer_workers, log_skipped, make_loader, read_train_val, transforms
+from dataset.lists import class_file, class_names
+from dataset.loaders import TRAIN_LIST, VAL_LIST, Batches, log_skipped, make_search_loaders
+from models.cuda_graph import Graphs
 from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
+from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
 from models.search_state import (
@@ -40,7 +41,13 @@ from models.search_state import (
     temperature,
     weights_lr,
 )
-from models.search_steps import backward_on_mixture, backward_on_paths, train_only
+from models.search_steps import (
+    backward_on_mixture,
+    backward_on_paths,
+    check_step_args,
+    rehearse_architecture_step,
+    train_only,
+)
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
@@ -74,9 +81,6 @@ from tools.run.resume import compare_flags, find_snapshot
 from tools.run.stop import ended_with
 from tools.training import PassResult, Tally, to_device
 
-TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
-VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
-CLASSES = Path(__file__).parent / 'dataset' / 'imagenet100_classes.txt'
 VALIDATED_EPOCHS = 5
 
 
@@ -142,34 +146,27 @@ def get_args():
     return parser.parse_args()
 
 
-def make_default_lists(args):
-    """Create the default lists if neither exists; returns a line for the log."""
-    paths = Path(args.train_list), Path(args.val_list)
-    if (args.train_list, args.val_list) != (TRAIN_LIST, VAL_LIST) or any(path.exists() for path in paths):
-        return ''
-    classes = read_classes(CLASSES)
-    parts = split_by_class(list_folder(args.img_root, classes), ratio=0.8, seed=args.seed)
-    for part, path in zip(parts, paths, strict=True):
-        write_list(part, path)
-    return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
-
-
-def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger):
+def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
     """Train on the rest of an epoch's batches: the weights on one path while warming up, then on two (bi-sampling), and
-    on every second step the architecture on the mixture."""
+    on every second step the architecture on the mixture.
+
+    Args:
+        learn_on_mixture: `learn_with_noise` for the state and the widths of this epoch.
+    """
     net, epoch, warming_up = state.net, state.epoch, state.epoch < args.warmup_epochs
     train_loader, val_loader = loaders
     steps = len(train_loader)
     weights, architecture = net.weight_parameters(), net.arch_parameters()
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
-    train_batches = logger.watch(to_device(train_loader, world.device), '--workers', args)
-    train_batches = logger.track(train_batches, f'epoch {epoch}')
+    train_batches = to_device(train_loader, world.device, torch.channels_last)
+    train_batches = logger.track(logger.watch(train_batches, '--workers', args), f'epoch {epoch}')
     val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
-    val_batches = logger.watch(to_device(val_batches, world.device), '--val_workers', args)
+    val_batches = logger.watch(to_device(val_batches, world.device, torch.channels_last), '--val_workers', args)
+    log_alphas = HostCopy(net.log_alphas())
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
-        paths = [net.sample('gumbel', draws)]
+        paths = [net.sample('gumbel', draws, log_alphas=log_alphas)]
         if not warming_up and 'operator' in args.freedoms:
             paths.append(net.sample('random', draws, exclude=paths[0]))
         train_only(weights, architecture)
@@ -182,14 +179,12 @@ def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
         if not warming_up and step % 2 == 0:
             images, labels = next(val_batches)
             train_only(architecture, weights)
-            op_weights = net.mixture_weights(temperature(epoch, args), draws)
-            loss, logits, state.latency = backward_on_mixture(
-                net, images, labels, op_weights, latency_loss, state.a_precision
-            )
+            loss, logits, state.latency = learn_on_mixture(images, labels, net.mixture_noise(draws))
             world.average_gradients(architecture)
             if checkpointer.allows_update(state, [loss]):
                 state.a_precision.step(state.a_optimizer, args.grad_clip)
                 net.project_architecture()
+                log_alphas = HostCopy(net.log_alphas())
             a_tally.add(loss, logits, labels)
 
         if step % args.print_freq == 0 or step == steps - 1:
@@ -203,6 +198,12 @@ def train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
             return PassResult({}, stopped=True)
     state.sums = [*w_tally.total(world), *a_tally.total(world)]
     return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world))
+
+
+def learn_with_noise(state, latency_loss, args, images, labels, noise):
+    """Add the gradients of the architecture on a mixture with Gumbel noise; see `backward_on_mixture`."""
+    op_weights = state.net.noisy_weights(noise, temperature(state.epoch, args))
+    return backward_on_mixture(state.net, images, labels, op_weights, latency_loss, state.a_precision)
 
 
 def read_numbers(w_tally, a_tally, latency, warming_up, world):
@@ -221,10 +222,12 @@ def validate(net, loader, args, epoch, world, stops, precision):
     """
     tally = Tally(world.device)
     loader.sampler.set_epoch(0)
-    for step, (images, labels) in enumerate(to_device(loader, world.device)):
+    log_alphas = HostCopy(net.log_alphas())
+    for step, (images, labels) in enumerate(to_device(loader, world.device, torch.channels_last)):
         if stops():
             return PassResult({}, stopped=True)
-        path = net.sample('gumbel', generator_for(args.seed, 'validation', epoch, step))
+        draws = generator_for(args.seed, 'validation', epoch, step)
+        path = net.sample('gumbel', draws, log_alphas=log_alphas)
         with precision.autocast():
             logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
@@ -273,26 +276,6 @@ def read_table(args, world):
     return table, table.target(args.target_lat, SPACE), notes
 
 
-def val_workers(args):
-    """Return the number of processes that load the images that train the architecture, a batch every second step."""
-    return -(-args.workers // 2) if args.val_workers is None else args.val_workers
-
-
-def make_loaders(args, world, note):
-    """Return the loaders of the images that train the weights and the architecture, and the number of classes."""
-    note(world.from_rank0(lambda: make_default_lists(args)))
-    lists = args.train_list, args.val_list
-    train, val, num_classes = read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
-    train_transform, val_transform = transforms(args)
-    workers = {'--workers': args.workers, '--val_workers': val_workers(args)}
-    for flag, total in workers.items():
-        note(fewer_workers(flag, total, world))
-    make = partial(make_loader, args.img_root, args=args, world=world, for_training=True)
-    train_loader = make(train, train_transform, source=lists[0], workers=workers['--workers'])
-    val_loader = make(val, val_transform, source=lists[1], workers=workers['--val_workers'])
-    return (train_loader, val_loader), num_classes
-
-
 def make_header(flags, table, target, world, args, steps):
     """Return the first line of metrics.jsonl."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
@@ -307,22 +290,28 @@ def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
     world = join_world(args.device, args.local_rank)
     check_format(args.amp, '--amp', world.device)
+    check_step_args(args, world.device)
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    loaders, num_classes = make_loaders(args, world, notes.append)
+    loaders, num_classes = make_search_loaders(args, world, notes.append)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic, shapes_change=True)
+    prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     images = args.batch_size // world.size
     notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
     snapshot = find_snapshot(args, SEARCH)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
+    if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
+        shape = loaders[1].batch_size, 3, args.img_size, args.img_size
+        latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device)
+        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
     names = class_names(loaders[0].dataset.samples)
     header = make_header(flags, table, target, world, args, steps)
     about, files = {'environment': header['environment'], CLASS_NAMES: names}, class_file(names)
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, files)
+    graphs = Graphs(args.cuda_graph, logger.log)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
     with (
@@ -336,7 +325,8 @@ def main(args):
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
             latency_loss = LatencyLoss(table, state.net.widths(), SPACE, target, args.lambda_lat, world.device)
-            trained = train_epoch(state, loaders, latency_loss, world, args, checkpointer, logger)
+            learn = graphs.wrap(partial(learn_with_noise, state, latency_loss, args), state.net.arch_parameters())
+            trained = train_epoch(state, loaders, learn, world, args, checkpointer, logger)
             if trained.stopped:
                 break
             state.scatter_to_full()

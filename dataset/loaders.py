@@ -11,13 +11,28 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import Sample, check_labels, count_classes, read_list, warn_of_overlap
+from dataset.lists import (
+    Sample,
+    check_labels,
+    count_classes,
+    list_folder,
+    read_classes,
+    read_list,
+    split_by_class,
+    warn_of_overlap,
+    write_list,
+)
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
+
+TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
+VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
+CLASSES = Path(__file__).parent / 'imagenet100_classes.txt'
+"""Default lists of a search, and the 100 classes of ImageNet in them."""
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""
@@ -226,6 +241,42 @@ def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLo
     train_loader = make_loader(args.train_root, train, train_transform, args, world, lists[0], for_training=True)
     val_loader = make_loader(args.val_root, val, val_transform, args, world, lists[1], for_training=False)
     return (train_loader, val_loader), num_classes
+
+
+def make_search_loaders(args, world: World, note: Callable[[str], object]) -> tuple[tuple[DataLoader, DataLoader], int]:
+    """Return the loaders of a search (images that train the weights, the architecture), and the number of classes.
+
+    Args:
+        args: img_root, train_list, val_list, num_classes, img_size, batch_size, workers, val_workers (None: half of
+            workers, since the architecture has a batch every second step), seed, device_aug, bad_images.
+        note: called with lines for the log.
+
+    Raises:
+        BadInput: see `read_list` and `make_loader`.
+    """
+    note(world.from_rank0(lambda: make_default_lists(args)))
+    lists = args.train_list, args.val_list
+    train, val, num_classes = read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
+    workers = args.workers, -(-args.workers // 2) if args.val_workers is None else args.val_workers
+    for flag, total in zip(('--workers', '--val_workers'), workers, strict=True):
+        note(fewer_workers(flag, total, world))
+    loaders = [
+        make_loader(args.img_root, samples, transform, args, world, source, for_training=True, workers=count)
+        for samples, transform, source, count in zip((train, val), transforms(args), lists, workers, strict=True)
+    ]
+    return tuple(loaders), num_classes
+
+
+def make_default_lists(args) -> str:
+    """Create the default lists of a search if neither exists; returns a line for the log."""
+    paths = Path(args.train_list), Path(args.val_list)
+    if (args.train_list, args.val_list) != (TRAIN_LIST, VAL_LIST) or any(path.exists() for path in paths):
+        return ''
+    classes = read_classes(CLASSES)
+    parts = split_by_class(list_folder(args.img_root, classes), ratio=0.8, seed=args.seed)
+    for part, path in zip(parts, paths, strict=True):
+        write_list(part, path)
+    return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
 
 
 def read_train_val(

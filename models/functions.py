@@ -173,14 +173,20 @@ def norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
     return _NormAct.apply(x, act_func, eps)
 
 
-@lru_cache(maxsize=1)
-def compiled_norm_act() -> Callable:
-    """Return `norm_act` compiled by torch.compile; one compilation serves all shapes of a layout and activation."""
+def compiled_norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
+    """Apply `norm_act` compiled by torch.compile; one compilation serves all shapes of a gradient mode."""
+    return _compiled(act_func)(x, eps)
 
-    def composed(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
-        return ACTIVATIONS[act_func].function(F.batch_norm(x, None, None, training=True, eps=eps))
 
-    return torch.compile(composed, dynamic=True)
+@lru_cache(maxsize=len(ACTIVATIONS))
+def _compiled(act_func: str | None) -> Callable[[Tensor, float], Tensor]:
+    """Return a compiled function for one activation: torch runs a function eagerly after its eighth compilation."""
+    activation = ACTIVATIONS[act_func].function
+
+    def composed(x: Tensor, eps: float) -> Tensor:
+        return activation(F.batch_norm(x, None, None, training=True, eps=eps))
+
+    return torch.compile(composed, dynamic=True, isolate_recompiles=True)
 
 
 def mix_norms(inputs: list[Tensor], weights: Tensor, eps: float = 1e-5) -> Tensor:
@@ -207,6 +213,17 @@ def convolve(x: Tensor, weight: Tensor, stride: int = 1, groups: int = 1) -> Ten
 def _is_wide_depthwise(x: Tensor, weight: Tensor) -> bool:
     on_cpu = x.device.type == 'cpu' and x.dtype == torch.float32 and torch.is_grad_enabled()
     return on_cpu and weight.shape[1:] == (1, 5, 5) and x.shape[1] == len(weight) and x.shape[-1] > 4
+
+
+def pool(x: Tensor) -> Tensor:
+    """Return the mean over all pixels: [N, C, H, W] -> [N, C]. The gradient has the layout of `x`."""
+    # that of x.mean((2, 3)) is contiguous, which slows down every operator that reads it beside a channels-last tensor
+    return to_pixels(x).mean(1) if x.stride(1) == 1 else x.mean((2, 3))
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Return a view [N, H * W, C] of [N, C, H, W]; x is channels-last, or a slice of such a tensor's channels."""
+    return x.flatten(2).mT
 
 
 def activate(x: Tensor, act_func: str | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.functions import activate, convolve, take
+from models.functions import activate, convolve, pool, take, to_pixels
 from models.layers import MBInvertedResBlock, SqueezeExcite
 
 
@@ -24,34 +24,38 @@ def fused_mixture(ops: Sequence[MBInvertedResBlock], x: Tensor, weights: Tensor)
         x: [N, in_ch, H, W], channels last.
     """
     order = sorted(range(len(ops)), key=lambda i: (ops[i].spec.kernel_size, ops[i].squeeze_excite is not None))
-    projected = []
+    projected, spec = [], ops[0].point_linear.spec
     for _, group in groupby((ops[i] for i in order), key=lambda op: op.spec.kernel_size):
         projected += _project(list(group), x)
-    wide = torch.cat(projected, dim=3).permute(0, 3, 1, 2)
-    channels = projected[0].shape[3]
-    scales = take(weights, order).repeat_interleave(channels)
+    stride = ops[0].spec.stride
+    rows, columns = ((size - 1) // stride + 1 for size in x.shape[2:])
+    wide = torch.cat(projected, dim=2).mT.unflatten(2, (rows, columns))
+    scales = take(weights, order).repeat_interleave(spec.out_channels)
     normed = F.batch_norm(wide, None, None, scales, None, training=True, eps=ops[0].point_linear.bn.eps)
-    return normed.unflatten(1, (len(ops), channels)).sum(1)
+    # summed as pixels to stay channels-last; with a dtype, autocast does not sum in float32
+    by_op = to_pixels(normed).flatten(0, 1).unflatten(1, (len(ops), spec.out_channels))
+    return by_op.sum(1, dtype=normed.dtype).unflatten(0, (len(x), rows * columns)).mT.unflatten(2, (rows, columns))
 
 
 def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
-    """Return the projections of operators of one kernel size before their batch norm, [N, H', W', out_ch] each."""
+    """Return the projections of operators of one kernel size before their batch norm, [N, H' * W', out_ch] each."""
     spec = ops[0].spec
     mids = [op.depth_conv.spec.in_channels for op in ops]
     x = convolve(x, torch.cat([op.inverted_bottleneck.conv.weight for op in ops]))
     x = ops[0].depth_conv.norm_act(x, spec.act_func)
     x = convolve(x, torch.cat([op.depth_conv.conv.weight for op in ops]), spec.stride, groups=sum(mids))
     x = ops[0].depth_conv.norm_act(x, spec.act_func)
-    gated = [op.squeeze_excite for op in ops if op.squeeze_excite is not None]  # sorted last by `fused_mixture`
-    if gated:
-        plain = len(ops) - len(gated)
-        kept, scaled = x.split([sum(mids[:plain]), sum(mids[plain:])], dim=1)
-        scaled = scaled * _gates(gated, scaled.mean((2, 3)), mids[plain:], spec.act_func)[:, :, None, None]
-        pieces = [*kept.split(mids[:plain], dim=1), *scaled.split(mids[plain:], dim=1)]
-    else:
-        pieces = x.split(mids, dim=1)
+    plain = sum(op.squeeze_excite is None for op in ops)  # sorted first by `fused_mixture`
+    pieces, gated = [], x
+    if 0 < plain < len(ops):
+        kept, gated = x.split([sum(mids[:plain]), sum(mids[plain:])], dim=1)
+        pieces = [*kept.split(mids[:plain], dim=1)]
+    if plain < len(ops):
+        gates = _gates([op.squeeze_excite for op in ops[plain:]], pool(gated), mids[plain:], spec.act_func)
+        gated = gated * gates[:, :, None, None]
+    pieces += gated.split(mids[len(pieces) :], dim=1)
     return [
-        F.linear(piece.permute(0, 2, 3, 1), op.point_linear.conv.weight.flatten(1))
+        F.linear(to_pixels(piece), op.point_linear.conv.weight.flatten(1))
         for op, piece in zip(ops, pieces, strict=True)
     ]
 

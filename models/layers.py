@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ConvSpec, LinearSpec, MBSpec
-from models.functions import ACTIVATIONS, convolve
+from models.functions import ACTIVATIONS, convolve, pool
 
 MID_DIMS = {
     'inverted_bottleneck.conv.weight': 0,
@@ -87,7 +87,7 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(se_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.mean((2, 3), keepdim=True)
+        scale = pool(x)[:, :, None, None]
         return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(scale))))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import fixed_layers, op_spec
-from models.functions import compiled_norm_act, mix_norms, norm_act
+from models.functions import compiled_norm_act, mix_norms, norm_act, pool
 from models.fused import fused_mixture
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
 from models.search_space import Block, SearchSpace, Stage, Widths
@@ -38,11 +38,27 @@ class ExecutionMode:
     @property
     def norm_act(self) -> Callable:
         """Function that computes a batch norm and its activation."""
-        return compiled_norm_act() if self.compiled else norm_act
+        return compiled_norm_act if self.compiled else norm_act
 
 
 UNFUSED = ExecutionMode()
 """Mode that runs the operators one after the other."""
+
+
+class HostCopy:
+    """Copy of a tensor's present values on the CPU. From a GPU it is transferred while the host and the GPU go on."""
+
+    def __init__(self, tensor: Tensor):
+        on_gpu = tensor.is_cuda
+        self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        self._values.copy_(tensor.detach(), non_blocking=True)
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if on_gpu else None
+
+    def read(self) -> Tensor:
+        """Return the values, after the end of the transfer."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
 
 
 class MixedOp(nn.Module):
@@ -134,7 +150,7 @@ class Network(nn.Module):
 
     def __init__(self, widths: Widths, num_classes: int, space: SearchSpace, mode: ExecutionMode = UNFUSED):
         super().__init__()
-        self.space = space
+        self.space, self.mode = space, mode
         fixed = fixed_layers(num_classes, space, affine=False)
         self.first_stem = ConvLayer(fixed['first_stem'], mode.norm_act)
         self.second_stem = MBInvertedResBlock(fixed['second_stem'], mode.norm_act)
@@ -170,19 +186,29 @@ class Network(nn.Module):
         for stage in self.stages():
             x = stage(x, choices[start : start + len(stage.block_names)])
             start += len(stage.block_names)
-        return self.classifier(self.feature_mix_layer(x).mean((2, 3)))
+        x = self.feature_mix_layer(x)
+        # a CPU keeps the contiguous gradient of a mean: a batch norm of it rounds differently
+        return self.classifier(pool(x) if self.mode.fused else x.mean((2, 3)))
 
-    def sample(self, how: str, generator: torch.Generator, exclude: Sequence[int] | None = None) -> list[int]:
+    def sample(
+        self,
+        how: str,
+        generator: torch.Generator,
+        exclude: Sequence[int] | None = None,
+        log_alphas: HostCopy | None = None,
+    ) -> list[int]:
         """Draw one path: an op index per block.
 
         Args:
             how: 'gumbel' for the argmax of log_alphas plus Gumbel noise, 'random' for uniform over the operators.
             generator: a CPU generator, so that a seed gives the same draws on every device.
             exclude: with 'random', a path whose operators are not drawn.
+            log_alphas: with 'gumbel', a copy of the network's `log_alphas`, made since they last changed. Without it
+                each draw waits for a GPU.
         """
         if how == 'gumbel':
-            log_alphas = self.log_alphas().detach().cpu()
-            return (log_alphas + _gumbel(tuple(log_alphas.shape), generator)).argmax(dim=1).tolist()
+            values = log_alphas.read() if log_alphas else self.log_alphas().detach().cpu()
+            return (values + _gumbel(tuple(values.shape), generator)).argmax(dim=1).tolist()
         if how != 'random':
             raise ValueError(f"how is {how!r}, should be 'gumbel' or 'random'")
         count = len(self.space.ops)
@@ -194,11 +220,18 @@ class Network(nn.Module):
 
     def mixture_weights(self, temperature: float, generator: torch.Generator) -> Tensor:
         """Draw Gumbel-softmax weights [blocks, ops] (Jang et al. 2017), differentiable in log_alphas."""
-        log_alphas = self.log_alphas()
-        noise = _gumbel(tuple(log_alphas.shape), generator)
-        noise = noise.pin_memory() if log_alphas.is_cuda else noise
-        noise = noise.to(log_alphas.device, non_blocking=True)
-        return F.softmax((log_alphas + noise) / temperature, dim=1)
+        return self.noisy_weights(self.mixture_noise(generator), temperature)
+
+    def mixture_noise(self, generator: torch.Generator) -> Tensor:
+        """Draw the Gumbel noise of `mixture_weights` [blocks, ops]; on the network's device, without waiting for it."""
+        device = self.classifier.linear.weight.device
+        noise = _gumbel((self.num_blocks, len(self.space.ops)), generator)
+        noise = noise.pin_memory() if device.type == 'cuda' else noise
+        return noise.to(device, non_blocking=True)
+
+    def noisy_weights(self, noise: Tensor, temperature: float) -> Tensor:
+        """Return the mixture weights of a noise: [blocks, ops] -> [blocks, ops], differentiable in log_alphas."""
+        return F.softmax((self.log_alphas() + noise) / temperature, dim=1)
 
     def log_alphas(self) -> Tensor:
         """All `log_alphas`, stacked [blocks, ops]."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import NUM_CLASSES
 from models.layers import MBInvertedResBlock
-from models.model_search import Network
+from models.model_search import HostCopy, Network
 from models.search_space import SPACE
 
 
@@ -113,6 +113,17 @@ def test_gumbel_draws_follow_the_probabilities(net):
     draws = torch.tensor([net.sample('gumbel', generator) for _ in range(4000)])
     share = nn.functional.one_hot(draws, 3).float().mean(0)
     assert torch.allclose(share, probabilities.expand(5, 3), atol=0.03)
+
+
+def test_draws_from_a_copy_follow_the_values_at_its_time(net):
+    expected = [net.sample('gumbel', torch.Generator().manual_seed(seed)) for seed in range(20)]
+    copy = HostCopy(net.log_alphas())
+    with torch.no_grad():
+        for op in net.mixed_ops():
+            op.log_alphas.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    got = [net.sample('gumbel', torch.Generator().manual_seed(seed), log_alphas=copy) for seed in range(20)]
+    assert got == expected
+    assert net.sample('gumbel', torch.Generator().manual_seed(0)) == [1] * 5 != got[0]
 
 
 def test_random_draws_are_uniform_over_the_other_operators(net):

@@ -49,15 +49,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def prepare(device: torch.device, deterministic: bool = False, *, shapes_change: bool = False) -> None:
+def prepare(
+    device: torch.device, deterministic: bool = False, *, tf32: bool = True, shapes_change: bool = False
+) -> None:
     """Set up this process for many steps: fastest kernels, and on a CPU memory that is kept from step to step.
 
     Args:
         deterministic: instead use only kernels that give the same bits each time. On a CPU all used here do.
+        tf32: compute float32 products and convolutions of a GPU in TF32, with 10 bits of mantissa instead of 23.
         shapes_change: the convolutions get new shapes all the time, as in a search, whose widths change. Then cuDNN
             chooses kernels by its heuristics. Trying them out would build and time up to ten for each new shape, 30 to
             150 ms; a search has some 290 new shapes an epoch.
     """
+    _set_tf32(tf32)
     torch.backends.cudnn.benchmark = not (deterministic or shapes_change)
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
@@ -86,6 +90,15 @@ def large_tensor_note(elements: int, images: int, device: torch.device) -> str:
         f'slow: with {images} images on each GPU the largest activation has {elements * images} elements, 2^31 or more,'
         f' which the fast kernels of cuDNN do not take; at most {most} images avoid that'
     )
+
+
+def _set_tf32(enabled: bool) -> None:
+    """Set one precision for matrix products and convolutions; torch's defaults differ."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, 'fp32_precision'):
+        matmul.fp32_precision = cudnn.conv.fp32_precision = 'tf32' if enabled else 'ieee'
+    else:  # torch before 2.9
+        matmul.allow_tf32 = cudnn.allow_tf32 = enabled
 
 
 def device_name(device: torch.device) -> str:

@@ -291,5 +291,17 @@ def add_step_args(parser: Parser) -> None:
     parser.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
     parser.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
     parser.add_argument(
+        '--tf32',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='TF32 for float32 products and convolutions of GPUs that have it',
+    )
+    parser.add_argument(
+        '--cuda_graph',
+        action='store_true',
+        help="launch the architecture step as one CUDA graph, which keeps the step's memory; for GPUs that wait for"
+        ' the host',
+    )
+    parser.add_argument(
         '--checkpoint_ops', action='store_true', help='recompute operators in backward passes to save memory'
     )

@@ -1,0 +1,296 @@
+"""The form that a search has on a GPU: memory layout, reads by the host, the architecture step as one graph."""
+
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_search_steps import FULL, batch, make_loss, make_net
+from torch._dynamo.utils import counters
+
+import train_search
+from benchmarks.counting import Layouts
+from conftest import NUM_CLASSES, make_table
+from models import functions, search_steps
+from models.cuda_graph import EAGER_STEPS, Graphs, record_cuda_graph
+from models.latency import LatencyLoss
+from models.model_search import ExecutionMode, HostCopy
+from models.search_state import start_search
+from models.search_steps import (
+    backward_on_mixture,
+    backward_on_paths,
+    check_step_args,
+    rehearse_architecture_step,
+    train_only,
+)
+from tools import environment
+from tools.distributed import World
+from tools.errors import BadInput
+from tools.precision import Precision
+from tools.rng import generator_for
+
+CPU = torch.device('cpu')
+HALF = Precision(CPU, torch.bfloat16)
+STEPS = 12
+ARGS = SimpleNamespace(
+    aligned_start=False, checkpoint_ops=False, compile=False, cuda_graph=False, amp=None, seed=0, epochs=9,
+    warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0, w_lr=0.05, w_mom=0.9, w_wd=1e-5, a_lr=0.01,
+    a_beta1=0.5, a_beta2=0.999, a_wd=5e-4, T=5.0, T_decay=0.9,
+)  # fmt: skip
+
+
+class Loader(list):
+    """Batches with the sampler of a loader."""
+
+    sampler = SimpleNamespace(set_epoch=lambda *_: None)
+
+
+def begin_search(space, device=CPU):
+    """Return the state of a fresh search."""
+    torch.manual_seed(0)
+    snapshot = SimpleNamespace(checkpoint=None, without_checkpoint=lambda: None)
+    return start_search(snapshot, space, NUM_CLASSES, World(device), ARGS)[0]
+
+
+def train_epochs(space, graphs, epochs=1, device=CPU):
+    """Train with architecture steps; returns the weights and the latencies of the epochs' last mixtures."""
+    state, latencies = begin_search(space, device), []
+    generator = torch.Generator().manual_seed(1)
+    batches = Loader((torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4) % 3) for _ in range(STEPS))
+    checkpointer = SimpleNamespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
+    logger = SimpleNamespace(track=lambda batches, _: batches, step=lambda *_, **__: None)
+    for _ in range(epochs):
+        state.begin_epoch(ARGS)
+        loss = LatencyLoss(make_table(space, 32), state.net.widths(), space, 2.0, 0.1, device)
+        train_search.train_epoch(state, (batches, batches), loss, graphs, World(device), ARGS, checkpointer, logger)
+        latencies.append(state.latency.item())
+        state.scatter_to_full()
+        state.end_epoch()
+    return state.full, latencies
+
+
+def record_calls(run):
+    """Stand-in for `record_cuda_graph` on a CPU: runs the function again, into the same results."""
+    results = run()
+
+    def replay():
+        for old, new in zip(results, run(), strict=True):
+            old.copy_(new)
+
+    return replay, results
+
+
+@pytest.mark.parametrize('precision', [FULL, HALF], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('fused', [False, True], ids=['plain', 'fused'])
+def test_every_operator_of_both_steps_works_in_channels_last(small_space, fused, precision):
+    """In the plain form the mean of the head alone has a contiguous gradient: a CPU's results keep their bits."""
+    net = make_net(small_space, ExecutionMode(fused=fused))
+    x, labels = batch(48, 4)
+    x = x.contiguous(memory_format=torch.channels_last)
+    train_only(net.arch_parameters(), net.weight_parameters())
+    op_weights = net.mixture_weights(5.0, generator_for(0))
+    with Layouts() as mixture:
+        backward_on_mixture(net, x, labels, op_weights, make_loss(net, 32), precision)
+    train_only(net.weight_parameters(), net.arch_parameters())
+    with Layouts() as paths:
+        backward_on_paths(net, x, labels, [[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]], precision)
+    head = f'of size (4, {small_space.head.out_ch}, 6, 6)'
+    broken = [line for line in mixture.broken + paths.broken if fused or head not in line]
+    assert not broken, '\n'.join(broken)
+    assert len(mixture.broken + paths.broken) == (0 if fused else 3 * 4)
+
+
+def test_a_fused_mixture_stays_in_half_precision(small_space):
+    net = make_net(small_space, ExecutionMode(fused=True))
+    x, op_weights = batch(48, 4)[0], torch.rand(5, 3).softmax(1)
+    with HALF.autocast():
+        shared = net.stem(x)
+        assert net.stage1.block1(shared, op_weights[0]).dtype == torch.bfloat16
+
+
+def test_probabilities_are_copied_once_an_architecture_step(small_space, monkeypatch):
+    copies, reads = [], []
+    monkeypatch.setattr(train_search, 'HostCopy', lambda values: copies.append(HostCopy(values)) or copies[-1])
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda tensor: reads.append(tensor) or cpu(tensor))
+    train_epochs(small_space, Graphs(False, print))
+    assert (len(copies), len(reads)) == (1 + STEPS // 2, 0)
+    assert len({tuple(copy.read().flatten().tolist()) for copy in copies}) == len(copies)
+
+
+def test_one_precision_of_products_and_convolutions(monkeypatch):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        for tf32, expected in ((True, 'tf32'), (False, 'ieee')):
+            environment.prepare(CPU, tf32=tf32)
+            assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_no_norm_runs_uncompiled_for_too_many_compilations(small_space, monkeypatch, fused):
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    torch._dynamo.reset()
+    counters.clear()
+    functions._compiled.cache_clear()
+    net = make_net(small_space, ExecutionMode(fused=fused, compiled=True))
+    for size in (32, 48):
+        x, labels = batch(size, 4)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for path in ([0, 1, 2, 0, 1], [2, 0, 1, 1, 2]):
+            train_only(net.weight_parameters(), net.arch_parameters())
+            backward_on_paths(net, x, labels, [path], FULL)
+            train_only(net.arch_parameters(), net.weight_parameters())
+            op_weights = net.mixture_weights(5.0, generator_for(0))
+            backward_on_mixture(net, x, labels, op_weights, make_loss(net, 32), FULL)
+            with torch.no_grad():
+                net(x, path)
+    functions._compiled.cache_clear()
+    frames = counters['frames']
+    assert frames['ok'] == frames['total'] > torch._dynamo.config.recompile_limit  # together more than one may have
+
+
+@pytest.mark.parametrize(
+    ('flags', 'device', 'compilers', 'message'),
+    [
+        ({'cuda_graph': True}, 'cpu', ['g++'], '--cuda_graph: only a GPU'),
+        ({'compile': True}, 'cpu', ['gcc'], r'no compiler g\+\+ on the PATH'),
+        ({'compile': True}, 'cuda', ['g++'], 'no compiler gcc or clang on the PATH'),
+        ({'compile': True, 'cuda_graph': True}, 'cuda', ['clang'], ''),
+        ({'compile': True}, 'cpu', ['g++'], ''),
+        ({}, 'cpu', [], ''),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(tmp_path, monkeypatch, flags, device, compilers, message):
+    for name in compilers:
+        (tmp_path / name).touch(0o755)
+    for name in ('CC', 'CXX'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    args = SimpleNamespace(**{'compile': False, 'cuda_graph': False} | flags)
+    if not message:
+        return check_step_args(args, torch.device(device))
+    with pytest.raises(BadInput, match=message):
+        check_step_args(args, torch.device(device))
+
+
+def test_no_folder_is_made_for_a_graph_without_a_gpu(tmp_path, monkeypatch):
+    words = ['--img_root', tmp_path, '--device', 'cpu', '--cuda_graph', '--save', tmp_path / 'runs']
+    monkeypatch.setattr(sys, 'argv', ['train_search.py', *map(str, words)])
+    with pytest.raises(BadInput, match='--cuda_graph'):
+        train_search.main(train_search.get_args())
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_rehearsal_runs_the_widest_step_and_changes_nothing(small_space, monkeypatch):
+    state = begin_search(small_space)
+    before = {name: p.clone() for name, p in state.net.named_parameters()}
+    widths, generator, ran = state.net.widths(), torch.get_rng_state(), []
+
+    def spy(net, images, *rest):
+        result = backward_on_mixture(net, images, *rest)
+        gradients = [p.grad is not None for p in net.arch_parameters()]
+        ran.append((net.widths(), tuple(images.shape), all(gradients), result[0].item()))
+        return result
+
+    monkeypatch.setattr(search_steps, 'backward_on_mixture', spy)
+    loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
+    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+    expected_loss = torch.tensor(float(NUM_CLASSES)).log().item()  # of weights that are zero
+    assert ran == [(small_space.max_widths(), (4, 3, 32, 32), True, pytest.approx(expected_loss))]
+    assert torch.equal(torch.get_rng_state(), generator) and state.net.widths() == widths != small_space.max_widths()
+    for name, p in state.net.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+
+
+def test_a_search_with_a_rehearsal_has_the_same_bits(small_space, monkeypatch):
+    expected = train_epochs(small_space, Graphs(False, print))
+    begin = begin_search
+
+    def begin_and_rehearse(*args):
+        state = begin(*args)
+        loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
+        rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+        return state
+
+    monkeypatch.setitem(globals(), 'begin_search', begin_and_rehearse)
+    assert_same(train_epochs(small_space, Graphs(False, print)), expected)
+
+
+def assert_same(got, expected, atol=0.0):
+    (weights, latencies), (expected_weights, expected_latencies) = got, expected
+    assert latencies == pytest.approx(expected_latencies, abs=atol)
+    for name, value in weights.items():
+        assert torch.allclose(value, expected_weights[name], rtol=0, atol=atol), name
+
+
+def test_a_graphed_search_equals_the_eager_one(small_space):
+    """Recorded once in each of two epochs, after the first steps."""
+    recorded, replayed, lines = [], [], []
+
+    def record(run):
+        replay, results = record_calls(run)
+        recorded.append(len(replayed))
+        return lambda: replayed.append(replay()), results
+
+    got = train_epochs(small_space, Graphs(True, lines.append, record), epochs=2)
+    assert_same(got, train_epochs(small_space, Graphs(False, print), epochs=2))
+    replays = STEPS // 2 - EAGER_STEPS
+    assert (recorded, len(replayed), lines) == ([0, replays], 2 * replays, [])
+
+
+def test_a_failed_recording_is_one_line_and_eager_steps(small_space):
+    lines, attempts = [], []
+
+    def record(run):
+        attempts.append(run())  # leaves gradients behind
+        raise RuntimeError('operation not permitted\nwhen stream is capturing')
+
+    got = train_epochs(small_space, Graphs(True, lambda form, *rest: lines.append(form % rest), record), epochs=2)
+    assert_same(got, train_epochs(small_space, Graphs(False, print), epochs=2))
+    assert len(lines) == len(attempts) == 1 and lines[0].endswith('without graphs (operation not permitted)')
+
+
+def test_other_shapes_run_eagerly(small_space):
+    """A batch of another size neither reads nor changes what was recorded."""
+    p = torch.nn.Parameter(torch.tensor(2.0))
+
+    def step(x):
+        (p * x).sum().backward()
+        return (x * 3,)
+
+    graphed = Graphs(True, print, record_calls).wrap(step, [p])
+    for size in (4, 4, 4, 4, 3, 4):
+        (result,) = graphed(torch.full((size,), 5.0))
+        assert result.tolist() == [15.0] * size and p.grad.item() == 5 * size
+        p.grad = None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_a_cuda_graph_equals_the_eager_steps(small_space):
+    cuda, lines, recorded = torch.device('cuda'), [], []
+
+    def record(run):
+        recorded.append(1)
+        return record_cuda_graph(run)
+
+    got = train_epochs(small_space, Graphs(True, lambda form, *rest: lines.append(form % rest), record), 2, cuda)
+    assert (lines, len(recorded)) == ([], 2)
+    assert_same(got, train_epochs(small_space, Graphs(False, print), 2, cuda), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_a_rehearsal_leaves_no_memory_behind(small_space):
+    cuda = torch.device('cuda')
+    state = begin_search(small_space, cuda)
+    loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, cuda)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)  # workspaces of libraries stay
