@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.lists import class_file, class_names
-from dataset.loaders import TRAIN_LIST, VAL_LIST, Batches, log_skipped, make_search_loaders
+from dataset.loaders import Batches, log_skipped, make_search_loaders
 from models.cuda_graph import Graphs
 from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
@@ -52,25 +52,7 @@ from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
-from tools.options import (
-    DEFAULT_TABLE,
-    Parser,
-    add_device_arg,
-    add_image_args,
-    add_rank_arg,
-    add_snapshot_args,
-    add_step_args,
-    add_watch_args,
-    class_count,
-    count,
-    count_or_all,
-    fraction,
-    image_size,
-    number,
-    process_count,
-    project_file,
-    run_script,
-)
+from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
 from tools.precision import check_format
 from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
@@ -87,50 +69,7 @@ VALIDATED_EPOCHS = 5
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
-    positive = number(float, 0, open_low=True)
-    parser.add_argument('--img_root', required=True, help='folder that the paths in both lists start from')
-    parser.add_argument('--train_list', default=TRAIN_LIST, help='images that train the weights')
-    parser.add_argument('--val_list', default=VAL_LIST, help='images that train the architecture')
-    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
-    parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
-    parser.add_argument('--note', default='try', help='last part of the name of the run folder')
-    add_snapshot_args(parser)
-    parser.add_argument(
-        '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
-    )
-    parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
-    parser.add_argument(
-        '--workers', type=process_count, default=4, help='processes that load the images that train the weights'
-    )
-    parser.add_argument(
-        '--val_workers',
-        type=process_count,
-        help='processes that load the images that train the architecture; default: half of --workers, at least 1 if'
-        ' there are any',
-    )
-    parser.add_argument('--epochs', type=count(), default=90)
-    parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
-    add_image_args(parser)
-    parser.add_argument('--batch_size', type=count(2), default=32)
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
-    parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
-    parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
-    parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    parser.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
-    parser.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
-    parser.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
-    parser.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
-    parser.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
-    parser.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    parser.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='its factor an epoch')
-    parser.add_argument('--num_classes', type=class_count, help='default: as many as the lists name')
-    parser.add_argument('--seed', type=count(0), default=2)
-    parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
-    parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
-    parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
-    parser.add_argument(
-        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
-    )
+    add_search_args(parser)
     parser.add_argument(
         '--freedoms',
         nargs='*',
@@ -139,10 +78,6 @@ def get_args():
         help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
         'width: the widths of the start are kept',
     )
-    add_device_arg(parser)
-    add_rank_arg(parser)
-    add_step_args(parser)
-    add_watch_args(parser)
     return parser.parse_args()
 
 

@@ -412,7 +412,7 @@ def loading(device, smoke):
     """Images per second of the loaders, and the spread of the time between batches."""
     from benchmarks.input_pipeline import generate
     from dataset.device_aug import TrainPixels
-    from dataset.lists import list_folder
+    from dataset.folders import ClassFolders
     from dataset.loaders import make_loader
     from dataset.transforms import train_transform
     from tools.distributed import World
@@ -424,7 +424,7 @@ def loading(device, smoke):
         for path in list((root / 'class').iterdir()):
             for i in range(copies):
                 os.link(path, path.with_name(f'{path.stem}-{i}.JPEG'))
-        samples = list_folder(root)[0]
+        samples = [(path, 0) for path in ClassFolders(root).images('class')]
         for kind, transform in (('recipe', train_transform(size)), ('--device_aug', TrainPixels(size))):
             for workers in (0,) if smoke else (4, 8, 12):
                 args = argparse.Namespace(batch_size=batch, workers=workers, seed=0)

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.counting import seconds
 from dataset.device_aug import TrainPixels
-from dataset.lists import list_folder, read_list
+from dataset.folders import ClassFolders
+from dataset.lists import read_list
 from dataset.loaders import ImageList, collate
 from dataset.transforms import train_transform
 from tools.distributed import pick_device
@@ -105,7 +106,8 @@ def main(args):
         root = Path(args.img_root or folder)
         if not args.img_root:
             generate(root, args.images)
-        samples = read_list(args.list, root, None, warn=lambda _: None) if args.list else list_folder(root)[0]
+        samples = read_list(args.list, root, None, warn=lambda _: None) if args.list else None
+        samples = samples or [(path, 0) for path in ClassFolders(root).images('class')]
         samples = samples[: args.images]
         sizes = statistics.mean((root / path).stat().st_size for path, _ in samples)
         print(f'{len(samples)} images of {sizes / 1000:.0f} KB on average, size {args.img_size}, {args.rounds} rounds')

@@ -26,13 +26,12 @@ from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput
+from tools.options import TRAIN_LIST, VAL_LIST
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
 
-TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
-VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 CLASSES = Path(__file__).parent / 'imagenet100_classes.txt'
-"""Default lists of a search, and the 100 classes of ImageNet in them."""
+"""The 100 classes of ImageNet in the default lists of a search."""
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""

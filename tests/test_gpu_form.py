@@ -59,11 +59,15 @@ def train_epochs(space, graphs, epochs=1, device=CPU):
     generator = torch.Generator().manual_seed(1)
     batches = Loader((torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4) % 3) for _ in range(STEPS))
     checkpointer = SimpleNamespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
-    logger = SimpleNamespace(track=lambda batches, _: batches, step=lambda *_, **__: None)
+    logger = SimpleNamespace(
+        track=lambda batches, _: batches, watch=lambda batches, *_: batches, step=lambda *_, **__: None
+    )
     for _ in range(epochs):
         state.begin_epoch(ARGS)
         loss = LatencyLoss(make_table(space, 32), state.net.widths(), space, 2.0, 0.1, device)
-        train_search.train_epoch(state, (batches, batches), loss, graphs, World(device), ARGS, checkpointer, logger)
+        learn = partial(train_search.learn_with_noise, state, loss, ARGS)
+        learn = graphs.wrap(learn, state.net.arch_parameters())
+        train_search.train_epoch(state, (batches, batches), learn, World(device), ARGS, checkpointer, logger)
         latencies.append(state.latency.item())
         state.scatter_to_full()
         state.end_epoch()

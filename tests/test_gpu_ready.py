@@ -17,7 +17,7 @@ import train_search
 from benchmarks import gpu_probes
 from conftest import ROOT
 from dataset.lists import read_list
-from dataset.loaders import fewer_workers, make_loader
+from dataset.loaders import fewer_workers, make_loader, make_search_loaders
 from dataset.transforms import train_transform
 from models.config import load_config
 from models.describe import largest_activation, largest_mixture
@@ -200,22 +200,18 @@ def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
     lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
     words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
-    for more, expected in (([], [6, 3]), (['--val_workers', '9'], [6, 8])):
+    for more, expected in (
+        ([], [6, 3]),
+        (['--val_workers', '9'], [6, 8]),
+        (['--workers', '1'], [1, 1]),
+        (['--workers', '0'], [0, 0]),
+        (['--val_workers', '0'], [6, 0]),
+    ):
         monkeypatch.setattr(sys, 'argv', [*words, *more])
         notes = []
-        loaders, _ = train_search.make_loaders(train_search.get_args(), World(CPU), notes.append)
+        loaders, _ = make_search_loaders(train_search.get_args(), World(CPU), notes.append)
         assert [loader.num_workers for loader in loaders] == expected
-        assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == bool(more)
-
-
-def test_workers_of_the_images_that_train_the_architecture(monkeypatch):
-    def asked(*words):
-        monkeypatch.setattr(sys, 'argv', ['train_search.py', '--img_root', 'x', *words])
-        return train_search.val_workers(train_search.get_args())
-
-    assert asked() == 2
-    assert [asked('--workers', str(n)) for n in (0, 1, 3, 8)] == [0, 1, 2, 4]
-    assert asked('--workers', '8', '--val_workers', '0') == 0
+        assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == ('9' in more)
 
 
 def watched(monkeypatch, waits, uses, batches=150, device_aug=False):

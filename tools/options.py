@@ -12,6 +12,9 @@ from tools.errors import BadInput, explain, has_no_reader, silence
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
+TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
+VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
+"""Defaults of a search: its table, and its lists, which it creates if neither exists."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -176,6 +179,58 @@ def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: 
     parser.add_argument('--batch_size', type=count(), default=batch_size)
     parser.add_argument('--num_classes', type=class_count, help='default: as many as the list or the weights have')
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+
+
+def add_search_args(parser: Parser) -> None:
+    """Add the flags of the search, except those of its freedoms. Defaults are the paper's recipe."""
+    positive = number(float, 0, open_low=True)
+    parser.add_argument('--img_root', required=True, help='folder that the paths in both lists start from')
+    parser.add_argument('--train_list', default=TRAIN_LIST, help='images that train the weights')
+    parser.add_argument('--val_list', default=VAL_LIST, help='images that train the architecture')
+    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
+    parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
+    parser.add_argument('--note', default='try', help='last part of the name of the run folder')
+    add_snapshot_args(parser)
+    parser.add_argument(
+        '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
+    )
+    parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
+    parser.add_argument(
+        '--workers', type=process_count, default=4, help='processes that load the images that train the weights'
+    )
+    parser.add_argument(
+        '--val_workers',
+        type=process_count,
+        help='processes that load the images that train the architecture; default: half of --workers, at least 1 if'
+        ' there are any',
+    )
+    parser.add_argument('--epochs', type=count(), default=90)
+    parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
+    add_image_args(parser)
+    parser.add_argument('--batch_size', type=count(2), default=32)
+    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+    parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
+    parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
+    parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
+    parser.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
+    parser.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
+    parser.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
+    parser.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
+    parser.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
+    parser.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
+    parser.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='its factor an epoch')
+    parser.add_argument('--num_classes', type=class_count, help='default: as many as the lists name')
+    parser.add_argument('--seed', type=count(0), default=2)
+    parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
+    parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
+    parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+    parser.add_argument(
+        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
+    )
+    add_device_arg(parser)
+    add_rank_arg(parser)
+    add_step_args(parser)
+    add_watch_args(parser)
 
 
 def add_training_args(parser: Parser) -> None:
