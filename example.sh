@@ -56,7 +56,7 @@ if [ -z "$imagenet" ]; then
     exit
 fi
 
-note=example-$(basename "$table" .pkl)-$target # the same table and target: runs go on where they were, others begin anew
+note=example-$(basename "$table" .pkl)-$target # with the same table and target, runs resume
 gpus=${gpus:-$("$python" -c 'import sys, torch
 print(max(n for n in range(1, max(1, torch.cuda.device_count()) + 1) if int(sys.argv[1]) % n == 0))' "$batch")}
 if ((batch % gpus)); then
@@ -73,7 +73,7 @@ fi
     --a_beta2 0.999 --grad_clip 5 --T 5.0 --T_decay 0.96 --seed 2 --workers 4 --print_freq 100 --device auto \
     --save "$save" --note "$note" --snapshot auto
 
-# 2. Its architecture as a config file, with size, multiply-adds and latency.
+# 2. Its architecture as a config file, with size, MACs and latency.
 "$python" parsing_model.py --model_path "$(newest "$save/search-*-$note/searched_model_")" --save_path model.config \
     --lookup_path "$table" --print_lat --num_classes 1000 --img_size 224 --device auto
 

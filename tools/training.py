@@ -100,7 +100,7 @@ class TrainState:
         return checkpoint
 
     def load(self, checkpoint: dict, where: str | Path, world: World) -> None:
-        """Go on from a checkpoint that `read_snapshot` read from `where`.
+        """Resume from a checkpoint that `read_snapshot` read from `where`.
 
         Raises:
             BadInput: it is of another network.
@@ -181,11 +181,11 @@ class Tally:
         self.sums += sums.where(loss.isfinite(), 0.0)
 
     def total(self, world: World) -> list[float]:
-        """The sums over all processes."""
+        """Return the sums over all processes."""
         return world.sum(self.sums.clone()).tolist()
 
     def read(self, world: World | None = None) -> dict[str, float]:
-        """Mean loss, top1 and top5 in per cent, and images; over all processes where `world` is given."""
+        """Return mean loss, top1 and top5 in %, and images; over all processes if `world` is given."""
         loss, top1, top5, images = self.total(world) if world else self.sums.tolist()
         images = max(images, 1)
         return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'images': images}
@@ -364,7 +364,7 @@ def evaluate(
 
 
 def lr_at(epoch: int, args) -> float:
-    """Learning rate of an epoch: cosine, and for large batches a linear warm-up before it.
+    """Return the learning rate of an epoch: cosine, for large batches after a linear warm-up.
 
     Args:
         args: lr, lr_scale, epochs, batch_size, grad_accum.
@@ -377,7 +377,7 @@ def lr_at(epoch: int, args) -> float:
 
 
 def cosine_lr(base: float, epoch: int, epochs: int) -> float:
-    """Cosine decay by epoch, from `base` at epoch 0 towards 0 (Loshchilov & Hutter 2017, without restarts)."""
+    """Return a cosine decay by epoch, from `base` at epoch 0 towards 0 (Loshchilov & Hutter 2017, no restarts)."""
     return base * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
@@ -388,7 +388,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def last_batch(epoch: int, batches: int, args) -> int:
-    """How many of an epoch's batches to train on before `args.max_steps` updates are made."""
+    """Return the number of an epoch's batches to train on, so that `args.max_steps` updates are made in all."""
     if args.max_steps is None:
         return batches
     updates_left = args.max_steps - epoch * math.ceil(batches / args.grad_accum)
@@ -396,10 +396,11 @@ def last_batch(epoch: int, batches: int, args) -> int:
 
 
 def memory_format(args, device: torch.device) -> torch.memory_format:
-    """Layout of images and weights: channels last where asked for, and by default where it is known to be faster.
+    """Return the layout of images and weights: as `args.channels_last` says; by default channels last on a CPU and in
+    mixed precision.
 
     Args:
-        args: channels_last, and opt_level where there is mixed precision.
+        args: channels_last, and opt_level if the script has mixed precision.
     """
     half = getattr(args, 'opt_level', None) not in (None, 'O0')
     chosen = args.channels_last if args.channels_last is not None else half or device.type == 'cpu'
@@ -407,7 +408,7 @@ def memory_format(args, device: torch.device) -> torch.memory_format:
 
 
 def make_optimizer(net: nn.Module, args) -> torch.optim.SGD:
-    """SGD over all parameters, without weight decay on batch norm where `args.no_weight_decay_bn`."""
+    """Return SGD over all parameters, without weight decay on batch norm if `args.no_weight_decay_bn`."""
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     spared = {p for module in norms for p in module.parameters()} if args.no_weight_decay_bn else set()
     groups = [{'params': [p for p in net.parameters() if p not in spared], 'weight_decay': args.weight_decay}]
@@ -463,11 +464,11 @@ def wrap_model(net: nn.Module, world: World, args) -> nn.Module:
 
 
 def begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Set momentum to zero where there is none yet.
+    """Set missing momentum to zero.
 
-    Left to torch 2.14's fused SGD, it is made unset and then written by the first update, but not where a gradient
-    scaler skips that one for an overflow: the second would use whatever the memory held. Nor can parameters that have
-    momentum be updated in one launch with those that do not.
+    The fused SGD of torch 2.14 allocates it without a value, and writes it at the first update. If the gradient scaler
+    skips that update for an overflow, the second one would use whatever the memory held. Besides, parameters with and
+    without momentum cannot be updated in one launch.
     """
     for group in optimizer.param_groups:
         for p in group['params'] if group['momentum'] else ():
@@ -476,7 +477,7 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
-    """Load a state dict, but keep this optimizer's learning rate, weight decay and the like: what the flags say now.
+    """Load a state dict, but keep this optimizer's learning rate, weight decay and the like, which the flags give.
 
     The moments get the memory layout of the parameters.
 
@@ -511,14 +512,14 @@ def to_device(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (images, labels) on the device.
+    """Yield batches (images, labels) on the device.
 
-    On a GPU they are one ahead: a batch is copied, and whatever `images.to` does besides is done, on a stream of its
-    own while the batch before it is in use. Neither this process nor the GPU waits, given pinned memory.
+    On a GPU the next batch is copied, and finished by `images.to`, on a second stream while the GPU computes on this
+    one. With pinned memory neither the host nor the GPU waits.
 
     Args:
-        batches: pairs whose parts have `to(device, non_blocking=True)`: tensors, or raw images that it finishes.
-            None, a batch of which no image could be read, is left out.
+        batches: pairs with a method `to(device, non_blocking=True)`: tensors, or raw images that it finishes. None, a
+            batch without a readable image, is left out.
     """
     batches = (batch for batch in batches if batch is not None)
 
@@ -543,7 +544,7 @@ def _one_ahead(batches: Iterable[tuple], move, device: torch.device) -> Iterator
 
 
 def _hand_over(batch: tuple[Tensor, Tensor], copied: torch.cuda.Event, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch for the present stream, once it is copied; its memory is not used again before that stream is done."""
+    """Return a batch for the current stream, which waits for the copy; its memory stays until that stream is done."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
     for tensor in batch:
