@@ -2,6 +2,8 @@
 
 import copy
 import os
+import re
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_search
+from benchmarks import gpu_probes
+from conftest import ROOT
 from dataset.lists import read_list
 from dataset.loaders import fewer_workers, make_loader
 from dataset.transforms import train_transform
@@ -28,6 +32,8 @@ from tools.run.folder import RunLogger
 from tools.training import begin_momentum, load_moments
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+DEVICES = CPU, pytest.param(CUDA, marks=[pytest.mark.gpu, NO_CARD])
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
@@ -36,9 +42,9 @@ def small_net():
 
 
 def train_step(net, optimizer, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(4, 3, 12, 12, generator=generator)
-    F.mse_loss(net(images).mean((2, 3)), torch.randn(4, 4, generator=generator)).backward()
+    generator, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    images, targets = torch.randn(4, 3, 12, 12, generator=generator), torch.randn(4, 4, generator=generator)
+    F.mse_loss(net(images.to(device)).mean((2, 3)), targets.to(device)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -46,13 +52,16 @@ def train_step(net, optimizer, seed):
 @pytest.mark.parametrize('before', LAYOUTS)
 @pytest.mark.parametrize('after', LAYOUTS)
 @pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.Adam])
-def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, kind):
-    def make(net, layout, fused):
+@pytest.mark.parametrize('device', DEVICES)
+def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, kind, device):
+    """They were saved on a CPU."""
+
+    def make(net, layout, fused, device=device):
         options = {'momentum': 0.9} if kind is torch.optim.SGD else {}
-        net = copy.deepcopy(net).to(memory_format=layout)
+        net = copy.deepcopy(net).to(device, memory_format=layout)
         return net, kind(net.parameters(), 0.5, fused=fused, **options)
 
-    net, optimizer = make(small_net(), before, fused=True)
+    net, optimizer = make(small_net(), before, fused=True, device=CPU)
     for seed in range(3):
         train_step(net, optimizer, seed)
     ends = []
@@ -65,7 +74,7 @@ def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, 
         if kind is torch.optim.SGD:
             begin_momentum(again)
         train_step(later, again, 3)
-        ends.append([p.detach().clone() for p in later.parameters()])
+        ends.append([p.detach().cpu() for p in later.parameters()])
     moved = max((a - p).abs().max().item() for a, p in zip(ends[0], net.parameters(), strict=True))
     assert moved > 0.1
     for fused, unfused in zip(*ends, strict=True):
@@ -242,3 +251,113 @@ def test_slow_loading_is_said_once(monkeypatch):
 @pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
 def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, waits, batches):
     assert watched(monkeypatch, waits, 0.1, batches) == []
+
+
+def lines_of(capsys, part, smoke=True):
+    """What a part of the GPU's benchmark prints."""
+    part(CPU, smoke)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_ceilings_are_counted_from_times(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_probes, 'best', lambda *_: 1e-6)
+    copied, *products = lines_of(capsys, gpu_probes.ceilings)
+    assert copied == f'ceilings: copy: {2 * 4 * 2**16 / 1e-6 / 1e9:.0f} GB/s'
+    assert len(products) == 4
+    for line in products:
+        assert line.endswith(f'product of 64: {2 * 64**3 / 1e-6 / 1e12:.2f} TFLOP/s')
+
+
+def test_the_first_touch_of_a_shape_is_projected_to_a_search(capsys, monkeypatch, settings):
+    calls = []
+
+    def seconds(step, device):
+        step()
+        calls.append(step)
+        return 0.1 if len(calls) % 3 == 1 else 0.02
+
+    monkeypatch.setattr(gpu_probes, 'seconds', seconds)
+    lines = lines_of(capsys, gpu_probes.first_touch)
+    assert len(lines) == 6
+    for line in lines:
+        assert f": 80.0 ms more at first, then 20000 us; in the paper's search {0.08 * 290 * 80 / 60:.1f} min" in line
+
+
+@pytest.mark.parametrize(
+    ('part', 'count', 'numbers'),
+    [('depthwise', 4, 2), ('norms', 4, 2), ('widths', 2, 4), ('networks', 1, 2), ('loading', 2, 4), ('training', 4, 2)],
+)
+def test_probes_of_a_gpu_run_on_a_cpu(capsys, settings, part, count, numbers):
+    lines = lines_of(capsys, getattr(gpu_probes, part))
+    assert len(lines) == count
+    for line in lines:
+        found = re.findall(r'(?<= )[\d.e+-]+(?= (?:ms|GB/s|images/s))|(?<=\()[\d.]+(?= us)', line)
+        assert len(found) >= min(numbers, 2)
+        assert all(float(number) > 0 for number in found)
+
+
+@pytest.mark.parametrize('part', ['captured_step', 'single_operators'])
+def test_parts_that_need_a_gpu_say_so(capsys, part):
+    assert lines_of(capsys, getattr(gpu_probes, part)) == [f'{part}: skipped: no GPU']
+
+
+def test_the_profile_of_a_step_counts_its_kernels():
+    a = torch.randn(64, 64)
+    took, _, kernels = gpu_probes.profiled(lambda: (a @ a) @ a, CPU)
+    calls = {name: count for _, count, name in kernels}
+    assert calls['aten::mm'] == 2
+    assert took >= max(kernels)[0] == kernels[0][0] > 0
+
+
+def on_gpu(folder, *words, python='python3'):
+    """Run benchmarks/on_gpu.sh from another folder; returns its exit code and the lines that it kept."""
+    environment = os.environ | {'PYTHON': str(python), 'CUDA_VISIBLE_DEVICES': ''}
+    command = ['bash', ROOT / 'benchmarks' / 'on_gpu.sh', *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    kept = folder / 'out' / 'all.txt'
+    return done.returncode, kept.read_text() if kept.exists() else done.stderr
+
+
+def program(folder, text):
+    """A program in place of Python."""
+    path = folder / 'program'
+    path.write_text(f'#!/bin/bash\n{text}\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_running(tmp_path):
+    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != depthwise ]] || exit 3')
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=fake)
+    parts = [part.__name__ for part in gpu_probes.PARTS]
+    assert re.findall(r'^ran (.*)$', text, re.M) == parts
+    assert code == 1
+    assert '== depthwise: failed, exit code 3' in text
+    assert ' s, 1 parts failed' in text
+    for part in parts:
+        assert (tmp_path / 'out' / f'{part}.txt').read_text() == f'ran {part}\n'
+
+
+def test_what_ran_before_the_time_was_over_is_kept(tmp_path):
+    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != checks ]] || sleep 60')
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', '--seconds', '6', python=fake)
+    assert code == 1
+    assert 'ran ceilings\n' in text and 'ran checks\n' in text
+    assert '== checks: ran out of time' in text
+    assert '== training: left out, the 6 s are over' in text
+
+
+@pytest.mark.parametrize('words', [(), ('--out',), ('--out', 'out', '--seconds', 'x'), ('--out', 'out', '--other')])
+def test_on_gpu_shows_its_usage(tmp_path, words):
+    code, text = on_gpu(tmp_path, *words)
+    assert code == 2
+    assert text.startswith('usage: ')
+
+
+@pytest.mark.slow
+def test_on_gpu_runs_on_a_cpu(tmp_path):
+    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=sys.executable)
+    assert code == 0, text
+    assert 'checks: search, float32: exit code 0' in text
+    for part in gpu_probes.PARTS:
+        assert f'\n{part.__name__}: ' in text

@@ -1,6 +1,7 @@
 """Training on CUDA GPUs: number formats, one and two GPUs, resuming."""
 
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from training_runs import (
 )
 
 from models.model_eval import NetworkEval
+from tools.errors import BadInput
 from tools.files import load_weights
+from tools.precision import check_format
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +67,26 @@ def test_a_killed_run_goes_on_close_to_the_undisturbed_one(data, tmp_path, level
     finish(process)
     finish(start(words))
     assert distance(weights(tmp_path / 'part'), weights(tmp_path / 'whole')) < 0.2
+
+
+@pytest.mark.parametrize('layout', ['channels_last', 'no-channels_last'])
+def test_a_run_of_a_cpu_goes_on_on_a_gpu_in_either_layout(data, tmp_path, layout):  # noqa: F811
+    """Momentum in the layout of the CPU's weights would be permuted, or refused."""
+    run('train_eval_amp.py', flags(data, tmp_path / 'whole', **STILL))
+    run('train_eval_amp.py', flags(data, tmp_path / 'part', max_steps=15, **STILL))
+    before = weights(tmp_path / 'part')
+    changes = STILL | {'device': 'cuda', 'snapshot': 'auto', layout: True}
+    assert 'goes on from' in run('train_eval_amp.py', flags(data, tmp_path / 'part', **changes))
+    moved = distance(weights(tmp_path / 'part'), before)
+    assert distance(weights(tmp_path / 'part'), weights(tmp_path / 'whole')) < min(0.05, moved)
+
+
+def test_bfloat16_of_this_card_is_emulated_or_taken():
+    emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+    major, _ = torch.cuda.get_device_capability()
+    assert emulated == (major < 8)
+    with pytest.raises(BadInput, match='only emulates') if emulated else nullcontext():
+        check_format('bfloat16', '--amp', torch.device('cuda'))
 
 
 def test_compiled(data, tmp_path):  # noqa: F811
