@@ -78,17 +78,31 @@ class LinearLayer(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention (Hu et al. 2018): pool, reduce, act, expand, sigmoid, scale. Keeps the shape [N, C, H, W]."""
+    """Channel attention (Hu et al. 2018): pool, reduce, act, expand, sigmoid, scale. Keeps the shape [N, C, H, W].
 
-    def __init__(self, channels: int, se_channels: int, act_func: str | None):
+    Args:
+        pool: the mean over all pixels, [N, C, H, W] -> [N, C, 1, 1].
+    """
+
+    def __init__(self, channels: int, se_channels: int, act_func: str | None, pool: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.pool = pool
         self.conv_reduce = nn.Conv2d(channels, se_channels, 1)
         self.act = activation(act_func)
         self.conv_expand = nn.Conv2d(se_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = pool(x)[:, :, None, None]
-        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(scale))))
+        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(self.pool(x)))))
+
+
+def mean_of_pixels(x: Tensor) -> Tensor:
+    """Return the mean over all pixels, [N, C, H, W] -> [N, C, 1, 1]."""
+    return x.mean((2, 3), keepdim=True)
+
+
+def mean_in_layout(x: Tensor) -> Tensor:
+    """Return `mean_of_pixels` whose gradient has the layout of `x`, for a supernet."""
+    return pool(x)[:, :, None, None]
 
 
 class MBInvertedResBlock(nn.Module):
@@ -117,7 +131,8 @@ class MBInvertedResBlock(nn.Module):
 
         self.inverted_bottleneck = conv(spec.in_channels, mid, act=spec.act_func) if expands else None
         self.depth_conv = conv(mid, mid, spec.kernel_size, spec.stride, groups=mid, act=spec.act_func)
-        self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func) if spec.se_channels else None
+        squeeze = mean_of_pixels if norm_act is None else mean_in_layout
+        self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func, squeeze) if spec.se_channels else None
         self.point_linear = conv(mid, spec.out_channels)
         self.residual = spec.stride == 1 and spec.in_channels == spec.out_channels
         self.drop_connect = _stochastic_depth(drop_connect)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bad_files import run_here
 
-import train_search
+from dataset import loaders
 from models.config import load_config
 from models.parsing import load_search_checkpoint
 from models.search_space import SPACE
@@ -206,7 +206,7 @@ def test_default_lists_are_made_from_class_folders(tmp_path, images, table, monk
     words = ['--img_root', root, '--lookup_path', table, *SMALL, '--batch_size', '4', '--target_lat', '40%']
     words += ['--epochs', '1', '--warmup_epochs', '1', '--no-report']
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_search, 'CLASSES', tmp_path / 'classes.txt')
+    monkeypatch.setattr(loaders, 'CLASSES', tmp_path / 'classes.txt')
     assert run_here(monkeypatch, 'train_search.py', words) == 0
     out = capsys.readouterr().out
     lists = sorted((tmp_path / 'dataset').glob('ImageNet-100-effb0_*.txt'))

@@ -173,7 +173,8 @@ def test_the_printed_accuracy_is_that_of_one_process_on_the_saved_weights(data, 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 4])
 @pytest.mark.parametrize('images', [23, 24, 7])
-def test_every_validation_image_is_counted_once(size, images):
+def test_every_validation_image_is_counted_once(size, images, monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
     args = Namespace(batch_size=12, workers=5, seed=0)
     seen = []
     for rank in range(size):
@@ -193,7 +194,7 @@ def test_the_total_batch_is_shared_evenly_or_refused():
     ('environment', 'word'),
     [
         ({'WORLD_SIZE': '2'}, 'RANK'),
-        ({'WORLD_SIZE': '2', 'RANK': '2'}, 'RANK'),
+        ({'WORLD_SIZE': '2', 'RANK': '2'}, 'process 2 of 2'),
         ({'WORLD_SIZE': 'two'}, 'WORLD_SIZE'),
         ({'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': 'x'}, 'LOCAL_RANK'),
     ],
@@ -211,13 +212,14 @@ def test_a_broken_launch_environment_is_named(monkeypatch, environment, word):
 def test_launchers_that_pass_the_rank_as_a_flag_are_read(data, tmp_path, monkeypatch, flag):  # noqa: F811
     """The environment's LOCAL_RANK goes first; older launchers set only the flag."""
     joined = []
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: joined.append(backend))
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **_: joined.append(backend))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', joined.append)
     monkeypatch.delenv('LOCAL_RANK', raising=False)
-    for name in ('RANK', 'WORLD_SIZE'):
-        monkeypatch.setenv(name, {'RANK': '1', 'WORLD_SIZE': '2'}[name])
+    here = {'RANK': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '1'}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr('sys.argv', ['train_eval_amp.py', *flags(data, tmp_path), flag])
     world = join_world('auto', train_eval_amp.get_args().local_rank)
     assert world == World(torch.device('cuda', 1), 1, 2)

@@ -27,7 +27,7 @@ class StopRequest:
     """Record of the first of `STOP_SIGNALS` in `signal`. Context manager.
 
     A second SIGINT interrupts. Further signals of other kinds change nothing: launchers pass on those that the
-    processes already had. A signal that is ignored stays so: `nohup` ignores SIGHUP.
+    processes already had. SIGHUP stays ignored if it is, as by `nohup`.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._record)
         return self
 
