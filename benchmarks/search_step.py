@@ -3,6 +3,7 @@
     python benchmarks/search_step.py                                  at 224, batch 16, on a GPU if available
     python benchmarks/search_step.py --img_size 64 --batch_size 32    a small search
     python benchmarks/search_step.py --batch_size 32 --amp bfloat16   on a GPU: also the time of the paper's 90 epochs
+    python benchmarks/search_step.py --cuda_graph                     on a GPU: with and without
 
 The plain implementation is `benchmarks/plain_search.py`. All implementations alternate, each in a separate process, and
 the medians are printed. Kept memory is what autograd holds between forward and backward pass. Launches are dispatched
@@ -27,12 +28,19 @@ from benchmarks.plain_search import (
     plain_paths,
     plain_weight_step,
 )
+from models.cuda_graph import Graphs
 from models.elasticity import full_weights, gather, scatter, start_masks, update_masks
 from models.latency import LatencyLoss, LatencyTable
-from models.model_search import UNFUSED, ExecutionMode, Network
+from models.model_search import UNFUSED, ExecutionMode, HostCopy, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
-from models.search_steps import backward_on_mixture, backward_on_paths, make_optimizers, train_only
+from models.search_steps import (
+    backward_on_mixture,
+    backward_on_paths,
+    check_step_args,
+    make_optimizers,
+    train_only,
+)
 from tools.distributed import pick_device
 from tools.environment import device_name, prepare
 from tools.files import save_checkpoint
@@ -40,7 +48,7 @@ from tools.options import Parser, add_device_arg, add_step_args, count, run_scri
 from tools.precision import DTYPES, Precision
 from tools.rng import generator_for
 
-NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT = 100, 5.0, 0.1, 15.0
+NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT, TEMPERATURE = 100, 5.0, 0.1, 15.0, 5.0
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760
 """Steps of the paper's search: 90 epochs of 3,193 weight steps, the first 10 without architecture steps."""
 
@@ -76,7 +84,7 @@ def make_net(form, plain, device):
     return make_plain(net) if plain else net
 
 
-def make_steps(net, plain, images, labels, table, dtype):
+def make_steps(net, plain, images, labels, table, dtype, graphs):
     """Return the weight step and the architecture step, with their draws, and the forward pass of a mixture."""
     device, draws = images.device, generator_for(0, 'benchmark')
     latency_loss = LatencyLoss(table, net.widths(), SPACE, TARGET_LAT, LAMBDA_LAT, device)
@@ -89,50 +97,60 @@ def make_steps(net, plain, images, labels, table, dtype):
         w_optimizer, a_optimizer = make_optimizers(net, 0.025, FLAGS)
     layout = torch.contiguous_format if plain else torch.channels_last
     images = images.to(memory_format=layout)
+    log_alphas = HostCopy(net.log_alphas())
+
+    def learn_on_mixture(images, labels, noise):
+        op_weights = net.noisy_weights(noise, TEMPERATURE)
+        return backward_on_mixture(net, images, labels, op_weights, latency_loss, precision)
+
+    learn_on_mixture = graphs.wrap(learn_on_mixture, arch_params)
 
     def train_weights():
         if plain:
             plain_weight_step(net, w_optimizer, images, labels, plain_paths(net, draws), GRAD_CLIP)
             return
-        first = net.sample('gumbel', draws)
+        first = net.sample('gumbel', draws, log_alphas=log_alphas)
         paths = [first, net.sample('random', draws, exclude=first)]
         train_only(weight_params, arch_params)
         backward_on_paths(net, images, labels, paths, precision)
         precision.step(w_optimizer, GRAD_CLIP)
 
     def train_architecture():
-        op_weights = net.mixture_weights(5.0, draws)
+        nonlocal log_alphas
         if plain:
+            op_weights = net.mixture_weights(TEMPERATURE, draws)
             plain_architecture_step(net, a_optimizer, images, labels, op_weights, latency_loss, GRAD_CLIP)
             return
         train_only(arch_params, weight_params)
-        backward_on_mixture(net, images, labels, op_weights, latency_loss, precision)
+        learn_on_mixture(images, labels, net.mixture_noise(draws))
         precision.step(a_optimizer, GRAD_CLIP)
         net.project_architecture()
+        log_alphas = HostCopy(net.log_alphas())
 
     def mixture():
         train_only(net.arch_parameters(), net.weight_parameters())
-        op_weights = net.mixture_weights(5.0, draws)
+        op_weights = net.mixture_weights(TEMPERATURE, draws)
         with precision.autocast():
             return plain_forward(net, images, op_weights) if plain else net(images, op_weights)
 
     return train_weights, train_architecture, mixture
 
 
-def make_form(args, device, form, plain):
+def make_form(args, device, form, plain, graphed=False):
     """Return the functions of `make_steps` for one implementation, on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
     labels = torch.arange(args.batch_size, device=device) % NUM_CLASSES
     net = make_net(form, plain, device)
-    return make_steps(net, plain, images, labels, straight_table(args.img_size), DTYPES.get(args.amp))
+    graphs = Graphs(graphed, lambda form, *rest: print(form % rest, flush=True))
+    return make_steps(net, plain, images, labels, straight_table(args.img_size), DTYPES.get(args.amp), graphs)
 
 
-def functions(args, device, form, plain):
+def functions(args, device, form, plain, graphed=False):
     """Return the measurements of a `Rival`: seconds of both steps, kept MB, launches and traffic."""
     if not plain:
-        prepare(device)
-    weights, architecture, mixture = make_form(args, device, form, plain)
+        prepare(device, tf32=args.tf32)
+    weights, architecture, mixture = make_form(args, device, form, plain, graphed)
     repeats = 10 if device.type == 'cuda' else 1
     return {
         'weights': lambda: seconds(weights, device, repeats),
@@ -198,11 +216,14 @@ def between_epochs(device, plain):
 def main(args):
     """Time all implementations alternately, and print their costs."""
     device = pick_device(args.device)
+    check_step_args(args, device)
     fused = device.type == 'cuda'
     kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops, args.compile), False)}
     kinds |= (
         {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (ExecutionMode(fused, True, args.compile), False)}
     )
+    if args.cuda_graph:
+        kinds['ours, --cuda_graph'] = (*kinds['ours'], True)
     rivals = {name: Rival(functions, args, device, *kind) for name, kind in kinds.items()}
     print(f'{device_name(device)}, {torch.get_num_threads()} threads, batch {args.batch_size}, size {args.img_size}')
     times = take_turns(rivals, ['weights', 'architecture'], args.rounds)
@@ -233,7 +254,7 @@ def report_launches(args, device, plain):
     )
     print(
         f'GPU mode: {count} launches per architecture step, {count / plain:.2f} of plain'
-        f' ({plain}); reads {reads}, and one in each draw of paths'
+        f' ({plain}); reads {reads}, and a copy to the host beside the next step'
     )
 
 
