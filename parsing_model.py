@@ -1,6 +1,6 @@
 """Turn a searched model into a network config, and print its size, MACs and latency.
 
-    python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_89.pth.tar \
+    python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_90.pth.tar \
         --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
     python parsing_model.py --config_path models/zoo/tf_nas_a.config --num_classes 10 --save_path model.config
 
@@ -167,6 +167,8 @@ def main(args):
         check_target(save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
     lookup_path = project_file(args.lookup_path, DEFAULT_TABLE)
     table = load_table(lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
+    if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
+        raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':

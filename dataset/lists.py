@@ -165,7 +165,7 @@ def check_labels(
     wrong = sorted(
         name
         for name, labels in union.items()
-        if len(labels) > 1 and (each_list_agrees or (len(labels) == 2 and folder_a_class))
+        if len(labels) > 1 and folder_a_class and (each_list_agrees or len(labels) == 2)
     )
     if wrong:
         places = [

@@ -95,7 +95,7 @@ def unpack_search_checkpoint(
         where = f'{block.stage}.{block.name}'
         alphas = state.get(f'{where}.log_alphas')
         ops = len(space.ops)
-        if alphas is None or alphas.shape != (ops,):
+        if alphas is None or alphas.shape != (ops,) or not alphas.isfinite().all():
             raise BadInput(f'{path}: {where}.log_alphas should be {ops} values; another search space?')
         try:
             mask = masks[block.stage][block.name][index]

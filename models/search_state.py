@@ -58,6 +58,7 @@ SEARCH = RunKind(
         'latency': Tensor,
     },
     position,
+    sums=8,
 )
 
 

@@ -33,7 +33,7 @@ from tools.files import load_checkpoint, read_weights, save_checkpoint, write_te
 from tools.options import DEFAULT_TABLE, project_file
 from tools.run.resume import find_snapshot
 from tools.run.stop import STOP_SIGNALS, StopRequest, resume_command
-from tools.training import TRAINING, update_average
+from tools.training import TRAINING, load_moments, update_average
 
 __all__ = ['data']
 
@@ -61,11 +61,17 @@ def launched(monkeypatch):
     ('nodes', 'first'),
     [('gpu[03-05,07],login', 'gpu03'), ('node1', 'node1'), ('a-1,b-2', 'a-1'), ('rack2-n[9,11]', 'rack2-n9')],
 )
-def test_processes_of_srun_find_each_other(launched, nodes, first):
+def test_processes_of_srun_find_each_other(launched, monkeypatch, nodes, first):
     launched(SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_JOB_ID=123456, SLURM_STEP_NODELIST=nodes)
     launch = find_launch()
     assert (launch.rank, launch.size, launch.local_rank) == (5, 8, 1)
-    assert (os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']) == (first, str(20000 + 123456 % 20000))
+    port = os.environ['MASTER_PORT']
+    assert os.environ['MASTER_ADDR'] == first and 20000 <= int(port) < 40000
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        os.environ.pop(name)
+    monkeypatch.setenv('SLURM_STEP_ID', '4')  # another step of the job, which may run at the same time
+    find_launch()
+    assert os.environ['MASTER_PORT'] != port
 
 
 def test_processes_of_mpirun_on_one_machine_find_each_other(launched, monkeypatch):
@@ -102,6 +108,8 @@ def test_launches_that_cannot_work_are_refused(launched, variables, message):
 
 def test_a_process_without_a_launcher_is_alone(launched):
     launched(SLURM_JOB_ID=5, SLURM_NTASKS=4, SLURM_PROCID=0)  # a batch script of SLURM that calls python itself
+    assert find_launch() is None
+    launched(SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0)  # a step of one task, which has all its GPUs
     assert find_launch() is None
 
 
@@ -370,3 +378,29 @@ def test_names_of_classes_travel_from_folders_to_exports(data, tmp_path, monkeyp
     extra = {'class_names.json': ''}
     torch.export.load(tmp_path / 'found.pt2', extra_files=extra)
     assert json.loads(extra['class_names.json']) == names
+
+
+def test_a_run_that_went_back_is_not_resumed_from_where_it_was_before(data, tmp_path, monkeypatch):
+    """Resumed from an earlier checkpoint and stopped, it goes on from there; later files are kept under other names."""
+    run = run_here(monkeypatch, flags(data, tmp_path, epochs=3))
+    back = flags(data, tmp_path, epochs=3, lr=0.01, snapshot=run / 'checkpoint.previous.pth.tar', max_steps=22)
+    run_here(monkeypatch, back)
+    assert (run / 'checkpoint.pth.tar.superseded').exists()
+    assert 'beyond this position to *.superseded: checkpoint.pth.tar' in (run / 'log.txt').read_text()
+    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING)
+    assert TRAINING.position(found.checkpoint) == (2, 2) and found.checkpoint['flags']['lr'] == 0.01
+
+
+def test_moments_of_another_shape_are_refused():
+    p = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([p], 0.1, 0.9, fused=True)
+    saved = optimizer.state_dict() | {'state': {0: {'momentum_buffer': torch.zeros(3)}}}
+    with pytest.raises(ValueError, match=r'momentum_buffer of shape \[3\] for a parameter of \[1000\]'):
+        load_moments(optimizer, saved)
+
+
+def test_advice_to_run_a_file_is_never_passed_on(tmp_path):
+    (tmp_path / 'w.pth').write_bytes(b'\x80\x02cos\nsystem\n(S"true"\ntR.')
+    with pytest.raises(BadInput) as caught:
+        load_checkpoint(tmp_path / 'w.pth')
+    assert 'weights_only' not in str(caught.value)

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -130,7 +131,7 @@ def find_launch(local_rank: int | None = None) -> Launch | None:
     """
     if 'WORLD_SIZE' in os.environ or 'LOCAL_RANK' in os.environ:
         launch = _torchrun_launch(local_rank)
-    elif 'SLURM_STEP_NUM_TASKS' in os.environ:  # set by srun, for each process of a step
+    elif _number('SLURM_STEP_NUM_TASKS', 1) > 1:  # set by srun, for each process of a step
         launch = Launch(_number('SLURM_PROCID', 0), _number('SLURM_STEP_NUM_TASKS', 1), _number('SLURM_LOCALID', 0),
                         ('srun', sys.executable))  # fmt: skip
         _set_master(_first_host(os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_JOB_NODELIST', ''))))
@@ -175,11 +176,13 @@ def launch_command() -> list[str]:
 
 
 def _set_master(address: str) -> None:
-    """Set where the processes meet, if it is not set: a port that follows from the job."""
-    if address:
-        os.environ.setdefault('MASTER_ADDR', address)
-        job = os.environ.get('SLURM_JOB_ID', '0')
-        os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + (int(job) if job.isdigit() else 0) % PORTS))
+    """Set where the processes meet, if it is not set. The port follows from the job and step, or from the mpirun."""
+    if not address:
+        return
+    os.environ.setdefault('MASTER_ADDR', address)
+    job = [os.environ.get(name, '') for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID', 'PMIX_NAMESPACE')]
+    name = '.'.join(job) if any(job) else str(os.getppid())  # on one machine, all processes have one parent
+    os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + zlib.crc32(name.encode()) % PORTS))
 
 
 def _first_host(nodes: str) -> str:
@@ -226,6 +229,8 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
         torch.cuda.set_device(device)
     if launch.size == 1:
         return World(device)
+    if launch.rank == 0 and launch.command[0] != sys.executable:
+        print(f'Waiting for all {launch.size} processes of {launch.command[0]}.', flush=True)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     options = {'rank': launch.rank, 'world_size': launch.size}
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':

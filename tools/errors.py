@@ -63,11 +63,14 @@ def explain(error: Exception, args) -> str:
     if 'Too many open files' in text or 'ancdata' in text:
         return f'too many open files; run: ulimit -n {ENOUGH_FILES}, or use fewer --workers, 0 at least'
     from_worker = isinstance(error, (EOFError, ConnectionError)) and getattr(args, 'workers', 0)
+    if 'Connection closed by peer' in text or 'Connection reset by peer' in text:
+        return 'another process of this run ended; see its message'
     if from_worker or text.startswith('DataLoader worker'):
         detail = text.splitlines()[0] if text else 'in the middle of a batch'
         return (
             f'a process that loads images ended ({detail}); the system may have killed it to free memory: fewer'
-            ' --workers need less; --snapshot auto resumes from the last checkpoint'
+            ' --workers need less'
+            + ('; --snapshot auto resumes from the last checkpoint' if 'snapshot' in args else '')
         )
     if isinstance(error, OSError):
         verb = 'written' if error.errno in DISK else 'opened'

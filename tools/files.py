@@ -144,10 +144,12 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> Any:
             warnings.simplefilter('ignore')  # of torch, on files that are no pickles
             return torch.load(path, map_location='cpu', weights_only=True, mmap=not whole and zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file can raise anything at all
-        if found := re.search(r'Unsupported (?:global|class|type)\S* (?:GLOBAL )?([\w.]+)', str(e)):
+        if found := re.search(r'unsupported (?:global|class|type)\S* (?:global )?([\w.]+)', str(e), re.IGNORECASE):
             reason = f'it holds a {found[1]}; only tensors, numbers, strings and containers of them are read'
         else:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            if reason.startswith('Weights only load failed'):  # torch's advice is to run the file's code
+                reason = 'it holds more than tensors, numbers, strings and containers of them'
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
 
 

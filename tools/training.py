@@ -48,6 +48,7 @@ TRAINING = RunKind(
         'sums': list,
     },
     lambda checkpoint: (checkpoint['epoch'], checkpoint.get('step', 0)),
+    sums=4,
 )
 
 
@@ -489,6 +490,10 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
         optimizer.load_state_dict(saved)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f'{type(e).__name__}: {e}') from e
+    for p, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != p.shape:
+                raise ValueError(f'{name} of shape {list(value.shape)} for a parameter of {list(p.shape)}')
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         group.update(values)
     align_moments(optimizer)

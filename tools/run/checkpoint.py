@@ -1,4 +1,4 @@
-"""When a run saves its state, and when it stops."""
+"""Checkpoints of a run, and stop requests."""
 
 import shutil
 import signal

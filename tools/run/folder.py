@@ -250,6 +250,8 @@ def open_run(
     _lock(folder)
     for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
         leftover.unlink()
+    for path in snapshot.later:  # or the next resume would take them
+        path.replace(path.with_name(f'{path.name}.superseded'))
     for name, text in (files or {}).items():
         write_text(folder / name, text)
     logger = RunLogger(folder, header, position, args.tensorboard)
@@ -259,6 +261,9 @@ def open_run(
         logger.log('%s: %s', name, value)
     for note in snapshot.notes:
         logger.log(note)
+    if snapshot.later:
+        names = ', '.join(path.name for path in snapshot.later)
+        logger.log('renamed checkpoints from beyond this position to *.superseded: %s', names)
     return logger
 
 

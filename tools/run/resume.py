@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tools.errors import BadInput
@@ -31,6 +32,11 @@ POSITION = {'batch_size', 'seed', 'grad_accum'}
 
 NUMBER = int | float
 
+NO_LATENCY = torch.zeros(())
+
+UNREADABLE = math.inf, math.inf
+"""Position of a file that cannot be read, beyond all others."""
+
 
 @dataclass(frozen=True)
 class RunKind:
@@ -43,6 +49,7 @@ class RunKind:
         needed: keys that every checkpoint has.
         types: of the values under some keys, if a checkpoint has them.
         position: function of a checkpoint: (epoch, step) of the next batch to train.
+        sums: how many `sums` a checkpoint has.
     """
 
     name: str
@@ -51,30 +58,36 @@ class RunKind:
     needed: frozenset[str]
     types: Mapping[str, type | UnionType]
     position: Callable[[dict], tuple[int, int]]
+    sums: int
 
     def checkpoints(self, folder: Path) -> list[Path]:
         """Return the checkpoints in a run folder, the furthest first; files that cannot be read go before all others.
 
         The order is that of the positions in the files: a copied folder has lost their times.
         """
-        places = {path: self._place(path) for files in self.files for path in folder.glob(files)}
+        places = {path: self.place(path) for files in self.files for path in folder.glob(files)}
         return sorted(places, key=lambda path: (places[path], path.stat().st_mtime_ns, path.name), reverse=True)
 
-    def _place(self, path: Path) -> tuple[float, float]:
+    def place(self, path: Path) -> tuple[float, float]:
+        """Return the position in a file, `UNREADABLE` if there is none."""
         try:
             return self.position(read_snapshot(path, self, whole=False))
         except BadInput:
-            return math.inf, math.inf
+            return UNREADABLE
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Checkpoint that a run resumes from, None to begin at the start; and its run folder, None to make a new one."""
+    """Checkpoint that a run resumes from, None to begin at the start; and its run folder, None to make a new one.
+
+    `later`: checkpoints of that folder from further on, which the run will not lead to.
+    """
 
     folder: Path | None = None
     path: Path | None = None
     checkpoint: dict | None = None
     notes: tuple[str, ...] = ()
+    later: tuple[Path, ...] = ()
 
     def with_notes(self, *notes: str) -> 'Snapshot':
         """Return the same with more notes for the log; empty ones are left out."""
@@ -127,8 +140,8 @@ def _from_path(path: Path, kind: RunKind) -> list[Path]:
     """Return the file itself, then those of earlier positions in its folder."""
     if not path.exists():
         return [previous_of(path)] if previous_of(path).exists() else [path]
-    place = kind._place(path)
-    return [path, *(other for other in kind.checkpoints(path.parent) if kind._place(other) < place)]
+    place = kind.place(path)
+    return [path, *(other for other in kind.checkpoints(path.parent) if kind.place(other) < place)]
 
 
 def _first_good(paths: Iterable[Path], kind: RunKind) -> Snapshot:
@@ -143,7 +156,9 @@ def _first_good(paths: Iterable[Path], kind: RunKind) -> Snapshot:
         folder = path.parent if (path.parent / METRICS).is_file() else None
         if not folder:
             notes.append(f'{path.parent} is no run folder: the run goes on in a new one')
-        return Snapshot(folder, path, checkpoint, tuple(notes))
+        place = kind.position(checkpoint)
+        later = tuple(other for other in kind.checkpoints(path.parent) if place < kind.place(other) < UNREADABLE)
+        return Snapshot(folder, path, checkpoint, tuple(notes), later if folder else ())
     return Snapshot(notes=tuple(notes))
 
 
@@ -181,6 +196,8 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
         and min(kind.position(checkpoint)) >= 0
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items())
         and all(isinstance(number, NUMBER) for number in checkpoint.get('sums', ()))
+        and len(checkpoint.get('sums', [0] * kind.sums)) == kind.sums
+        and checkpoint.get('latency', NO_LATENCY).ndim == 0
     )
 
 
