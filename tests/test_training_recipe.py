@@ -142,7 +142,8 @@ def test_the_moving_average_is_kept_evaluated_and_read(data, tmp_path, monkeypat
     assert not torch.equal(average[name], checkpoint['state_dict'][name])
     assert before.shape == average[name].shape
     log = (folder / 'log.txt').read_text()
-    assert '(moving average)' in log and re.search(r'step 3/3 .* eta 00:00\n', log)  # nothing left, of three updates
+    assert '(moving average; the weights themselves: ' in log
+    assert re.search(r'step 3/3 .* eta 00:00\n', log)  # nothing left, of three updates
 
 
 def test_everything_at_once(data, tmp_path, monkeypatch):  # noqa: F811
