@@ -28,9 +28,17 @@ from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
-from tools.export import open_onnx, save_onnx, save_program, save_safetensors, time_call
+from tools.export import OPSETS, open_onnx, save_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
-from tools.options import Parser, add_arch_args, add_bad_images_arg, add_device_arg, add_eval_data_args, run_script
+from tools.options import (
+    Parser,
+    add_arch_args,
+    add_bad_images_arg,
+    add_device_arg,
+    add_eval_data_args,
+    count,
+    run_script,
+)
 from tools.precision import Precision
 from tools.training import evaluate
 
@@ -52,6 +60,9 @@ def get_args():
     parser.add_argument('--image', nargs='+', help='image files or folders; prints the five most probable classes')
     parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
+    parser.add_argument(
+        '--opset', type=count(OPSETS[0], OPSETS[-1]), help='of a .onnx file, for older programs; default: 20'
+    )
     parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
     add_bad_images_arg(parser)
     parser.set_defaults(seed=0)
@@ -61,6 +72,8 @@ def get_args():
         parser.error('give both --val_root and --val_list, or neither')
     if not (args.image or args.export or args.val_list):
         parser.error('give --val_root and --val_list, or --image, or --export')
+    if args.opset and not (args.export or '').endswith('.onnx'):
+        parser.error('--opset is of a .onnx file: give --export FILE.onnx too')
     if args.export and Path(args.export).suffix not in FORMATS:
         parser.error(f'--export {args.export}: its name should end in {", ".join(FORMATS)}')
     if args.export and args.export.endswith('.py') and not Path(args.export).stem.isidentifier():
@@ -115,7 +128,7 @@ def export(net, names, args):
         save_program(net, path, args.img_size, names)
         exported = torch.export.load(path).module()
     else:
-        save_onnx(net, path, args.img_size, names)
+        save_onnx(net, path, args.img_size, names, args.opset)
         exported = open_onnx(path)
         torch.set_num_threads(1)
         ms = [time_call(call, args.img_size) for call in (exported, net)]
