@@ -1,15 +1,21 @@
 """Lines of the loops that no other test would miss: each flag reaches what it is for."""
 
 from argparse import Namespace
+from functools import partial
 
 import pytest
+import test_gpu_form
 import torch
 from training_runs import data, flags, run_here, small_config
 
+import train_search
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
 from models.latency import LatencyLoss
 from models.model_eval import NetworkEval
 from models.model_search import Network
+from models.search_steps import make_optimizers
+from tools.distributed import World
+from tools.precision import Precision
 from tools.run.metrics import read_run
 from tools.training import lr_at, make_optimizer
 
@@ -65,3 +71,77 @@ def test_the_loss_of_the_latency_by_hand():
         loss, latency = loss_of(one_hot, net.depth_weights())
         assert latency.item() == pytest.approx(expected, rel=1e-5)
         assert loss.item() == pytest.approx(0.3 * abs(expected / target - 1), rel=1e-4)
+
+
+def test_the_events_of_an_epoch_of_a_search(monkeypatch):
+    """Draws, averages, updates and projections, in their order, with the values of the flags."""
+    events, state = [], test_gpu_form.begin_search(SMALL_SPACE)
+    state.begin_epoch(test_gpu_form.ARGS)
+    weights, architecture = state.net.weight_parameters(), state.net.arch_parameters()
+    sample, project = state.net.sample, state.net.project_architecture
+
+    def drawn(how, generator, **more):
+        path = sample(how, generator, **more)
+        events.append((how, more.get('exclude'), path))
+        return path
+
+    def averaged(_, parameters):
+        of = 'weights' if len(parameters) == len(weights) else 'architecture'
+        others = architecture if of == 'weights' else weights
+        assert all(p.grad is None for p in others) and any(p.grad is not None for p in parameters)
+        events.append(('average', of))
+
+    def stepped(precision, optimizer, clip, call=Precision.step):
+        events.append(('update', 'weights' if optimizer is state.w_optimizer else 'architecture', clip))
+        call(precision, optimizer, clip)
+
+    monkeypatch.setattr(state.net, 'sample', drawn)
+    monkeypatch.setattr(state.net, 'project_architecture', lambda: events.append('project') or project())
+    monkeypatch.setattr(World, 'average_gradients', averaged)
+    monkeypatch.setattr(Precision, 'step', stepped)
+    images = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    batches = test_gpu_form.Loader([images] * 3)
+    checkpointer = Namespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
+    logger = Namespace(track=lambda items, _: items, watch=lambda items, *_: items, step=lambda *_, **__: None)
+    widths = SMALL_SPACE.start_widths()
+    loss = LatencyLoss(make_table(SMALL_SPACE, 32), widths, SMALL_SPACE, 2.0, 0.1, torch.device('cpu'))
+    learn = partial(train_search.learn_with_noise, state, loss, test_gpu_form.ARGS)
+    world = World(torch.device('cpu'))
+    numbers = train_search.train_epoch(
+        state, (batches, batches), learn, world, test_gpu_form.ARGS, checkpointer, logger
+    ).numbers
+    step = [('gumbel', None), ('random', 'first'), ('average', 'weights'), ('update', 'weights', 5.0)]
+    learnt = [('average', 'architecture'), ('update', 'architecture', 5.0), 'project']
+    firsts = iter([event[2] for event in events if event[0] == 'gumbel'])
+    seen = []
+    for event in events:
+        if event[0] == 'random':
+            first = next(firsts)
+            assert event[1] == first and all(a != b for a, b in zip(first, event[2], strict=True))
+            event = ('random', 'first')
+        seen.append(event[:2] if event[0] == 'gumbel' else event)
+    assert seen == [*step, *learnt, *step, *step, *learnt]
+    assert numbers.keys() == {'w_loss', 'w_top1', 'a_loss', 'a_top1', 'mixture_latency'} and state.step == 3
+    for p in architecture:
+        assert p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(('epoch', 'expected'), [(2, 5.0), (3, 4.0), (4, 3.2)])
+def test_temperature_and_noise_of_the_mixture(epoch, expected, monkeypatch):
+    args = Namespace(**vars(test_gpu_form.ARGS) | {'T_decay': 0.8, 'warmup_epochs': 2})
+    state = test_gpu_form.begin_search(SMALL_SPACE)
+    state.epoch, given = epoch, []
+    noise = torch.randn(5, 3)
+    monkeypatch.setattr(train_search, 'backward_on_mixture', lambda *args: given.append(args[3]))
+    train_search.learn_with_noise(state, None, args, None, None, noise)
+    weights = ((state.net.log_alphas() + noise) / expected).softmax(1)
+    assert torch.allclose(given[0], weights, atol=1e-6)
+
+
+def test_optimizers_of_a_search_have_the_values_of_its_flags():
+    state = test_gpu_form.begin_search(SMALL_SPACE)
+    args = Namespace(w_mom=0.6, w_wd=0.03, a_lr=0.07, a_beta1=0.4, a_beta2=0.95, a_wd=0.02)
+    w_optimizer, a_optimizer = make_optimizers(state.net, 0.11, args)
+    (weights,), (architecture,) = w_optimizer.param_groups, a_optimizer.param_groups
+    assert (weights['lr'], weights['momentum'], weights['weight_decay']) == (0.11, 0.6, 0.03)
+    assert (architecture['lr'], architecture['betas'], architecture['weight_decay']) == (0.07, (0.4, 0.95), 0.02)
