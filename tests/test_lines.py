@@ -145,3 +145,11 @@ def test_optimizers_of_a_search_have_the_values_of_its_flags():
     (weights,), (architecture,) = w_optimizer.param_groups, a_optimizer.param_groups
     assert (weights['lr'], weights['momentum'], weights['weight_decay']) == (0.11, 0.6, 0.03)
     assert (architecture['lr'], architecture['betas'], architecture['weight_decay']) == (0.07, (0.4, 0.95), 0.02)
+
+
+@pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
+def test_mixed_images_and_labels_are_what_is_trained_on(data, tmp_path, monkeypatch, mix):  # noqa: F811
+    rates = {'dropout_rate': 0.0, 'drop_connect_rate': 0.0, 'label_smooth': 0.0}
+    assert first_loss(data, tmp_path, monkeypatch, **rates, **{mix: 5.0}) != first_loss(
+        data, tmp_path, monkeypatch, **rates, **{mix: 0.0}
+    )
