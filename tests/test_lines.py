@@ -3,13 +3,17 @@
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pytest
 import test_gpu_form
 import torch
+from PIL import Image
 from training_runs import data, flags, run_here, small_config
 
 import train_search
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
+from dataset.loaders import ImageList
+from dataset.transforms import train_transform
 from models.latency import LatencyLoss
 from models.model_eval import NetworkEval
 from models.model_search import Network
@@ -153,3 +157,30 @@ def test_mixed_images_and_labels_are_what_is_trained_on(data, tmp_path, monkeypa
     assert first_loss(data, tmp_path, monkeypatch, **rates, **{mix: 5.0}) != first_loss(
         data, tmp_path, monkeypatch, **rates, **{mix: 0.0}
     )
+
+
+def test_the_learning_rate_of_each_epoch_is_set(data, tmp_path, monkeypatch):  # noqa: F811
+    run = read_run(run_here(monkeypatch, flags(data, tmp_path, epochs=2, lr=0.05)))
+    assert [line['lr'] for line in run.of('epoch')] == pytest.approx([0.05, 0.025])
+    assert {line['lr'] for line in run.of('step') if line['epoch'] == 1} == {0.025}
+
+
+def test_augmentation_differs_by_epoch_and_flips(tmp_path):
+    """A picture that is darker on the left; each epoch crops it anew, and flips it in about half of them."""
+    shades = np.tile(np.linspace(0, 255, 40, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    Image.fromarray(shades).save(tmp_path / 'a.png')
+    images = ImageList(tmp_path, [('a.png', 0)], train_transform(32), seed=3)
+    items = [images[epoch, 0][0] for epoch in range(40)]
+    assert len({item.numpy().tobytes() for item in items}) == 40 and torch.equal(items[7], images[7, 0][0])
+    flipped = sum(bool(item[..., :8].mean() > item[..., -8:].mean()) for item in items)
+    assert 8 < flipped < 32
+
+
+def test_validation_draws_by_epoch_and_step(monkeypatch):
+    state, drawn = test_gpu_form.begin_search(SMALL_SPACE), []
+    generator_for = train_search.generator_for
+    monkeypatch.setattr(train_search, 'generator_for', lambda *parts: drawn.append(parts) or generator_for(*parts))
+    batches = test_gpu_form.Loader([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))] * 2)
+    world, args = World(torch.device('cpu')), test_gpu_form.ARGS
+    result = train_search.validate(state.net, batches, args, 6, world, lambda: False, state.w_precision)
+    assert drawn == [(0, 'validation', 6, 0), (0, 'validation', 6, 1)] and result.numbers['images'] == 8
