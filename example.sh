@@ -34,8 +34,8 @@ if [ -z "$imagenet" ]; then
     echo '== 3/6 search'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
         --val_list $images/search_val.txt --num_classes 10 --img_size 64 --batch_size 64 --workers 2 \
-        --epochs 14 --warmup_epochs 8 --aligned_start --T_decay 0.6 --a_lr 0.05 --lookup_path $demo/latency.pkl \
-        --target_lat "$share" --lambda_lat 0.1 --print_freq 25 --save $demo --note demo
+        --epochs 12 --warmup_epochs 10 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --print_freq 25 --save $demo --note demo
 
     echo '== 4/6 found architecture'
     "$python" parsing_model.py --model_path "$(newest "$demo/search-*/searched_model_")" --save_path $demo/model.config \
