@@ -161,11 +161,12 @@ def check_labels(
     compared = {path: folders for path, folders in found.items() if _share_of_mixed([folders]) <= 0.5}
     union = _merge(item for folders in compared.values() for item in folders.items())
     folder_a_class = len(union) < 2 * _count_labels(union)
+    renumbered = _share_of_mixed([union]) > 0.5  # superclasses that were numbered apart
     each_list_agrees = _share_of_mixed(list(compared.values())) == 0
     wrong = sorted(
         name
         for name, labels in union.items()
-        if len(labels) > 1 and folder_a_class and (each_list_agrees or len(labels) == 2)
+        if len(labels) > 1 and (folder_a_class or renumbered) and (each_list_agrees or len(labels) == 2)
     )
     if wrong:
         places = [

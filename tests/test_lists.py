@@ -148,6 +148,16 @@ def test_folders_of_mixed_labels_are_a_line_of_warning():
     assert len(lines) == 1 and 'warning: 4 of 25 folders have several labels' in lines[0]
 
 
+def test_few_patients_whose_label_changed_are_a_line_of_warning():
+    """60 patients, one label each in a list; that of three is another in the second list."""
+    train, lines = [(f'p{i}/0.jpg', i % 2) for i in range(60)], []
+    val = [(f'p{i}/1.jpg', i % 2 if i > 2 else 1 - i % 2) for i in range(60)]
+    check_labels((train, val), ('t', 'v'), lines.append)
+    assert (
+        len(lines) == 1 and 'warning: 3 of 60 folders have several labels in t and v, such as p0 (0 and 1)' in lines[0]
+    )
+
+
 def test_another_class_in_the_same_place_is_a_line_of_warning():
     train, lines = [(f'{name}/0.jpg', label) for label, name in enumerate(TEN)], []
     val = [(path.replace('c5', 'c5b'), label) for path, label in train]
