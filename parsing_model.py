@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from latency_pkl.sampling import build_network, standard_of
-from latency_pkl.timing import ROUNDS, measure_latency, pool_timings
+from latency_pkl.sampling import build_network, launch_of, standard_of
+from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
 from models.elasticity import fit_widths
@@ -92,18 +92,20 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
     is nearest to the target, standard error included.
     """
     batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
-    standard = standard_of(table, batch_size, device)
+    launch = launch_of(table, device)
+    standard = standard_of(table, batch_size, device, launch)
     least, _, most = table.reach(SPACE)
     aim, timed = target, {}
     for number in range(1, 2 * MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
         build = partial(build_network, config, device, number)
-        measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds)
+        measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds, launch)
         timed.setdefault(str(arch), []).append((config, predicted, measured))
         pools = {arch: pool_timings([timing[1:] for timing in timings]) for arch, timings in timed.items()}
         own = pools[str(arch)]
         outlier = '' if own.fits[-1] else ', does not fit with the others'
-        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}, target {target:.4f} ms{outlier}')
+        note = host_note(measured, launch)
+        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}{note}, target {target:.4f} ms{outlier}')
         choices = [
             (abs(pools[arch].ratio * ms / target - 1), arch, one) for arch in timed for one, ms, _ in timed[arch]
         ]
@@ -151,10 +153,11 @@ def report(path, config, table, args, device):
     if args.print_lat:
         places = [('GPU', device, 32), ('GPU', device, 1)] if device.type == 'cuda' else []
         for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
-            standard = standard_of(table, batch_size, place)
+            launch = launch_of(table, place)
+            standard = standard_of(table, batch_size, place, launch)
             build = partial(build_network, config, place, 0)
-            measured = measure_latency(build, batch_size, args.img_size, place, standard, args.rounds)
-            print(f'Lat_{name} bs={batch_size}: {measured}')
+            measured = measure_latency(build, batch_size, args.img_size, place, standard, args.rounds, launch)
+            print(f'Lat_{name} bs={batch_size}: {measured}{host_note(measured, launch)}')
 
 
 def main(args):

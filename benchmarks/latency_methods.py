@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.isolated import isolated_sum
 from latency_pkl.isolation import in_fresh_process
-from latency_pkl.sampling import build_network, random_config, standard_of
+from latency_pkl.sampling import build_network, launch_of, random_config, standard_of
 from latency_pkl.timing import measure_latency
 from models.latency import load_table
 from models.search_space import SPACE
@@ -63,13 +63,14 @@ def main(args):
     table = load_table(args.table, args.img_size, SPACE)
     torch.set_num_threads(table.setting('threads', 1))
     batch_size = table.setting('batch_size', 1)
-    rng, standard = random.Random(args.seed), standard_of(table, batch_size, device)
+    launch = launch_of(table, device)
+    rng, standard = random.Random(args.seed), standard_of(table, batch_size, device, launch)
     methods, measured = {'in-context table': [], 'blocks timed alone': []}, []
     alone_seconds, parts = 0.0, 0
     for _ in range(args.networks):
         config = random_config(rng, ends=False, num_classes=1000, space=SPACE)
         build = partial(build_network, config, device, args.seed)
-        whole = measure_latency(build, batch_size, args.img_size, device, standard)
+        whole = measure_latency(build, batch_size, args.img_size, device, standard, launch=launch)
         measured.append(whole.ms)
         methods['in-context table'].append(table.of_config(config))
         start = time.monotonic()

@@ -23,13 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import build_network, random_config, reference_config, sample_of, standard_of
+from latency_pkl.sampling import build_network, launch_of, random_config, reference_config, sample_of, standard_of
 from latency_pkl.timing import (
+    LAUNCHES,
     ROUNDS,
     Bench,
     Passes,
     bench_apart,
     fastest_probe,
+    host_ratio,
+    host_report,
     measure_in_turns,
     typical_parts,
     undisturbed_share,
@@ -75,6 +78,12 @@ def get_args():
     parser.add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of a pass; default: 1; with --check the table's"
     )
+    parser.add_argument(
+        '--launch',
+        choices=LAUNCHES,
+        help='times of a GPU: its own (queued), or with waits for its host (eager); default: queued; '
+        "with --check the table's",
+    )
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument('--num_classes', type=class_count, default=1000)
     parser.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
@@ -115,11 +124,12 @@ def time_turn(rng, unseen, args, device):
     reference = partial(build_network, reference_config(args.num_classes, SPACE), device, seed=0)
     configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes, SPACE) for i in range(TURN - 1))]
     for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
-        with bench_apart(Bench(reference, *setting)) as beside:
+        with bench_apart(Bench(reference, *setting, launch=args.launch)) as beside:
             for config in some:
                 build = partial(build_network, config, device, rng.getrandbits(32))
-                with bench_apart(Bench(build, *setting, by_part=config is not unseen)) as bench:
-                    timed.append((config, bench(UNSEEN_PASSES if config is unseen else PASSES)))
+                bench = Bench(build, *setting, by_part=config is not unseen, launch=args.launch)
+                with bench_apart(bench) as timer:
+                    timed.append((config, timer(UNSEEN_PASSES if config is unseen else PASSES)))
                 of_reference.append(beside())
     return Turn(timed[1:], timed[0], of_reference)
 
@@ -227,6 +237,9 @@ def measured_table(args, device):
     if device.type == 'cpu':
         also = f'; probes up to {slack:g} times as slow counted too, for else shapes were missing' if slack > 1 else ''
         print(f'Timings with an undisturbed core, which are those that count: {undisturbed:.0f} %{also}')
+    else:
+        ratios = [host_ratio([passes]) for turn in turns for _, passes in turn.fitted]
+        print(host_report(ratios, args.launch, undisturbed / 100))
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
@@ -245,6 +258,8 @@ def measured_table(args, device):
         'probe_slack': slack,
         'spread_percent': round(100 * float(high - low), 3),
     }
+    if device.type == 'cuda':
+        meta['launch'] = args.launch
     return fit.base, fit.curves, meta
 
 
@@ -291,11 +306,12 @@ def check(table, args, device):
         f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {device_name(device)}, '
         f'batch {args.batch_size}, threads {args.threads}'
     )
-    standard = standard_of(table, args.batch_size, device)
+    standard = standard_of(table, args.batch_size, device, args.launch)
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
-    measured, undisturbed = measure_in_turns(builds, args.batch_size, args.img_size, device, standard, args.rounds)
+    setting = args.batch_size, args.img_size, device, standard, args.rounds, args.launch
+    measured, undisturbed = measure_in_turns(builds, *setting)
     pairs = [(table.of_config(config), one.ms) for config, one in zip(configs, measured, strict=True)]
     for predicted, ms in pairs:
         print(f'predicted {predicted:8.3f} ms  measured {ms:8.3f} ms  error {100 * (predicted / ms - 1):+6.2f} %')
@@ -308,6 +324,8 @@ def check(table, args, device):
         print('Measured by the clock alone: the table has no time of the reference network for this device')
     if device.type == 'cpu':
         print(f'Timings with an undisturbed core, which are those that count: {100 * undisturbed:.0f} %')
+    else:
+        print(host_report([one.host for one in measured], args.launch, undisturbed))
     mean, worst, bias = errors_of(pairs)
     noise = 100 * np.mean([one.error for one in measured])
     print(f'Standard error of a measured latency: {noise:.2f} %, which is part of the errors')
@@ -322,10 +340,14 @@ def main(args):
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
+    if args.launch and device.type != 'cuda':
+        raise BadInput(f'--launch {args.launch}: only for times measured on a GPU; leave it out')
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
     usual = 32 if device.type == 'cuda' or args.estimate else 1
     args.batch_size = args.batch_size or (table.setting('batch_size', usual) if table else usual)
     args.threads = args.threads or (table.setting('threads', 1) if table else 1)
+    usual = 'queued' if device.type == 'cuda' else 'eager'
+    args.launch = args.launch or (launch_of(table, device) if table else usual)
     torch.set_num_threads(args.threads)
     if table:
         if not check(table, args, device):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from latency_pkl.timing import Passes, Standard, typical_parts
+from latency_pkl.timing import LAUNCHES, Passes, Standard, typical_parts
 from models.config import NetworkConfig, build_config, parse_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
@@ -104,17 +104,29 @@ def reference_config(num_classes: int, space: SearchSpace) -> NetworkConfig:
     return build_config(arch, space.start_widths(), num_classes, space)
 
 
-def standard_of(table: LatencyTable, batch_size: int, device: torch.device) -> Standard | None:
-    """Return the table's reference network with its time from when the table was made.
-
-    None if that was not on this device, or not with this batch size and number of threads.
+def launch_of(table: LatencyTable, device: torch.device) -> str:
+    """Return how networks are timed beside a table, one of `LAUNCHES`: as its `launch`; 'eager' without, and on a CPU.
 
     Raises:
-        BadInput: the table's reference is no config, or its time no positive number.
+        BadInput: another launch.
     """
-    made_with = tuple(table.meta.get(name) for name in ('device', 'batch_size', 'threads'))
+    launch = table.meta.get('launch', 'eager')
+    if launch not in LAUNCHES:
+        raise BadInput(f"the latency table's launch is {launch!r}, should be {' or '.join(LAUNCHES)}")
+    return launch if device.type == 'cuda' else 'eager'
+
+
+def standard_of(table: LatencyTable, batch_size: int, device: torch.device, launch: str = 'eager') -> Standard | None:
+    """Return the table's reference network with its time from when the table was made.
+
+    None if that was not on this device, or not with this batch size, number of threads and launch.
+
+    Raises:
+        BadInput: the table's reference is no config, its time no positive number, or its launch none of `LAUNCHES`.
+    """
+    made_with = *(table.meta.get(name) for name in ('device', 'batch_size', 'threads')), launch_of(table, device)
     known = {'reference', 'reference_ms'} <= table.meta.keys()
-    if not known or made_with != (device_name(device), batch_size, torch.get_num_threads()):
+    if not known or made_with != (device_name(device), batch_size, torch.get_num_threads(), launch):
         return None
     config = parse_config(str(table.meta['reference']), "the latency table's reference")
     ms = table.meta['reference_ms']

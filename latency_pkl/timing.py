@@ -5,8 +5,8 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain, pairwise
 
 import numpy as np
@@ -61,6 +61,21 @@ UNCONFIRMED = 0.02
 REPORTED_CHANGE = 0.01
 """Report speed changes above this fraction."""
 
+LAUNCHES = ('queued', 'eager')
+"""Ways to time a GPU: each pass enqueued before the GPU starts it (its own time), or run as the host launches it."""
+
+HOST_BOUND = 1.1
+"""Eager over queued time above which a network is bound by its host."""
+
+TRIES, MARGIN = 6, 1.5
+"""Tries to queue a pass, the first to measure the host, and the sleep over the time that the host took."""
+
+QUEUED, WAITED = 1.0, 2.0
+"""In place of probes: a GPU did not wait for its host in a pass, or did although the pass was to be queued."""
+
+SPIN, TIMED_SPINS = 500_000, 4
+"""Clock cycles of one spin, about 0.3 ms, and spins whose mean time is measured."""
+
 
 @dataclass(frozen=True)
 class Standard:
@@ -81,6 +96,8 @@ class Measured:
     """Standard error, as a share of the latency."""
     slowness: float | None = None
     """Time of the standard now over then; None without a standard."""
+    host: float | None = None
+    """Eager over queued time on a GPU, nan if no pass could be queued; None on a CPU."""
 
     def __str__(self) -> str:
         if self.slowness is None or abs(self.slowness - 1) < REPORTED_CHANGE:
@@ -98,12 +115,16 @@ class Passes:
     parts: np.ndarray
     """ms, [passes, parts]"""
     probes: np.ndarray
-    """ms of a probe before the first part and after each, [passes, parts + 1]; 0 on a GPU, which has no probes."""
+    """ms of a probe before the first part and after each, [passes, parts + 1]. 0 on a GPU, which has no probes, but
+    `QUEUED` for queued passes and `WAITED` for those in which it waited for its host, a disturbance too."""
+    host: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Eager over queued time on a GPU, [passes]; nan if the pass could not be queued. Empty on a CPU."""
 
     @classmethod
     def joined(cls, passes: Iterable['Passes']) -> 'Passes':
         """Join passes of one network from several times."""
-        return cls(*(np.concatenate(a) for a in zip(*((one.parts, one.probes) for one in passes), strict=True)))
+        fields = ((one.parts, one.probes, one.host) for one in passes)
+        return cls(*(np.concatenate(a) for a in zip(*fields, strict=True)))
 
     @property
     def beside(self) -> np.ndarray:
@@ -121,8 +142,52 @@ def fastest_probe(passes: Iterable[Passes]) -> float:
 
 
 def undisturbed_share(passes: Sequence[Passes]) -> float:
-    """Return the share of the parts' timings on an undisturbed core."""
-    return float(np.mean(np.concatenate([one.beside.ravel() for one in passes]) <= UNDISTURBED * fastest_probe(passes)))
+    """Return the share of the parts' timings on an undisturbed core, or on a GPU that did not wait for its host."""
+    fastest = QUEUED if any(len(one.host) for one in passes) else fastest_probe(passes)
+    return float(np.mean(np.concatenate([one.beside.ravel() for one in passes]) <= UNDISTURBED * fastest))
+
+
+def host_ratio(passes: Iterable[Passes]) -> float | None:
+    """Return the median of a network's eager over queued times; nan if no pass could be queued, None on a CPU."""
+    host = np.concatenate([one.host for one in passes])
+    known = host[~np.isnan(host)]
+    return float(np.median(known)) if len(known) else math.nan if len(host) else None
+
+
+def host_note(measured: Measured, launch: str) -> str:
+    """Return how a latency was timed on a GPU, and whether the host bounds the network; '' on a CPU."""
+    if measured.host is None:
+        return ''
+    bound = ''
+    if measured.host > HOST_BOUND:
+        bound = f' (bound by the host: eager over queued time is {measured.host:.2f})'
+    if launch == 'queued' and math.isnan(measured.host):
+        bound = ' in vain (the GPU waited for the host in all passes)'
+    return f', {launch}{bound}'
+
+
+def host_report(ratios: Iterable[float], launch: str, queued: float) -> str:
+    """Return what a GPU's host does to some networks, in one or two lines.
+
+    Args:
+        ratios: the `host_ratio` of each network.
+        launch: how their latencies were timed, one of `LAUNCHES`.
+        queued: their `undisturbed_share`.
+    """
+    known = np.array([ratio for ratio in ratios if not math.isnan(ratio)])
+    lines = [f'Timed {launch}; bound by the host: unknown, no pass could be queued']
+    if len(known):
+        bound = 100 * np.mean(known > HOST_BOUND)
+        lines = [
+            f'Timed {launch}; bound by the host: {bound:.0f} % of {len(known)} networks; '
+            f'eager over queued time: {np.median(known):.2f} (median), {known.max():.2f} (most)'
+        ]
+    if launch == 'queued' and queued < 1:
+        lines.append(
+            f'The host was too slow to queue {100 * (1 - queued):.1f} % of passes within {TRIES} tries; '
+            'these count only if others are too few'
+        )
+    return '\n'.join(lines)
 
 
 def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
@@ -147,6 +212,7 @@ class Bench:
 
     Args:
         by_part: time each part. Always so on a CPU; on a GPU the events take time themselves.
+        launch: which times of a GPU count, one of `LAUNCHES`. A CPU has no such difference.
     """
 
     build: Callable[[], nn.Module]
@@ -154,6 +220,7 @@ class Bench:
     img_size: int
     device: torch.device
     by_part: bool = False
+    launch: str = 'eager'
 
     @cached_property
     def parts(self) -> list[Callable[[Tensor], Tensor]]:
@@ -166,13 +233,28 @@ class Bench:
         """Input, [N, 3, H, W]."""
         return torch.randn(self.batch_size, 3, self.img_size, self.img_size, device=self.device)
 
+    @cached_property
+    def queue(self) -> 'Queue':
+        """Queue of a GPU, calibrated for this network."""
+        return Queue(Clock(self.device))
+
     def __call__(self, passes: int = PASSES) -> Passes:
-        """Warm up, then time some passes. On a GPU all are queued before one wait."""
+        """Warm up, then time some passes. On a GPU all are launched before one wait, then as many are queued."""
         warm_up = WARM_AGAIN if 'parts' in self.__dict__ else WARM_UP
         clock = Clock(self.device)
         with torch.inference_mode():
             marks = [self._run(clock) for _ in range(warm_up + passes)]
-        return clock.passes(marks[warm_up:])
+            timed = clock.passes(marks[warm_up:])
+            return timed if clock.probes else self._with_queued(timed, clock)
+
+    def _with_queued(self, eager: Passes, clock: 'Clock') -> Passes:
+        """Queue as many passes; return the times of `launch`, with the ratios of both."""
+        marks, held = zip(*(self.queue(partial(self._run, clock)) for _ in eager.parts), strict=True)
+        queued = clock.passes(marks)
+        host = np.where(held, eager.parts.sum(axis=1) / queued.parts.sum(axis=1), math.nan)
+        if self.launch == 'eager':
+            return replace(eager, host=host)
+        return Passes(queued.parts, np.where(held, QUEUED, WAITED)[:, None] + queued.probes, host)
 
     def _run(self, clock: 'Clock') -> list:
         """Return the marks of one pass: before and after each part, with a probe between them on a CPU."""
@@ -206,9 +288,10 @@ def measure_latency(
     device: torch.device,
     standard: Standard | None = None,
     rounds: int = ROUNDS,
+    launch: str = 'eager',
 ) -> Measured:
     """Measure the latency of one forward pass of the network that `build()` returns: `measure_in_turns` of one."""
-    return measure_in_turns([build], batch_size, img_size, device, standard, rounds)[0][0]
+    return measure_in_turns([build], batch_size, img_size, device, standard, rounds, launch)[0][0]
 
 
 def measure_in_turns(
@@ -218,6 +301,7 @@ def measure_in_turns(
     device: torch.device,
     standard: Standard | None = None,
     rounds: int = ROUNDS,
+    launch: str = 'eager',
 ) -> tuple[list[Measured], float]:
     """Measure the latency of one forward pass of each network. Shows a progress bar on a terminal.
 
@@ -225,12 +309,15 @@ def measure_in_turns(
     affects all of them. A standard alternates with them: a slowdown that lasts affects both, and their ratio is steady.
     With a standard, networks whose standard errors are above `PRECISION` get up to twice as many rounds.
 
+    Args:
+        launch: which times of a GPU count, one of `LAUNCHES`; those of the standard too.
+
     Returns:
-        The latency of each network, and the share of timings on an undisturbed core.
+        The latency of each network, and the `undisturbed_share` of timings.
     """
     kept: list[list[Round]] = [[] for _ in builds]
-    benches = [Bench(build, batch_size, img_size, device) for build in builds]
-    beside = [Bench(standard.build, batch_size, img_size, device)] if standard else []
+    benches = [Bench(build, batch_size, img_size, device, launch=launch) for build in builds]
+    beside = [Bench(standard.build, batch_size, img_size, device, launch=launch)] if standard else []
     times = math.isqrt(
         min(len(builds), ABREAST)
     )  # many networks are compared with the standard, so its own noise matters more
@@ -278,7 +365,8 @@ def summary_of(rounds: Sequence[Round], standard: Standard | None, fastest: floa
     ms, groups = latency(rounds), min(GROUPS, len(rounds)) if len(rounds) > 1 else 0
     without = [latency([one for i, one in enumerate(rounds) if i % groups != left]) for left in range(groups)]
     error = math.sqrt((groups - 1) * np.var(without)) / ms if without else math.inf
-    return Measured(ms, error, total(one.standard for one in rounds) / standard.ms if standard else None)
+    slowness = total(one.standard for one in rounds) / standard.ms if standard else None
+    return Measured(ms, error, slowness, host_ratio(passes for one in rounds for passes in one.own))
 
 
 @dataclass(frozen=True)
@@ -344,6 +432,44 @@ class Clock:
             return Passes(parts, np.zeros((len(parts), parts.shape[1] + 1)))
         spans = 1000 * np.diff(np.array(marks))
         return Passes(spans[:, 1::2], spans[:, 0::2])
+
+
+def spin(count: int, device: torch.device) -> None:
+    """Keep a GPU busy for a time in proportion to `count`."""
+    if hasattr(torch.cuda, '_sleep'):
+        torch.cuda._sleep(count * SPIN)
+        return
+    x = torch.ones(2048, 2048, device=device)
+    for _ in range(count):
+        torch.mm(x, x)
+
+
+class Queue:
+    """Lets a GPU spin until the host has enqueued a whole pass. So its parts run back to back, in the GPU's own time.
+
+    The spin is as long as the host takes for a pass, with a margin, and longer if the GPU was still too early.
+    """
+
+    def __init__(self, clock: 'Clock'):
+        self.clock, self.spins = clock, 0
+        spin(1, clock.device)  # loads the kernel
+        before = clock.marks()
+        spin(TIMED_SPINS, clock.device)
+        self.spin_ms = clock.passes([before + clock.marks()]).parts.item() / TIMED_SPINS
+
+    def __call__(self, run: Callable[[], list]) -> tuple[list, bool]:
+        """Return the marks of a pass, and whether the GPU had not started it when the host had enqueued all of it."""
+        for _ in range(TRIES):
+            self.clock.wait()
+            start = time.perf_counter()
+            spin(self.spins, self.clock.device)
+            marks = run()
+            if not marks[0].query():
+                return marks, True
+            host_ms = 1000 * (time.perf_counter() - start)
+            self.spins = max(2 * self.spins, math.ceil(MARGIN * host_ms / self.spin_ms))
+        self.spins = 0  # the next pass starts over: one slow moment of the host must not lengthen all later spins
+        return marks, False
 
 
 def log_latency(

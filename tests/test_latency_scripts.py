@@ -4,6 +4,8 @@ import itertools
 import math
 import random
 import re
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -27,12 +29,13 @@ from latency_pkl.make_lat_lut import (
     time_turn,
 )
 from latency_pkl.sampling import Sample, random_config, reference_config
-from latency_pkl.timing import UNCONFIRMED, Measured, Passes, bench_apart, pool_timings
+from latency_pkl.timing import QUEUED, UNCONFIRMED, WAITED, Measured, Passes, bench_apart, pool_timings
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
 from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
 from models.search_space import SPACE
+from tools.errors import BadInput
 from tools.files import save_checkpoint
 
 MAKER = 'latency_pkl/make_lat_lut.py'
@@ -203,7 +206,7 @@ def test_a_machine_never_undisturbed_gets_a_table_of_its_least_disturbed_timings
 
 
 def test_a_turn_times_the_reference_after_each_network(monkeypatch):
-    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32)
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='eager')
     unseen = random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
     built = []
     monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
@@ -216,6 +219,104 @@ def test_a_turn_times_the_reference_after_each_network(monkeypatch):
         assert passes.parts.shape == (PASSES, sum(map(len, config.stages.values())) + 2)
         assert passes.probes.shape == (PASSES, passes.parts.shape[1] + 1) and (passes.probes > 0).all()
     assert len(turn.passes) == 2 * TURN
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Run a script in this process as if it had a card; all timings are fakes. Returns the launches and standards.
+
+    Two of three networks are bound by their host, and a tenth of the passes cannot be queued.
+    """
+    asked = []
+
+    def time_turn(rng, unseen, args, device):
+        turn = disturbed_turns(0.0, rng.getrandbits(30))(rng, unseen, args, device)
+        asked.append((device.type, args.batch_size, args.launch))
+
+        def on_card(one, ratio):
+            held = rng.random() < 0.9
+            probes = np.full_like(one.probes, 0.0 if args.launch == 'eager' else QUEUED if held else WAITED)
+            return Passes(one.parts, probes, np.full(len(one.parts), ratio if held else math.nan))
+
+        fitted = [(config, on_card(one, 1.0 + i % 3)) for i, (config, one) in enumerate(turn.fitted)]
+        unseen = turn.unseen[0], on_card(turn.unseen[1], 1.0)
+        return Turn(fitted, unseen, [on_card(one, 1.0) for one in turn.reference])
+
+    def measure_latency(build, batch_size, img_size, device, standard, rounds, launch):
+        asked.append((device.type, batch_size, launch, standard and standard.ms))
+        return Measured(5.0, 0.001, 1.0 if standard else None, 1.5 if device.type == 'cuda' else None)
+
+    def measure_in_turns(builds, *setting):
+        measured = [measure_latency(build, *setting) for build in builds]
+        return [replace(one, host=1.0 + i) for i, one in enumerate(measured)], 0.9
+
+    def run(script, *words):
+        asked.clear()
+        monkeypatch.setattr(sys, 'argv', ['script', *map(str, words), *SIZE, '--num_classes', '10'])
+        script.main(script.get_args())
+        return list(asked)
+
+    for script in (make_lat_lut, parsing_model):
+        monkeypatch.setattr(script, 'pick_device', lambda choice: torch.device('cpu' if choice == 'cpu' else 'cuda'))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
+    monkeypatch.setattr(make_lat_lut, 'time_turn', time_turn)
+    monkeypatch.setattr(make_lat_lut, 'measure_in_turns', measure_in_turns)
+    monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
+    clock = SimpleNamespace(monotonic=partial(next, itertools.count()), strftime=time.strftime)
+    monkeypatch.setattr(make_lat_lut, 'time', clock)
+    return run
+
+
+@pytest.mark.parametrize('launch', ['queued', 'eager'])
+def test_a_table_of_a_card_has_its_launch_and_all_that_compares_follows_it(launch, card, searched, tmp_path, capsys):
+    path, network = tmp_path / 'card.pkl', ['--model_path', searched, '--save_path', tmp_path / 'n.config']
+    flag = [] if launch == 'queued' else ['--launch', 'eager']
+    assert {one for one in card(make_lat_lut, '--budget', '30', '--save_path', path, *flag)} == {('cuda', 32, launch)}
+    table, out = load_table(path, 32, SPACE), capsys.readouterr().out
+    assert table.meta['launch'] == launch
+    share, count = map(int, re.search(f'Timed {launch}; bound by the host: (\\d+) % of (\\d+) networks', out).groups())
+    assert count >= 0.8 * table.meta['samples'] > 100 and share == pytest.approx(200 / 3.5, abs=8)
+    assert 'eager over queued time: 2.00 (median), 3.00 (most)' in out
+    assert ('The host was too slow to queue' in out) == (launch == 'queued')
+    assert (table.meta['undisturbed_percent'] < 95) == (launch == 'queued')
+
+    standard = table.meta['reference_ms']
+    check = [make_lat_lut, '--check', path, '--networks', '4', '--tolerance', '1e9']
+    assert card(*check) == [('cuda', 32, launch, standard)] * 4
+    line = f'Timed {launch}; bound by the host: 75 % of 4 networks; eager over queued time: 2.50 (median), 4.00 (most)'
+    assert line in capsys.readouterr().out
+    other = 'eager' if launch == 'queued' else 'queued'
+    assert card(*check, '--launch', other) == [('cuda', 32, other, None)] * 4  # no standard of the other kind
+
+    words = [parsing_model, *network, '--lookup_path', path]
+    timed = card(*words, '--print_lat')
+    assert timed == [('cuda', 32, launch, standard), ('cuda', 1, launch, None), ('cpu', 1, 'eager', None)]
+    lines = re.findall(r'Lat_\w+ bs=.*', capsys.readouterr().out)
+    bound = f'5.0000 ms, {launch} (bound by the host: eager over queued time is 1.50)'
+    assert lines == [f'Lat_GPU bs=32: {bound}', f'Lat_GPU bs=1: {bound}', 'Lat_CPU bs=1: 5.0000 ms']
+    assert set(card(*words, '--target_lat', '50%', '--fit_measured')) == {('cuda', 32, launch, standard)}
+    assert f'measured {bound}, target' in capsys.readouterr().out
+
+
+def test_a_card_is_timed_eagerly_beside_a_table_without_launch(card, searched, tmp_path, capsys):
+    table, path = make_table(img_size=32, seed=1), tmp_path / 'old.pkl'
+    save_table(table.base, table.curves, {'unit': 'ms', 'device': 'a card', 'batch_size': 8}, path)
+    checked = card(make_lat_lut, '--check', path, '--networks', '2', '--tolerance', '1e9')
+    assert checked == [('cuda', 8, 'eager', None)] * 2
+    words = ['--model_path', searched, '--save_path', tmp_path / 'n.config', '--lookup_path', path, '--print_lat']
+    assert {one[2] for one in card(parsing_model, *words)} == {'eager'}
+    save_table(table.base, table.curves, {'unit': 'ms', 'launch': 'graph'}, path)
+    with pytest.raises(BadInput, match="launch is 'graph', should be queued or eager"):
+        card(make_lat_lut, '--check', path)
+
+
+def test_a_launch_is_of_a_gpu(measured, tmp_path, run_script):
+    """On a CPU, and for what is not timed, the flag ends in one line; tables of a CPU have no such entry."""
+    assert 'launch' not in load_table(measured[0], 32, SPACE).meta
+    for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0]]):
+        done = run_script(MAKER, *words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl', code=2)
+        assert '--launch queued: only for times measured on a GPU' in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and done.stdout == '' and not list(tmp_path.iterdir())
 
 
 def test_a_table_is_compared_with_another(tmp_path, run_script):
