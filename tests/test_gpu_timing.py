@@ -24,6 +24,7 @@ from latency_pkl.timing import (
     Measured,
     Passes,
     Queue,
+    Standard,
     host_note,
     host_ratio,
     host_report,
@@ -230,6 +231,8 @@ def test_a_whole_network_is_measured_as_asked(launch, ms, simulated, monkeypatch
     monkeypatch.setattr(Bench, 'images', 'images')
     measured = measure_latency(lambda: None, 1, 32, CUDA, rounds=2, launch=launch)
     assert measured.ms == pytest.approx(ms, rel=0.01) and measured.host == pytest.approx(2.0 / 0.5, rel=0.01)
+    beside = measure_latency(lambda: None, 1, 32, CUDA, Standard(lambda: None, 8.0), rounds=2, launch=launch)
+    assert beside.ms == pytest.approx(8.0) and beside.slowness == pytest.approx(ms / 8, rel=0.01)
 
 
 def test_a_table_gives_the_launch_on_a_gpu_alone():

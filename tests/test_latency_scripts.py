@@ -206,12 +206,13 @@ def test_a_machine_never_undisturbed_gets_a_table_of_its_least_disturbed_timings
 
 
 def test_a_turn_times_the_reference_after_each_network(monkeypatch):
-    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='eager')
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='queued')  # which a CPU ignores
     unseen = random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
     built = []
     monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
     turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
     assert len(built) == TURN + TURN // SHARING  # the reference was rebuilt for every two
+    assert {bench.launch for bench in built} == {'queued'}
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
     reference = sum(map(len, reference_config(10, SPACE).stages.values())) + 2  # its stem, and what follows its blocks
     assert {one.parts.shape[1] for one in turn.reference} == {reference}
