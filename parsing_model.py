@@ -1,6 +1,6 @@
 """Turn a searched model into a network config, and print its size, MACs and latency.
 
-    python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_90.pth.tar \
+    python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_90.pth.tar \\
         --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
     python parsing_model.py --config_path models/zoo/tf_nas_a.config --num_classes 10 --save_path model.config
 
@@ -45,8 +45,8 @@ MEASURED_ROUNDS = 4
 MEASURED_CLOSE = 0.005
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
     parser.add_argument('--save_path', help='config file to write; default: model.config, none for a --config_path')
@@ -69,7 +69,7 @@ def get_args():
         help='times that a network is built and timed for one latency; up to twice as many if they differ much',
     )
     add_device_arg(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def names_config(args):

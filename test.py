@@ -50,8 +50,8 @@ CLOSE = 1e-4
 """Largest allowed difference of an exported network's outputs; see `largest_difference`."""
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
     add_eval_data_args(parser, batch_size=256, workers=16, required=False)
@@ -67,7 +67,7 @@ def get_args():
     add_bad_images_arg(parser)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.val_root) != bool(args.val_list):
         parser.error('give both --val_root and --val_list, or neither')
     if not (args.image or args.export or args.val_list):

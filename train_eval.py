@@ -34,11 +34,11 @@ from tools.run.resume import compare_flags, find_snapshot
 from tools.training import TRAINING, fit, memory_format, start_state
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_training_args(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main(args):

@@ -36,13 +36,13 @@ from tools.run.resume import compare_flags, find_snapshot
 from tools.training import TRAINING, fit, memory_format, start_state
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_training_args(parser)
     add_amp_args(parser)
     parser.add_argument('--sync_bn', action='store_true', help='batch norm over the batches of all processes')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check_sync_bn(world):

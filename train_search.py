@@ -6,7 +6,7 @@ The paper's search, on a GPU with its latency table:
 
 A search on other images, at another input size, with lists of one's own:
 
-    python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \
+    python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \\
         --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 
 A search that was stopped or killed goes on, in its folder, with the same flags and:
@@ -66,8 +66,8 @@ from tools.training import PassResult, Tally, to_device
 VALIDATED_EPOCHS = 5
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_search_args(parser)
     parser.add_argument(
@@ -78,7 +78,7 @@ def get_args():
         help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
         'width: the widths of the start are kept',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):

@@ -28,8 +28,8 @@ from tools.files import write_text
 from tools.options import Parser, count, number, run_script
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     parser.add_argument('--img_root', required=True, help='folder with one folder a class, or with train/ and val/')
     chosen = parser.add_mutually_exclusive_group()
@@ -44,7 +44,7 @@ def get_args():
     ratio = number(float, 0, 1, open_low=True)
     parser.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
     parser.add_argument('--seed', type=count(0), default=2, help='of the split')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
         parser.error('give --to, or --list, or both --train_list and --val_list')

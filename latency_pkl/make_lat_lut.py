@@ -67,8 +67,8 @@ PATIENCE = 4
 """Multiple of the budget for a slow machine to show every block shape."""
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_device_arg(parser)
     parser.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
@@ -101,7 +101,7 @@ def get_args():
         help='times that --check builds and times each network; up to twice as many if they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @dataclass

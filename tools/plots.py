@@ -16,12 +16,12 @@ from tools.report.draw import draw_run
 from tools.run.metrics import read_run
 
 
-def get_args():
-    """Parse the command line."""
+def get_args(argv=None):
+    """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='a run folder, or a metrics.jsonl')
     parser.add_argument('--out', help='folder of the pictures; default: that of the run, or comparison for several')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main(args):
