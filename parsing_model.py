@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from latency_pkl.sampling import build_network, launch_of, standard_of
+from latency_pkl.sampling import build_network, launch_of, standard_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
@@ -26,6 +26,7 @@ from models.parsing import is_config_file, load_architecture, load_search_checkp
 from models.search_space import SPACE
 from models.targeting import most_probable
 from tools.distributed import pick_device
+from tools.environment import set_tf32
 from tools.errors import BadInput
 from tools.files import check_target, write_text
 from tools.options import (
@@ -176,6 +177,7 @@ def main(args):
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
+    set_tf32(tf32_of(table) if table else True)
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
     if args.target_lat:
         configs = fitted_configs(args, save_path, num_classes, table, device)

@@ -63,7 +63,7 @@ def main(args):
     flags = vars(args) | {'num_classes': num_classes}
     config = load_architecture(args.model_path or args.config_path, num_classes, SPACE).with_classes(num_classes)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic)
+    prepare(world.device, args.deterministic, tf32=args.tf32)
     images = args.batch_size // (world.size * max(world.gpus, 1))
     large = large_tensor_note(largest_activation(config, args.img_size), images, world.device)
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)

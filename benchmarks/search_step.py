@@ -149,7 +149,7 @@ def make_form(args, device, form, plain, graphed=False):
 def functions(args, device, form, plain, graphed=False):
     """Return the measurements of a `Rival`: seconds of both steps, kept MB, launches and traffic."""
     if not plain:
-        prepare(device, tf32=args.tf32)
+        prepare(device, tf32=args.tf32, shapes_change=True)
     weights, architecture, mixture = make_form(args, device, form, plain, graphed)
     repeats = 10 if device.type == 'cuda' else 1
     return {
@@ -178,7 +178,7 @@ def traffic(step):
 def between_epochs(device, plain):
     """Return the measurement of a `Rival`: seconds of the work between two epochs."""
     if not plain:
-        prepare(device)
+        prepare(device, shapes_change=True)
     folder = tempfile.TemporaryDirectory()
     path, masks = Path(folder.name) / 'checkpoint.pth.tar', start_masks(SPACE)
     net, full = Network(mask_widths(masks), NUM_CLASSES, SPACE).to(device), full_weights(NUM_CLASSES, device, SPACE)

@@ -23,7 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import build_network, launch_of, random_config, reference_config, sample_of, standard_of
+from latency_pkl.sampling import (
+    build_network,
+    launch_of,
+    random_config,
+    reference_config,
+    sample_of,
+    standard_of,
+    tf32_of,
+)
 from latency_pkl.timing import (
     LAUNCHES,
     ROUNDS,
@@ -43,10 +51,10 @@ from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
 from tools.distributed import pick_device
-from tools.environment import device_name
+from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.files import check_target
-from tools.options import Parser, add_device_arg, class_count, count, image_size, number, run_script
+from tools.options import Parser, add_device_arg, add_tf32_arg, class_count, count, image_size, number, run_script
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
 """Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit needs."""
@@ -84,6 +92,7 @@ def get_args(argv=None):
         help='times of a GPU: its own (queued), or with waits for its host (eager); default: queued; '
         "with --check the table's",
     )
+    add_tf32_arg(parser, None, "; default: yes; with --check the table's")
     parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
     parser.add_argument('--num_classes', type=class_count, default=1000)
     parser.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
@@ -246,6 +255,7 @@ def measured_table(args, device):
         'device': device_name(device),
         'batch_size': args.batch_size,
         'threads': args.threads,
+        'dtype': 'float32',
         'method': 'blocks timed inside running random networks, fitted to the times of the networks',
         'reference': dump_config(reference_config(args.num_classes, SPACE)),
         'reference_ms': reference_ms,
@@ -259,7 +269,7 @@ def measured_table(args, device):
         'spread_percent': round(100 * float(high - low), 3),
     }
     if device.type == 'cuda':
-        meta['launch'] = args.launch
+        meta |= {'launch': args.launch, 'tf32': args.tf32}
     return fit.base, fit.curves, meta
 
 
@@ -348,7 +358,9 @@ def main(args):
     args.threads = args.threads or (table.setting('threads', 1) if table else 1)
     usual = 'queued' if device.type == 'cuda' else 'eager'
     args.launch = args.launch or (launch_of(table, device) if table else usual)
+    args.tf32 = args.tf32 if args.tf32 is not None else tf32_of(table) if table else True
     torch.set_num_threads(args.threads)
+    set_tf32(args.tf32)
     if table:
         if not check(table, args, device):
             sys.exit(1)

@@ -116,6 +116,18 @@ def launch_of(table: LatencyTable, device: torch.device) -> str:
     return launch if device.type == 'cuda' else 'eager'
 
 
+def tf32_of(table: LatencyTable) -> bool:
+    """Return whether networks are timed in TF32 beside a table; True without `tf32`.
+
+    Raises:
+        BadInput: neither True nor False.
+    """
+    tf32 = table.meta.get('tf32', True)
+    if type(tf32) is not bool:
+        raise BadInput(f"the latency table's tf32 is {tf32!r}, should be True or False")
+    return tf32
+
+
 def standard_of(table: LatencyTable, batch_size: int, device: torch.device, launch: str = 'eager') -> Standard | None:
     """Return the table's reference network with its time from when the table was made.
 

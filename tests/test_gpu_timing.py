@@ -10,7 +10,7 @@ import torch
 
 from conftest import SMALL_SPACE
 from latency_pkl import timing as profiling
-from latency_pkl.sampling import build_network, launch_of, reference_config
+from latency_pkl.sampling import build_network, launch_of, reference_config, tf32_of
 from latency_pkl.timing import (
     MARGIN,
     PASSES,
@@ -244,6 +244,16 @@ def test_a_table_gives_the_launch_on_a_gpu_alone():
     for bad in ('graph', None, 1, ['queued']):
         with pytest.raises(BadInput, match='launch is .*, should be queued or eager'):
             launch('cuda', launch=bad)
+
+
+def test_a_table_gives_the_precision_of_timings():
+    def precision(**meta):
+        return tf32_of(LatencyTable(1.0, {}, meta, 32))
+
+    assert precision(tf32=True) and precision() and not precision(tf32=False)
+    for bad in ('yes', 1, None):
+        with pytest.raises(BadInput, match='tf32 is .*, should be True or False'):
+            precision(tf32=bad)
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def prepare(
             chooses kernels by its heuristics. Trying them out would build and time up to ten for each new shape, 30 to
             150 ms; a search has some 290 new shapes an epoch.
     """
-    _set_tf32(tf32)
+    set_tf32(tf32)
     torch.backends.cudnn.benchmark = not (deterministic or shapes_change)
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
@@ -92,7 +92,7 @@ def large_tensor_note(elements: int, images: int, device: torch.device) -> str:
     )
 
 
-def _set_tf32(enabled: bool) -> None:
+def set_tf32(enabled: bool) -> None:
     """Set one precision for matrix products and convolutions; torch's defaults differ."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(matmul, 'fp32_precision'):

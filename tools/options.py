@@ -297,6 +297,7 @@ def add_speed_args(parser: Parser) -> None:
         help='NHWC memory layout; default: on the CPU and in mixed precision',
     )
     parser.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
+    add_tf32_arg(parser)
     add_rank_arg(parser)
 
 
@@ -341,16 +342,17 @@ def add_amp_args(parser: Parser) -> None:
     parser.add_argument('--keep_batchnorm_fp32', type=yes_no, help='True or False; default: False with O3 only')
 
 
+def add_tf32_arg(parser: Parser, default: bool | None = True, usual: str = '') -> None:
+    """Add --tf32 and --no-tf32."""
+    text = 'TF32 for float32 products and convolutions of GPUs that have it'
+    parser.add_argument('--tf32', action=argparse.BooleanOptionalAction, default=default, help=text + usual)
+
+
 def add_step_args(parser: Parser) -> None:
     """Add flags that change the speed and memory of a search but not its results, except for rounding."""
     parser.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
     parser.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
-    parser.add_argument(
-        '--tf32',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='TF32 for float32 products and convolutions of GPUs that have it',
-    )
+    add_tf32_arg(parser)
     parser.add_argument(
         '--cuda_graph',
         action='store_true',
