@@ -192,7 +192,7 @@ def test_help_shows_defaults_also_where_they_are_zero(monkeypatch, capsys):
     for says in (
         'average of the weights (default: 0.0)',
         '--lr LR (default: 0.2)',
-        'network with torch.compile --local_rank',
+        'network with torch.compile --tf32',
     ):
         assert says in shown
     assert shown.count('many as the list or the weights have') == 1 and 'have (default' not in shown
