@@ -1,13 +1,17 @@
 """Turn a searched model into a network config, and print its size, MACs and latency.
 
-    python parsing_model.py --model_path checkpoints/search-<time>-try/searched_model_90.pth.tar \\
-        --save_path model.config --lookup_path latency_pkl/latency_gpu.pkl --print_lat
-    python parsing_model.py --config_path models/zoo/tf_nas_a.config --num_classes 10 --save_path model.config
+    python parsing_model.py --print_lat \\
+        --model_path checkpoints/search-<time>-try/searched_model_90.pth.tar \\
+        --lookup_path latency_pkl/latency_gpu.pkl --save_path model.config
+    python parsing_model.py --config_path models/zoo/tf_nas_a.config \\
+        --num_classes 10 --save_path model.config
 
 The most probable network of a search that meets a target; several targets; and corrected by its measured time:
 
-    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 12 15 18
-    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
+    python parsing_model.py --model_path searched.pth.tar \\
+        --lookup_path table.pkl --target_lat 12 15 18
+    python parsing_model.py --model_path searched.pth.tar \\
+        --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
 from functools import partial
@@ -50,20 +54,27 @@ def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_arch_args(parser)
-    parser.add_argument('--save_path', help='config file to write; default: model.config, none for a --config_path')
-    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
-    parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
-    parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
-    parser.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
-    parser.add_argument(
+    network, latency = parser.groups['network'], parser.groups['latency']
+    network.add_argument(
+        '--num_classes', type=class_count, help='number of classes; default: those of a --config_path, otherwise 1000'
+    )
+    network.add_argument('--img_size', type=image_size, default=224, help='height and width of the input in pixels')
+    parser.groups['output'].add_argument(
+        '--save_path', metavar='FILE', help='config file to write; default: model.config, none for a --config_path'
+    )
+    latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
+    latency.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
+    latency.add_argument(
+        '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; one config for each'
+    )
+    latency.add_argument(
         '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
     )
-    parser.add_argument('--num_classes', type=class_count, help='default: those of a --config_path, otherwise 1000')
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
-    parser.add_argument(
+    latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
+    parser.groups['hardware'].add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
     )
-    parser.add_argument(
+    latency.add_argument(
         '--rounds',
         type=count(),
         default=ROUNDS,

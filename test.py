@@ -1,8 +1,11 @@
 """Top-1 and top-5 accuracy of a trained network, or the classes of one image.
 
-python test.py --val_root /data/imagenet/val --val_list val.txt --config_path model.config --weights weights.pth.tar
-python test.py --image photo.jpg --config_path model.config --weights weights.pth.tar
-python test.py --export net.onnx --fuse_bn --config_path model.config --weights weights.pth.tar
+    python test.py --config_path model.config --weights weights.pth.tar \\
+        --val_root /data/imagenet/val --val_list val.txt
+    python test.py --config_path model.config --weights weights.pth.tar \\
+        --image photo.jpg
+    python test.py --config_path model.config --weights weights.pth.tar \\
+        --export net.onnx --fuse_bn
 
 --export writes ONNX (.onnx), a torch.export program (.pt2), Python source that needs only torch, with weights (.py and
 .pth), or weights and config (.safetensors and .config).
@@ -55,15 +58,18 @@ def get_args(argv=None):
     parser = Parser(__doc__)
     add_arch_args(parser)
     add_eval_data_args(parser, batch_size=256, workers=16, required=False)
-    parser.add_argument('--weights', required=True, help='a checkpoint or state dict of the network')
-    parser.add_argument('--no_average', action='store_true', help='ignore a moving average in --weights')
-    parser.add_argument('--image', nargs='+', help='image files or folders; prints the five most probable classes')
-    parser.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
-    parser.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
-    parser.add_argument(
+    network, output = parser.groups['network'], parser.groups['output']
+    network.add_argument('--weights', metavar='FILE', required=True, help='a checkpoint or state dict of the network')
+    network.add_argument('--no_average', action='store_true', help='ignore a moving average in --weights')
+    parser.groups['data'].add_argument(
+        '--image', metavar='PATH', nargs='+', help='image files or folders; prints the five most probable classes'
+    )
+    output.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
+    output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
+    output.add_argument(
         '--opset', type=count(OPSETS[0], OPSETS[-1]), help='of a .onnx file, for older programs; default: 20'
     )
-    parser.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
+    network.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
     add_bad_images_arg(parser)
     parser.set_defaults(seed=0)
     add_device_arg(parser)

@@ -1,9 +1,16 @@
 """Train a found network from scratch in float32, on all visible GPUs or the CPU. Writes eval-<time>-<note>/.
 
-    python train_eval.py --train_root /data/imagenet/train --val_root /data/imagenet/val --train_list train.txt \\
-        --val_list val.txt --config_path model.config
-    python train_eval.py ... --snapshot auto                 (resumes from the newest checkpoint under --save)
-    torchrun --nproc_per_node=4 train_eval.py ...            (one process per GPU, faster than one for all)
+    python train_eval.py --config_path model.config \\
+        --train_root /data/imagenet/train --train_list train.txt \\
+        --val_root /data/imagenet/val --val_list val.txt
+
+A training that was stopped or killed goes on from its newest checkpoint:
+
+    python train_eval.py ... --snapshot auto
+
+One process per GPU, faster than one for all:
+
+    torchrun --nproc_per_node=4 train_eval.py ...
 
 For mixed precision see train_eval_amp.py.
 """

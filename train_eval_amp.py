@@ -1,9 +1,15 @@
 """Train a found network in mixed precision, one process per device; otherwise like train_eval.py.
 
-    torchrun --nproc_per_node=2 train_eval_amp.py --train_root /data/imagenet/train --val_root /data/imagenet/val \\
-        --train_list train.txt --val_list val.txt --config_path model.config --opt_level O1 --sync_bn --channels_last
-    python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...             (older launcher)
-    torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ... --snapshot auto     (restarts killed processes)
+    torchrun --nproc_per_node=2 train_eval_amp.py --config_path model.config \\
+        --train_root /data/imagenet/train --train_list train.txt \\
+        --val_root /data/imagenet/val --val_list val.txt \\
+        --opt_level O1 --sync_bn --channels_last
+
+Restarting killed processes; and an older launcher:
+
+    torchrun --nproc_per_node=2 --max-restarts=3 train_eval_amp.py ... \\
+        --snapshot auto
+    python -m torch.distributed.launch --nproc_per_node=2 train_eval_amp.py ...
 
 --batch_size and --workers are totals over all processes.
 """
@@ -41,7 +47,9 @@ def get_args(argv=None):
     parser = Parser(__doc__)
     add_training_args(parser)
     add_amp_args(parser)
-    parser.add_argument('--sync_bn', action='store_true', help='batch norm over the batches of all processes')
+    parser.groups['hardware'].add_argument(
+        '--sync_bn', action='store_true', help='batch norm over the batches of all processes'
+    )
     return parser.parse_args(argv)
 
 

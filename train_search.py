@@ -2,12 +2,14 @@
 
 The paper's search, on a GPU with its latency table:
 
-    python train_search.py --img_root /data/imagenet/train --target_lat 15.0 --lambda_lat 0.1 --note tf-nas-b
+    python train_search.py --img_root /data/imagenet/train --target_lat 15.0 \\
+        --lambda_lat 0.1 --note tf-nas-b
 
 A search on other images, at another input size, with lists of one's own:
 
-    python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \\
-        --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
+    python train_search.py --img_root images --train_list train.txt \\
+        --val_list val.txt --num_classes 10 --img_size 64 \\
+        --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 
 A search that was stopped or killed goes on, in its folder, with the same flags and:
 
@@ -70,7 +72,7 @@ def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_search_args(parser)
-    parser.add_argument(
+    parser.groups['search'].add_argument(
         '--freedoms',
         nargs='*',
         choices=FREEDOMS,

@@ -1,7 +1,7 @@
 """Images per second that one worker core prepares, by the paper's pipeline and by --device_aug.
 
-    python benchmarks/input_pipeline.py                                 generated photo-like JPEGs of 500 x 375
-    python benchmarks/input_pipeline.py --img_root DIR --list LIST      your own images
+    python benchmarks/input_pipeline.py             (generated JPEGs, 500 x 375)
+    python benchmarks/input_pipeline.py --img_root DIR --list LIST
 
 A worker reads, decodes, augments and collates JPEG files. With --device_aug the training device jitters the colours
 instead; its time per image is printed too. Both pipelines alternate.

@@ -1,6 +1,7 @@
 """Compare predicted with measured latency of random networks: an in-context table, and blocks timed alone.
 
-python benchmarks/latency_methods.py --table latency_pkl/my_cpu.pkl --plot methods.png
+    python benchmarks/latency_methods.py --table latency_pkl/my_cpu.pkl \\
+        --plot methods.png
 """
 
 import random

@@ -1,9 +1,12 @@
 """Compare time, memory and launches of a search's steps with those of a plain implementation.
 
-    python benchmarks/search_step.py                                  at 224, batch 16, on a GPU if available
-    python benchmarks/search_step.py --img_size 64 --batch_size 32    a small search
-    python benchmarks/search_step.py --batch_size 32 --amp bfloat16   on a GPU: also the time of the paper's 90 epochs
-    python benchmarks/search_step.py --cuda_graph                     on a GPU: with and without
+    python benchmarks/search_step.py               (at 224 pixels, batch 16)
+    python benchmarks/search_step.py --img_size 64 --batch_size 32
+
+On a GPU, with the time of the paper's 90 epochs; and with and without a graph:
+
+    python benchmarks/search_step.py --batch_size 32 --amp bfloat16
+    python benchmarks/search_step.py --cuda_graph
 
 The plain implementation is `benchmarks/plain_search.py`. All implementations alternate, each in a separate process, and
 the medians are printed. Kept memory is what autograd holds between forward and backward pass. Launches are dispatched

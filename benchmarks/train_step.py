@@ -1,7 +1,7 @@
 """Compare the speed of a training step (forward, backward, metrics) with that of a plain implementation.
 
-    python benchmarks/train_step.py                        TF-NAS-A at 224, batch 16, on a GPU if available
-    python benchmarks/train_step.py --batch_size 256       for a GPU
+    python benchmarks/train_step.py                     (at 224 pixels, batch 16)
+    python benchmarks/train_step.py --batch_size 256    (for a GPU)
 
 The plain implementation has contiguous layout, swish composed in Python and one `.item()` per step. The project's has
 channels last (as chosen by the training scripts), torch's swish, metrics that stay on the device and, on a CPU, memory

@@ -7,12 +7,14 @@ commands for a search with them:
 
 A training and a validation list from one folder, split 80/20 in each class:
 
-    python dataset/make_lists.py --img_root images --train_list train.txt --val_list val.txt
+    python dataset/make_lists.py --img_root images --train_list train.txt \\
+        --val_list val.txt
 
 One list of all images of a folder, and a second one with the classes and labels of the first:
 
     python dataset/make_lists.py --img_root images/train --list train.txt
-    python dataset/make_lists.py --img_root images/val --list val.txt --like train.txt
+    python dataset/make_lists.py --img_root images/val --list val.txt \\
+        --like train.txt
 """
 
 import shlex
@@ -31,19 +33,28 @@ from tools.options import Parser, count, number, run_script
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    parser.add_argument('--img_root', required=True, help='folder with one folder a class, or with train/ and val/')
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument('--classes', help='file that names the class folders to take, one a line; default: all')
-    chosen.add_argument('--like', help='list that gives the class folders to take and their labels, such as train.txt')
-    parser.add_argument(
-        '--to', help='folder that gets train.txt, val.txt, search_train.txt, search_val.txt, classes.txt'
+    data, output = parser.groups['data'], parser.groups['output']
+    data.add_argument(
+        '--img_root', metavar='FOLDER', required=True, help='folder with one folder a class, or with train/ and val/'
     )
-    parser.add_argument('--list', help='write all images to this one list')
-    parser.add_argument('--train_list', help='write the first part of a split here')
-    parser.add_argument('--val_list', help='write the second part of a split here')
+    chosen = data.add_mutually_exclusive_group()
+    chosen.add_argument(
+        '--classes', metavar='FILE', help='file that names the class folders to take, one a line; default: all'
+    )
+    chosen.add_argument(
+        '--like', metavar='LIST', help='list that gives the class folders to take and their labels, such as train.txt'
+    )
+    output.add_argument(
+        '--to',
+        metavar='FOLDER',
+        help='folder that gets train.txt, val.txt, search_train.txt, search_val.txt, classes.txt',
+    )
+    output.add_argument('--list', metavar='FILE', help='write all images to this one list')
+    output.add_argument('--train_list', metavar='FILE', help='write the first part of a split here')
+    output.add_argument('--val_list', metavar='FILE', help='write the second part of a split here')
     ratio = number(float, 0, 1, open_low=True)
-    parser.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
-    parser.add_argument('--seed', type=count(0), default=2, help='of the split')
+    data.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
+    data.add_argument('--seed', type=count(0), default=2, help='seed of the split')
     args = parser.parse_args(argv)
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:

@@ -1,6 +1,7 @@
 """Join the results of several experiments of three_freedoms.py, with different seeds, in one table and one picture.
 
-python experiments/join.py one/results.jsonl another/results.jsonl --save both
+    python experiments/join.py one/results.jsonl another/results.jsonl \\
+        --save both
 """
 
 import json

@@ -1,10 +1,13 @@
 """Print the accuracy of architectures with the weights of a searched supernet, without training them.
 
-python experiments/path_accuracy.py --model_path searched.pth.tar --architectures a.json b.json \
-    --val_root images --val_list val.txt --num_classes 10 --img_size 64
+    python experiments/path_accuracy.py --model_path searched.pth.tar \\
+        --architectures a.json b.json --val_root images --val_list val.txt \\
+        --num_classes 10 --img_size 64
 
-An architecture is a JSON file: {"arch": {"stage1": [op indices], ...},
-"widths": {"stage1": {"block1": {"0": mid channels, ...}, ...}, ...}}.
+An architecture is a JSON file:
+
+    {"arch": {"stage1": [op indices], ...},
+     "widths": {"stage1": {"block1": {"0": mid channels, ...}, ...}, ...}}
 """
 
 import json
@@ -32,8 +35,8 @@ from tools.training import evaluate
 def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument('--model_path', required=True, help='a searched model')
-    parser.add_argument('--architectures', nargs='+', required=True, help='JSON files')
+    parser.add_argument('--model_path', metavar='FILE', required=True, help='a searched model')
+    parser.add_argument('--architectures', metavar='FILE', nargs='+', required=True, help='JSON files')
     add_eval_data_args(parser, batch_size=128, workers=0)
     parser.set_defaults(seed=0)
     add_device_arg(parser)

@@ -1,8 +1,9 @@
 """Measure what each of the three search freedoms is worth: searches with and without it, at one latency target.
 
-python experiments/three_freedoms.py --img_root images/train --train_list search_train.txt --val_list search_val.txt \
-    --test_root images/test --test_list test.txt --num_classes 10 --img_size 64 --lookup_path my_table.pkl \
-    --save evidence
+    python experiments/three_freedoms.py --img_root images/train \\
+        --train_list search_train.txt --val_list search_val.txt \\
+        --test_root images/test --test_list test.txt --num_classes 10 \\
+        --img_size 64 --lookup_path my_table.pkl --save evidence
 
 Arms: `full` method; without `operator` freedom (the Gumbel path alone trains the weights); without `width` freedom (no
 scaling); `random` architectures with fitted widths; `targets`, the full method at other targets. A copy of the project

@@ -1,10 +1,15 @@
 """Make a latency table of this machine: blocks timed inside running networks, checked against whole networks.
 
-python latency_pkl/make_lat_lut.py --device cpu --save_path latency_pkl/my_cpu.pkl
-python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 --save_path latency_pkl/my_gpu.pkl
-python latency_pkl/make_lat_lut.py --metric flops --save_path latency_pkl/flops.pkl
-python latency_pkl/make_lat_lut.py --estimate titan_rtx --save_path latency_pkl/latency_gpu.pkl
-python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
+    python latency_pkl/make_lat_lut.py --device cpu --save_path my_cpu.pkl
+    python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 \\
+        --save_path my_gpu.pkl
+    python latency_pkl/make_lat_lut.py --metric flops --save_path flops.pkl
+    python latency_pkl/make_lat_lut.py --estimate titan_rtx \\
+        --save_path latency_pkl/latency_gpu.pkl
+
+Check a table against fresh networks:
+
+    python latency_pkl/make_lat_lut.py --check my_cpu.pkl
 """
 
 import random
@@ -79,37 +84,40 @@ def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_device_arg(parser)
-    parser.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
-    parser.add_argument(
+    table, check, hardware = (parser.groups[name] for name in ('latency', 'check', 'hardware'))
+    table.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
+    table.add_argument(
         '--batch_size', type=count(), help="images a pass; default: 32 on a GPU, 1 on a CPU; with --check the table's"
     )
-    parser.add_argument(
+    hardware.add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of a pass; default: 1; with --check the table's"
     )
-    parser.add_argument(
+    table.add_argument(
         '--launch',
         choices=LAUNCHES,
         help='times of a GPU: its own (queued), or with waits for its host (eager); default: queued; '
         "with --check the table's",
     )
     add_tf32_arg(parser, None, "; default: yes; with --check the table's")
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
-    parser.add_argument('--num_classes', type=class_count, default=1000)
-    parser.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
-    parser.add_argument(
-        '--save_path', help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl'
+    table.add_argument('--img_size', type=image_size, default=224, help='height and width of the input in pixels')
+    table.add_argument('--num_classes', type=class_count, default=1000, help='classes of the networks')
+    table.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
+    parser.groups['output'].add_argument(
+        '--save_path',
+        metavar='FILE',
+        help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl',
     )
-    parser.add_argument('--seed', type=count(0), default=2)
-    parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
-    parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
-    parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
-    parser.add_argument(
+    table.add_argument('--seed', type=count(0), default=2, help='seed of the random networks')
+    table.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
+    check.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
+    check.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
+    check.add_argument(
         '--rounds',
         type=count(),
         default=ROUNDS,
         help='times that --check builds and times each network; up to twice as many if they differ much',
     )
-    parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
+    check.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     return parser.parse_args(argv)
 
 

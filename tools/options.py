@@ -3,9 +3,11 @@
 import argparse
 import difflib
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import NoReturn
 
 from tools.errors import BadInput, explain, has_no_reader, silence
@@ -17,26 +19,62 @@ VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 """Defaults of a search: its table, and its lists, which it creates if neither exists."""
 
 
+GROUPS = ('network', 'data', 'search', 'training', 'latency', 'check', 'output', 'resuming', 'hardware', 'launcher')
+"""Titles of the groups of flags, in the order of the help."""
+
+
+class Flags(argparse.Namespace):
+    """Parsed flags. `defaults` has the default of each, and is no flag itself."""
+
+    __slots__ = ('defaults',)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help formatter that appends defaults that are not in the help text."""
+    """Help formatter: usage with the required flags only, filled paragraphs, and the default of each flag."""
 
     def add_argument(self, action):
         """Add an option with its default."""
         text = action.help or ''
         has_default = action.default is not None and action.default is not False  # 0 is a default
         if has_default and action.default != argparse.SUPPRESS and 'default' not in text:
-            action.help = f'{text} (default: %(default)s)'.strip()
+            values = action.default if isinstance(action.default, list) else [action.default]
+            default = ' '.join(map(str, values)).replace('%', '%%')
+            action.help = f'{text} (default: {default})'.strip()
         super().add_argument(action)
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        """Add the usage; the groups list the other flags."""
+        choices = [action for group in groups if group.required for action in group._group_actions]
+        needed = [a for a in actions if a.required or not a.option_strings or a in choices]
+        super().add_usage(usage, needed, groups, prefix)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        return f'{super()._format_usage(usage, actions, groups, prefix).rstrip()} [flags]\n\n'
+
+    def _fill_text(self, text, width, indent):
+        """Return the docstring, with paragraphs that are not indented filled."""
+        parts = [part if part.startswith(' ') else fill(part, width) for part in text.strip().split('\n\n')]
+        return '\n\n'.join(parts)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, 'metavar', None) or super()._get_default_metavar_for_optional(action)
 
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with errors of one line, which name the closest known flag for an unknown one.
 
-    The help shows the script's docstring (its runnable commands) and every default.
+    The help shows the script's docstring (its runnable commands) and every default. Dashes in names of flags count as
+    underscores. `@flags.txt` stands for the flags in that file.
     """
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        super().__init__(
+            description=description,
+            epilog='Flags may be written with dashes, and read from a file by @flags.txt: one flag and value a line.',
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
     def error(self, message: str) -> NoReturn:
         """Print the error in one line and exit with code 2."""
@@ -44,12 +82,51 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parse the flags; unknown ones are errors."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace or Flags())
+        parsed.defaults = {action.dest: action.default for action in self._actions} | self._defaults
         if unknown:
             flag = unknown[0].split('=')[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            self.error(f'unknown argument {unknown[0]}' + (f', did you mean {near[0]}?' if near else ''))
+            near = difflib.get_close_matches(flag.replace('-', '_'), self._spellings(), n=1)
+            also = f', did you mean {self._spellings()[near[0]]}?' if near else ''
+            self.error(f'unknown argument {unknown[0]}{also}')
         return parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse the flags, and return those that are not known too."""
+        words, known = [], self._spellings()
+        for word in sys.argv[1:] if args is None else args:
+            words += self._words_of(word[1:]) if word.startswith('@') else [word]
+        for i, word in enumerate(words):
+            name, equals, value = word.partition('=')
+            if word.startswith('--'):
+                words[i] = known.get(name.replace('-', '_'), name) + equals + value
+        return super().parse_known_args(words, namespace)
+
+    def _spellings(self) -> dict[str, str]:
+        """Return the long flags by their names with underscores for all dashes."""
+        return {flag.replace('-', '_'): flag for flag in self._option_string_actions if flag.startswith('--')}
+
+    def _words_of(self, path: str) -> list[str]:
+        """Return the words of a file of flags; # begins a comment."""
+        try:
+            return shlex.split(Path(path).read_text(encoding='utf-8'), comments=True)
+        except OSError as e:
+            self.error(f'@{path}: no file of flags there ({e.strerror})')
+        except ValueError as e:
+            self.error(f'@{path}: not a file of flags, one flag and value a line ({e})')
+
+
+def changed_flags(args: argparse.Namespace) -> list[str]:
+    """Return the words of the flags that differ from their defaults; of all flags if `args` has no defaults."""
+    defaults, words = getattr(args, 'defaults', {}), []
+    for name, value in vars(args).items():
+        if name in defaults and value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(f'--{name}' if value else f'--no-{name}')
+        elif value is not None:
+            words += [f'--{name}', *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
@@ -93,6 +170,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
             raise argparse.ArgumentTypeError(f'{text!r} should be a{"n" * (kind is int)} {kind.__name__} {bounds}')
         return value
 
+    check.metavar = 'N' if kind is int else 'X'
     return check
 
 
@@ -111,9 +189,8 @@ process_count = count(0, 1024)
 """Argparse type: number of processes or threads."""
 
 
-def fraction(text: str) -> float:
-    """Parse a float of at least 0 and below 1, as an argparse type."""
-    return number(float, 0, math.nextafter(1, 0))(text)
+fraction = number(float, 0, math.nextafter(1, 0))
+"""Argparse type: a float of at least 0 and below 1."""
 
 
 def count_or_all(text: str) -> int | None:
@@ -141,12 +218,14 @@ def project_file(path: str, default: str) -> str:
 
 def add_device_arg(parser: Parser) -> None:
     """Add --device."""
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU if available')
+    parser.groups['hardware'].add_argument(
+        '--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU if available'
+    )
 
 
 def add_bad_images_arg(parser: Parser) -> None:
     """Add --bad_images."""
-    parser.add_argument(
+    parser.groups['data'].add_argument(
         '--bad_images',
         choices=('error', 'skip'),
         default='error',
@@ -157,113 +236,153 @@ def add_bad_images_arg(parser: Parser) -> None:
 def add_image_args(parser: Parser) -> None:
     """Add flags of training images."""
     add_bad_images_arg(parser)
-    parser.add_argument(
+    parser.groups['data'].add_argument(
         '--device_aug', action='store_true', help='jitter colours on the device: workers load many times as fast'
     )
 
 
 def add_arch_args(parser: Parser) -> None:
     """Add --model_path and --config_path, exactly one of which names the network."""
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument('--model_path', help='a searched model (searched_model_NN.pth.tar) or a model.config')
-    group.add_argument('--config_path', help='a model.config')
+    group = parser.groups['network'].add_mutually_exclusive_group(required=True)
+    group.add_argument('--model_path', metavar='FILE', help='a searched_model_NN.pth.tar, or a model.config')
+    group.add_argument('--config_path', metavar='FILE', help='a model.config')
+
+
+def add_size_arg(parser: Parser) -> None:
+    """Add --img_size."""
+    help_text = 'height and width of the input in pixels'
+    parser.groups['data'].add_argument('--img_size', type=image_size, default=224, help=help_text)
 
 
 def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
     """Add flags of the validation images and their loading."""
-    parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
-    parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
-    parser.add_argument(
+    data = parser.groups['data']
+    data.add_argument(
+        '--val_root', metavar='FOLDER', required=required, help='folder that the paths in --val_list start from'
+    )
+    data.add_argument(
+        '--val_list', metavar='FILE', required=required, help="validation images: lines of 'relative/path label'"
+    )
+    data.add_argument(
+        '--num_classes', type=class_count, help='number of classes; default: as many as the list or the weights have'
+    )
+    add_size_arg(parser)
+    data.add_argument('--batch_size', type=count(), default=batch_size, help='images a step, over all devices')
+    parser.groups['hardware'].add_argument(
         '--workers', type=process_count, default=workers, help='processes that load images, at most one for each core'
     )
-    parser.add_argument('--batch_size', type=count(), default=batch_size)
-    parser.add_argument('--num_classes', type=class_count, help='default: as many as the list or the weights have')
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
 
 
 def add_search_args(parser: Parser) -> None:
     """Add the flags of the search, except those of its freedoms. Defaults are the paper's recipe."""
     positive = number(float, 0, open_low=True)
-    parser.add_argument('--img_root', required=True, help='folder that the paths in both lists start from')
-    parser.add_argument('--train_list', default=TRAIN_LIST, help='images that train the weights')
-    parser.add_argument('--val_list', default=VAL_LIST, help='images that train the architecture')
-    parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
-    parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
-    parser.add_argument('--note', default='try', help='last part of the name of the run folder')
-    add_snapshot_args(parser)
-    parser.add_argument(
-        '--keep_checkpoints', type=count_or_all, default=2, help='searched models to keep, the newest; or the word all'
+    data = parser.groups['data']
+    data.add_argument(
+        '--img_root', metavar='FOLDER', required=True, help='folder that the paths in both lists start from'
     )
-    parser.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
-    parser.add_argument(
+    data.add_argument('--train_list', metavar='FILE', default=TRAIN_LIST, help='images that train the weights')
+    data.add_argument('--val_list', metavar='FILE', default=VAL_LIST, help='images that train the architecture')
+    data.add_argument('--num_classes', type=class_count, help='number of classes; default: as many as the lists name')
+    add_size_arg(parser)
+    data.add_argument('--batch_size', type=count(2), default=32, help='images a step, over all devices')
+    add_image_args(parser)
+
+    search = parser.groups['search']
+    search.add_argument('--epochs', type=count(), default=90, help='epochs in all')
+    search.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
+    search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
+    search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
+    search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
+    search.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
+    search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
+    search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
+    search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
+    search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
+    search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
+    search.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='factor on T an epoch')
+    search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
+    search.add_argument(
+        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
+    )
+
+    latency = parser.groups['latency']
+    latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
+    latency.add_argument(
+        '--target_lat', metavar='MS', default='15.0', help='in ms; or a share of the reachable range, such as 60%%'
+    )
+    latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
+    latency.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+
+    add_output_args(parser, 'search')
+    add_snapshot_args(parser)
+    parser.groups['resuming'].add_argument(
+        '--keep_checkpoints',
+        metavar='N',
+        type=count_or_all,
+        default=2,
+        help='searched models to keep, the newest; or the word all',
+    )
+    hardware = parser.groups['hardware']
+    add_device_arg(parser)
+    hardware.add_argument(
         '--workers', type=process_count, default=4, help='processes that load the images that train the weights'
     )
-    parser.add_argument(
+    hardware.add_argument(
         '--val_workers',
         type=process_count,
         help='processes that load the images that train the architecture; default: half of --workers, at least 1 if'
         ' there are any',
     )
-    parser.add_argument('--epochs', type=count(), default=90)
-    parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
-    add_image_args(parser)
-    parser.add_argument('--batch_size', type=count(2), default=32)
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
-    parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
-    parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
-    parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    parser.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
-    parser.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
-    parser.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
-    parser.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
-    parser.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
-    parser.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    parser.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='its factor an epoch')
-    parser.add_argument('--num_classes', type=class_count, help='default: as many as the lists name')
-    parser.add_argument('--seed', type=count(0), default=2)
-    parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
-    parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
-    parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
-    parser.add_argument(
-        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
-    )
-    add_device_arg(parser)
-    add_rank_arg(parser)
     add_step_args(parser)
-    add_watch_args(parser)
+    add_rank_arg(parser)
 
 
 def add_training_args(parser: Parser) -> None:
     """Add all flags of the training scripts, with the paper's recipe as defaults."""
     add_arch_args(parser)
-    parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
-    parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
+    parser.groups['network'].add_argument(
+        '--weights', metavar='FILE', help='start from the weights in this file, all but a classifier of other classes'
+    )
+    data = parser.groups['data']
+    data.add_argument(
+        '--train_root', metavar='FOLDER', required=True, help='folder that the paths in --train_list start from'
+    )
+    data.add_argument(
+        '--train_list', metavar='FILE', required=True, help="training images: lines of 'relative/path label'"
+    )
     add_eval_data_args(parser, batch_size=512, workers=16)
-    parser.add_argument('--weights', help='start from the weights in this file, all but a classifier of other classes')
     add_image_args(parser)
-    add_device_arg(parser)
-    parser.add_argument('--save', default='./checkpoints', help='folder in which eval-<time>-<note>/ is created')
-    parser.add_argument('--note', default='try', help='last part of the name of the run folder')
-    add_snapshot_args(parser)
-    parser.add_argument('--print_freq', type=count(), default=100, help='steps between log lines')
-    add_watch_args(parser)
-    parser.add_argument('--epochs', type=count(), default=250)
-    parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
-    parser.add_argument('--momentum', type=fraction, default=0.9)
-    parser.add_argument('--weight_decay', type=number(float, 0), default=1e-5)
-    parser.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0, help='largest gradient norm')
-    parser.add_argument('--label_smooth', type=fraction, default=0.1)
-    parser.add_argument('--dropout_rate', type=fraction, default=0.2)
-    parser.add_argument('--drop_connect_rate', type=fraction, default=0.2)
-    parser.add_argument('--seed', type=count(0), default=2)
-    add_speed_args(parser)
+
+    training = parser.groups['training']
+    training.add_argument('--epochs', type=count(), default=250, help='epochs in all')
+    training.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2, help='learning rate at the start')
+    training.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD')
+    training.add_argument('--weight_decay', type=number(float, 0), default=1e-5, help='weight decay')
+    training.add_argument(
+        '--grad_clip', type=number(float, 0, open_low=True), default=5.0, help='largest gradient norm'
+    )
+    training.add_argument('--label_smooth', type=fraction, default=0.1, help='label smoothing')
+    training.add_argument('--dropout_rate', type=fraction, default=0.2, help='dropout before the classifier')
+    training.add_argument('--drop_connect_rate', type=fraction, default=0.2, help='largest rate of dropped blocks')
+    training.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
     add_recipe_args(parser)
 
+    add_output_args(parser, 'eval')
+    add_snapshot_args(parser)
+    add_device_arg(parser)
+    add_speed_args(parser)
 
-def add_watch_args(parser: Parser) -> None:
-    """Add flags of what a run writes besides log.txt and metrics.jsonl."""
-    parser.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
-    parser.add_argument(
+
+def add_output_args(parser: Parser, prefix: str) -> None:
+    """Add flags of what a run writes, in a folder `<prefix>-<time>-<note>`."""
+    output = parser.groups['output']
+    output.add_argument(
+        '--save', metavar='FOLDER', default='./checkpoints', help=f'folder that gets {prefix}-<time>-<note>/'
+    )
+    output.add_argument('--note', metavar='NAME', default='try', help='last part of the name of the run folder')
+    output.add_argument('--print_freq', type=count(), default=100, help='steps between two lines of the log')
+    output.add_argument('--tensorboard', action='store_true', help="write TensorBoard's files to the run folder too")
+    output.add_argument(
         '--report',
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -273,92 +392,107 @@ def add_watch_args(parser: Parser) -> None:
 
 def add_snapshot_args(parser: Parser) -> None:
     """Add flags of checkpoints, resuming and determinism."""
-    parser.add_argument(
+    resuming = parser.groups['resuming']
+    resuming.add_argument(
         '--snapshot',
+        metavar='FILE',
         help='a checkpoint to resume from, in its run folder; auto: the newest good one of this --note under --save, '
         'which also serves restarts by torchrun (--max-restarts)',
     )
-    parser.add_argument(
+    resuming.add_argument(
         '--save_freq',
         type=number(float, 0),
         default=10.0,
         help='minutes between two checkpoints within an epoch; 0: after each step',
     )
-    parser.add_argument(
+    parser.groups['hardware'].add_argument(
         '--deterministic', action='store_true', help='only kernels that give the same bits each time; slower on GPUs'
     )
 
 
 def add_speed_args(parser: Parser) -> None:
     """Add flags that change the speed of training but not its results, except for rounding."""
-    parser.add_argument(
+    hardware = parser.groups['hardware']
+    hardware.add_argument(
         '--channels_last',
         action=argparse.BooleanOptionalAction,
         help='NHWC memory layout; default: on the CPU and in mixed precision',
     )
-    parser.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
+    hardware.add_argument('--compile', action='store_true', help='compile the network with torch.compile')
     add_tf32_arg(parser)
     add_rank_arg(parser)
 
 
 def add_rank_arg(parser: Parser) -> None:
     """Add the flag that older launchers pass to each process."""
-    parser.add_argument('--local_rank', '--local-rank', type=count(0), help='set by launchers')
+    parser.groups['launcher'].add_argument('--local_rank', type=count(0), help='set by launchers')
 
 
 def add_recipe_args(parser: Parser) -> None:
     """Add flags that depart from the paper's recipe; all off by default."""
-    alpha = number(float, 0)
-    parser.add_argument(
+    alpha, training = number(float, 0), parser.groups['training']
+    training.add_argument(
         '--ema_decay', type=fraction, default=0.0, help='keep and evaluate a moving average of the weights'
     )
-    parser.add_argument('--mixup', type=alpha, default=0.0, help='alpha of MixUp')
-    parser.add_argument(
+    training.add_argument('--mixup', type=alpha, default=0.0, help='alpha of MixUp')
+    training.add_argument(
         '--cutmix', type=alpha, default=0.0, help='alpha of CutMix; with --mixup: one of them at random'
     )
-    parser.add_argument(
+    training.add_argument(
         '--auto_augment', choices=('autoaugment', 'randaugment', 'trivialaugment'), help='instead of colour jitter'
     )
-    parser.add_argument('--grad_accum', type=count(), default=1, help='batches per update, their gradients averaged')
-    parser.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
-    parser.add_argument(
+    training.add_argument('--grad_accum', type=count(), default=1, help='batches per update, their gradients averaged')
+    training.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
+    training.add_argument(
         '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images per update'
     )
-    parser.add_argument('--max_steps', type=count(), help='stop after this many updates, for trials')
+    training.add_argument('--max_steps', type=count(), help='stop after this many updates, for trials')
 
 
 def add_amp_args(parser: Parser) -> None:
     """Add flags of mixed precision."""
-    parser.add_argument(
+    hardware = parser.groups['hardware']
+    hardware.add_argument(
         '--opt_level',
         choices=('O0', 'O1', 'O2', 'O3'),
         help='O0: float32 (default); O1: autocast; O2, O3: only with --amp_backend apex',
     )
-    parser.add_argument(
-        '--amp_dtype', choices=('float16', 'bfloat16'), help='default: float16 on GPUs, bfloat16 on CPUs'
+    hardware.add_argument(
+        '--amp_dtype',
+        choices=('float16', 'bfloat16'),
+        help='format of autocast; default: float16 on GPUs, bfloat16 on CPUs',
     )
-    parser.add_argument('--amp_backend', choices=('native', 'apex'), default='native')
-    parser.add_argument('--loss_scale', type=dynamic_or_positive, help="'dynamic' (default) or a number; float16 only")
-    parser.add_argument('--keep_batchnorm_fp32', type=yes_no, help='True or False; default: False with O3 only')
+    hardware.add_argument(
+        '--amp_backend', choices=('native', 'apex'), default='native', help="torch's mixed precision, or apex"
+    )
+    hardware.add_argument(
+        '--loss_scale', metavar='X', type=dynamic_or_positive, help="'dynamic' (default) or a number; float16 only"
+    )
+    hardware.add_argument(
+        '--keep_batchnorm_fp32', metavar='BOOL', type=yes_no, help='True or False; default: False with O3 only'
+    )
 
 
 def add_tf32_arg(parser: Parser, default: bool | None = True, usual: str = '') -> None:
     """Add --tf32 and --no-tf32."""
     text = 'TF32 for float32 products and convolutions of GPUs that have it'
-    parser.add_argument('--tf32', action=argparse.BooleanOptionalAction, default=default, help=text + usual)
+    parser.groups['hardware'].add_argument(
+        '--tf32', action=argparse.BooleanOptionalAction, default=default, help=text + usual
+    )
 
 
 def add_step_args(parser: Parser) -> None:
     """Add flags that change the speed and memory of a search but not its results, except for rounding."""
-    parser.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
-    parser.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
+    hardware = parser.groups['hardware']
+    hardware.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
+    hardware.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
     add_tf32_arg(parser)
-    parser.add_argument(
+    hardware.add_argument(
         '--cuda_graph',
         action='store_true',
         help="launch the architecture step as one CUDA graph, which keeps the step's memory; for GPUs that wait for"
         ' the host',
     )
-    parser.add_argument(
+    hardware.add_argument(
         '--checkpoint_ops', action='store_true', help='recompute operators in backward passes to save memory'
     )

@@ -1,7 +1,7 @@
 """Draw the pictures and the report of a run from its metrics.jsonl, or compare runs.
 
-    python -m tools.plots checkpoints/search-<time>-try                 (writes plots/ and report.html there)
-    python -m tools.plots RUN_A RUN_B RUN_C --out comparison            (accuracy against latency and MACs)
+    python -m tools.plots checkpoints/search-<time>-try
+    python -m tools.plots RUN_A RUN_B RUN_C --out comparison
 
 Needs neither images nor a GPU, and also works during the run.
 """
@@ -20,7 +20,9 @@ def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='a run folder, or a metrics.jsonl')
-    parser.add_argument('--out', help='folder of the pictures; default: that of the run, or comparison for several')
+    parser.groups['output'].add_argument(
+        '--out', metavar='FOLDER', help='folder of the pictures; default: that of the run, or comparison for several'
+    )
     return parser.parse_args(argv)
 
 
