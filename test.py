@@ -26,12 +26,13 @@ from dataset.transforms import val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.model_eval import NetworkEval
+from models.onnx_graph import OPSETS, USUAL_OPSET, save_onnx, to_onnx
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
-from tools.export import OPSETS, open_onnx, save_onnx, save_program, save_safetensors, time_call
+from tools.export import open_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.options import (
     Parser,
@@ -66,9 +67,7 @@ def get_args(argv=None):
     )
     output.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
     output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
-    output.add_argument(
-        '--opset', type=count(OPSETS[0], OPSETS[-1]), help='of a .onnx file, for older programs; default: 20'
-    )
+    output.add_argument('--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of a .onnx file; default: {USUAL_OPSET}')
     network.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
     add_bad_images_arg(parser)
     parser.set_defaults(seed=0)
@@ -134,7 +133,7 @@ def export(net, names, args):
         save_program(net, path, args.img_size, names)
         exported = torch.export.load(path).module()
     else:
-        save_onnx(net, path, args.img_size, names, args.opset)
+        save_onnx(to_onnx(net.config, net.state_dict(), args.img_size, names, args.opset or USUAL_OPSET), path)
         exported = open_onnx(path)
         torch.set_num_threads(1)
         ms = [time_call(call, args.img_size) for call in (exported, net)]

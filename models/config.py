@@ -55,6 +55,26 @@ class MBSpec:
     affine: bool = True
     NAME = 'MBInvertedResBlock'
 
+    @property
+    def residual(self) -> bool:
+        """Whether the block adds its input to its output."""
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+    def convs(self) -> dict[str, ConvSpec]:
+        """Return the block's convolutions by their names, in order.
+
+        If mid_channels <= in_channels there is no expansion: the depthwise convolution runs on in_channels.
+        """
+        expands = self.mid_channels > self.in_channels
+        mid = self.mid_channels if expands else self.in_channels
+        rest = {'bias': self.bias, 'use_bn': self.use_bn, 'affine': self.affine}
+        convs = {
+            'inverted_bottleneck': ConvSpec(1, 1, self.in_channels, mid, self.act_func, **rest),
+            'depth_conv': ConvSpec(self.kernel_size, self.stride, mid, mid, self.act_func, groups=mid, **rest),
+            'point_linear': ConvSpec(1, 1, mid, self.out_channels, None, **rest),
+        }
+        return convs if expands else {name: convs[name] for name in ('depth_conv', 'point_linear')}
+
 
 @dataclass(frozen=True)
 class LinearSpec:

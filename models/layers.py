@@ -120,21 +120,15 @@ class MBInvertedResBlock(nn.Module):
     def __init__(self, spec: MBSpec, norm_act: Callable | None = None, drop_connect: float = 0.0):
         super().__init__()
         self.spec = spec
-        expands = spec.mid_channels > spec.in_channels
-        mid = spec.mid_channels if expands else spec.in_channels
-
-        def conv(in_ch: int, out_ch: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: str | None = None):
-            shape = ConvSpec(
-                kernel, stride, in_ch, out_ch, act, groups, bias=spec.bias, use_bn=spec.use_bn, affine=spec.affine
-            )
-            return ConvLayer(shape, norm_act)
-
-        self.inverted_bottleneck = conv(spec.in_channels, mid, act=spec.act_func) if expands else None
-        self.depth_conv = conv(mid, mid, spec.kernel_size, spec.stride, groups=mid, act=spec.act_func)
+        convs = spec.convs()
+        expansion, depthwise = convs.get('inverted_bottleneck'), convs['depth_conv']
+        mid = depthwise.in_channels
+        self.inverted_bottleneck = ConvLayer(expansion, norm_act) if expansion else None
+        self.depth_conv = ConvLayer(depthwise, norm_act)
         squeeze = mean_of_pixels if norm_act is None else mean_in_layout
         self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func, squeeze) if spec.se_channels else None
-        self.point_linear = conv(mid, spec.out_channels)
-        self.residual = spec.stride == 1 and spec.in_channels == spec.out_channels
+        self.point_linear = ConvLayer(convs['point_linear'], norm_act)
+        self.residual = spec.residual
         self.drop_connect = _stochastic_depth(drop_connect)
 
     def branch(self, x: Tensor) -> Tensor:

@@ -59,7 +59,6 @@ def images():
 
 @pytest.mark.parametrize('more', [[], ['--fuse_bn']])
 def test_onnx_gives_the_same_outputs_for_any_batch(run_test, folder, tmp_path, more):
-    pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     printed = run_test('--export', tmp_path / 'net.onnx', *more)
     assert 'largest difference' in printed and 'onnxruntime' in printed and 'torch' in printed

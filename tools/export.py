@@ -5,7 +5,6 @@ import io
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 
 from tools.errors import BadInput
 from tools.files import write_atomic
-
-OPSETS = range(13, 21)
-"""Versions of ONNX's operators that can be asked for; TensorRT 8 and OpenCV need 13 to 17."""
 
 
 def need(module: str, package: str, what: str) -> ModuleType:
@@ -30,56 +26,6 @@ def need(module: str, package: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as e:
         raise BadInput(f'{what} needs a package that is not here: pip install {package}') from e
-
-
-def save_onnx(
-    net: nn.Module, path: str | Path, img_size: int, class_names: Sequence[str], opset: int | None = None
-) -> None:
-    """Write an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits'.
-
-    Its metadata has the names of the classes, as JSON under 'class_names'; so have the other formats.
-
-    Args:
-        opset: of `OPSETS`, written by torch's older exporter; None: that of the newer one.
-
-    Raises:
-        BadInput: onnx or onnxscript is missing.
-    """
-    onnx = need('onnx', 'onnx onnxscript', f'--export {path}')
-    model = _older_onnx(net, img_size, opset, onnx) if opset else _newer_onnx(net, img_size, path)
-    model.metadata_props.add(key='class_names', value=json.dumps(list(class_names)))
-    write_atomic(path, lambda f: f.write(model.SerializeToString()))
-
-
-def _older_onnx(net: nn.Module, img_size: int, opset: int, onnx: ModuleType):
-    buffer, batch = io.BytesIO(), {0: 'batch'}
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # the newer exporter writes no opset below 18
-        torch.onnx.export(
-            net,
-            (torch.zeros(2, 3, img_size, img_size),),
-            buffer,
-            dynamo=False,
-            opset_version=opset,
-            dynamic_axes={'images': batch, 'logits': batch},
-            input_names=['images'],
-            output_names=['logits'],
-        )
-    return onnx.load_from_string(buffer.getvalue())
-
-
-def _newer_onnx(net: nn.Module, img_size: int, path: str | Path):
-    need('onnxscript', 'onnx onnxscript', f'--export {path}')
-    program = torch.onnx.export(
-        net,
-        (torch.zeros(2, 3, img_size, img_size),),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
-        input_names=['images'],
-        output_names=['logits'],
-        verbose=False,
-    )
-    return program.model_proto
 
 
 def open_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
