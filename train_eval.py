@@ -61,7 +61,7 @@ def main(args):
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     start = start_from_weights(net, args.weights) if args.weights else ''
     net = net.to(world.device, memory_format=memory_format(args, world.device))
-    snapshot = find_snapshot(args, TRAINING)
+    snapshot = find_snapshot(args, TRAINING, world)
     snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start, large)
     state, snapshot = start_state(net, Precision(world.device), snapshot, world, args)
     network = describe_network(config, args.img_size, SPACE)

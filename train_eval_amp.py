@@ -79,7 +79,7 @@ def main(args):
     net = net.to(world.device, memory_format=memory_format(args, world.device))
     if args.sync_bn and world.size > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    snapshot = find_snapshot(args, TRAINING)
+    snapshot = find_snapshot(args, TRAINING, world)
     snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start, large)
     state, snapshot = start_state(net, precision, snapshot, world, args)
     network = describe_network(config, args.img_size, SPACE)

@@ -237,7 +237,7 @@ def main(args):
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     images = args.batch_size // world.size
     notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
-    snapshot = find_snapshot(args, SEARCH)
+    snapshot = find_snapshot(args, SEARCH, world)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:

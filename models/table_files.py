@@ -22,6 +22,9 @@ POINTER = b'version https://git-lfs'
 
 MAX_WIDTH = 2**31
 
+MOST_VALUES = 10**7
+"""Most values of a pickled table. The published tables have 73,095."""
+
 NUMERIC = frozenset('biuf')
 """Kinds of NumPy's data types that a table may hold: bool, int, unsigned, float."""
 
@@ -120,7 +123,10 @@ READERS = {'.json': ('a JSON', _from_json), '.csv': ('a CSV', _from_csv)}
 
 
 def _from_pickle(raw: bytes) -> object:
-    return _plain(_TableUnpickler(io.BytesIO(raw), encoding='latin1').load())  # Python 2 pickled bytes as text
+    data = _TableUnpickler(io.BytesIO(raw), encoding='latin1').load()  # Python 2 pickled bytes as text
+    if _count(data, {}) > MOST_VALUES:
+        raise BadInput(f'holds more than {MOST_VALUES} values, by references to the same ones')
+    return _plain(data)
 
 
 class _Dtype:
@@ -208,6 +214,21 @@ class _TableUnpickler(pickle.Unpickler):
         raise BadInput(
             f'refused, the file asks for {module}.{name}; a latency table holds only dicts, numbers and strings'
         )
+
+
+def _count(value: object, counts: dict[int, float]) -> float:
+    """Return how many values there are inside a value, each as often as it is reached; infinity for one within itself.
+
+    Args:
+        counts: results by the id of a value. A small pickle may have one value in very many places.
+    """
+    if not isinstance(value, (dict, list, tuple)):
+        return 1
+    if id(value) not in counts:
+        counts[id(value)] = math.inf
+        values = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        counts[id(value)] = 1 + sum(_count(one, counts) for one in values)
+    return counts[id(value)]
 
 
 def _plain(value: object) -> object:

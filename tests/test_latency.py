@@ -346,6 +346,20 @@ def test_tables_cannot_run_code(tmp_path):
     assert not marker.exists()
 
 
+def test_a_small_file_of_many_references_is_refused_at_once(tmp_path):
+    values, endless = [1.0], []
+    for _ in range(60):
+        values = [values, values]
+    endless.append(endless)
+    data, table = plain_table()
+    key = next(iter(table.curves))
+    for many in (values, endless):
+        for changed in ({key: many}, {key: {1: many}}, {'base': many}, {'meta': {'method': many}}):
+            (tmp_path / 't.pkl').write_bytes(pickle.dumps(data | changed))
+            with pytest.raises(ValueError, match='holds more than 10000000 values'):
+                load_table(tmp_path / 't.pkl', 32, SMALL_SPACE)
+
+
 def noisy_table(path, noise=0.0, spoil=lambda curves: None):
     """A table on disk whose widths were timed with noise (a share), and whose curves `spoil` may change; the truth, and
     the table as loaded, with what was logged."""

@@ -29,7 +29,7 @@ import tools.files
 from conftest import ROOT
 from models.model_eval import NetworkEval, start_from_weights
 from models.search_state import SEARCH, remove_old_models, searched_model
-from tools.distributed import find_launch
+from tools.distributed import World, find_launch
 from tools.errors import BadInput
 from tools.files import load_checkpoint, read_weights, save_checkpoint, write_text
 from tools.options import DEFAULT_TABLE, project_file
@@ -39,6 +39,7 @@ from tools.training import TRAINING, load_moments, update_average
 
 __all__ = ['data']
 
+CPU = torch.device('cpu')
 LAUNCHER_VARIABLES = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
@@ -61,7 +62,13 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize(
     ('nodes', 'first'),
-    [('gpu[03-05,07],login', 'gpu03'), ('node1', 'node1'), ('a-1,b-2', 'a-1'), ('rack2-n[9,11]', 'rack2-n9')],
+    [
+        ('gpu[03-05,07],login', 'gpu03'),
+        ('node1', 'node1'),
+        ('a-1,b-2', 'a-1'),
+        ('rack2-n[9,11]', 'rack2-n9'),
+        ('r[1-2]n[08-12],x', 'r1n08'),
+    ],
 )
 def test_processes_of_srun_find_each_other(launched, monkeypatch, nodes, first):
     launched(SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_JOB_ID=123456, SLURM_STEP_NODELIST=nodes)
@@ -200,17 +207,36 @@ def test_position_in_the_files_decides_in_a_copied_folder(tmp_path):
     args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
     for newer in ('checkpoint', 'checkpoint.previous'):
         os.utime(run / f'{newer}.pth.tar', ns=(time.time_ns() + 10**9, time.time_ns() + 10**9))
-        assert find_snapshot(args, TRAINING).path.name == 'checkpoint.pth.tar'
+        assert find_snapshot(args, TRAINING, World(CPU)).path.name == 'checkpoint.pth.tar'
     (run / 'checkpoint.pth.tar').write_bytes((run / 'checkpoint.pth.tar').read_bytes()[:300])
-    found = find_snapshot(args, TRAINING)
+    found = find_snapshot(args, TRAINING, World(CPU))
     assert found.path.name == 'checkpoint.previous.pth.tar' and 'cannot be read' in found.notes[0]
     other = tmp_path / 'eval-20260102-000000-try'
     other.mkdir()
     save_checkpoint(checkpoint_of(1, 0), other / 'checkpoint.pth.tar')
     os.utime(other / 'checkpoint.pth.tar', ns=(time.time_ns() + 2 * 10**9, time.time_ns() + 2 * 10**9))
-    assert find_snapshot(args, TRAINING).path.parent == other
+    assert find_snapshot(args, TRAINING, World(CPU)).path.parent == other
     given = Namespace(snapshot=str(run / 'checkpoint.pth.tar'), save=str(tmp_path), note='try')
-    assert find_snapshot(given, TRAINING).path == run / 'checkpoint.previous.pth.tar'
+    assert find_snapshot(given, TRAINING, World(CPU)).path == run / 'checkpoint.previous.pth.tar'
+
+
+def test_processes_that_find_other_checkpoints_do_not_run(tmp_path, monkeypatch):
+    """As with a --save on a disk of each machine: the second process has an older checkpoint, or none."""
+    furthest = []
+    monkeypatch.setattr(World, 'all_max', lambda world, *own: [max(pair) for pair in zip(own, furthest, strict=True)])
+    run = tmp_path / 'eval-20260101-000000-try'
+    run.mkdir()
+    save_checkpoint(checkpoint_of(3, 5), run / 'checkpoint.pth.tar')
+    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
+    furthest[:] = [3, 5, -3, -5]
+    assert find_snapshot(args, TRAINING, World(CPU, 1, 2)).path
+    for other in ((3, 4), (2, 9), (4, 5), (-1, -1)):
+        furthest[:] = [*other, *(-number for number in other)]
+        with pytest.raises(BadInput, match='process 1 found .*checkpoint.pth.tar and others found another position'):
+            find_snapshot(args, TRAINING, World(CPU, 1, 2))
+    furthest[:] = [3, 5, -3, -5]
+    with pytest.raises(BadInput, match='process 1 found no checkpoint'):
+        find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='other'), TRAINING, World(CPU, 1, 2))
 
 
 def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_path):
@@ -222,12 +248,12 @@ def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_p
     save_checkpoint(base | {'epoch': 5}, run / 'searched_model_05.pth.tar')
     save_checkpoint(base | {'epoch': 7}, run / searched_model(8))
     args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
-    assert find_snapshot(args, SEARCH).path.name == 'searched_model_08.pth.tar'
+    assert find_snapshot(args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
     remove_old_models(run, 8, 2)
-    assert find_snapshot(args, SEARCH).path.name == 'searched_model_08.pth.tar'
+    assert find_snapshot(args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
     (run / 'searched_model_08.pth.tar').unlink()
     save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')
-    found = find_snapshot(args, SEARCH)
+    found = find_snapshot(args, SEARCH, World(CPU))
     assert found.path.name == 'searched_model_06.pth.tar' and 'epoch 7 step 0' in found.notes[0]
 
 
@@ -305,7 +331,7 @@ def test_accuracies_stored_as_tensors_are_numbers(tmp_path):
     run = tmp_path / 'eval-20260101-000000-try'
     run.mkdir()
     save_checkpoint(checkpoint_of(2, 0) | {'best_acc_top1': torch.tensor(61.5)}, run / 'checkpoint.pth.tar')
-    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING)
+    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING, World(CPU))
     assert found.checkpoint['best_acc_top1'] == 61.5 and isinstance(found.checkpoint['best_acc_top1'], float)
 
 
@@ -389,7 +415,7 @@ def test_a_run_that_went_back_is_not_resumed_from_where_it_was_before(data, tmp_
     run_here(monkeypatch, back)
     assert (run / 'checkpoint.pth.tar.superseded').exists()
     assert 'beyond this position to *.superseded: checkpoint.pth.tar' in (run / 'log.txt').read_text()
-    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING)
+    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING, World(CPU))
     assert TRAINING.position(found.checkpoint) == (2, 2) and found.checkpoint['flags']['lr'] == 0.01
 
 

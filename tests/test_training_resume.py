@@ -214,7 +214,9 @@ def folder(tmp_path):
 
 
 def find(folder, snapshot):
-    return find_snapshot(Namespace(snapshot=snapshot, save=str(folder.parent), note='try'), TRAINING)
+    return find_snapshot(
+        Namespace(snapshot=snapshot, save=str(folder.parent), note='try'), TRAINING, World(torch.device('cpu'))
+    )
 
 
 @pytest.mark.parametrize('snapshot', ['auto', 'path'])
@@ -275,7 +277,7 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
     elif content:
         torch.save(content, path)
     with pytest.raises(BadInput, match='--snapshot .*file.pth.tar'):
-        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)), TRAINING)
+        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)), TRAINING, World(torch.device('cpu')))
 
 
 @pytest.mark.parametrize('script', ['train_eval_amp.py', 'train_search.py'])
@@ -289,8 +291,8 @@ def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_pat
 
     def begin():
         if script == 'train_search.py':
-            return start_search(find_snapshot(args, SEARCH), SMALL_SPACE, 3, World(cpu), args)[0]
-        precision, snapshot = Precision(cpu, torch.float16), find_snapshot(args, TRAINING)
+            return start_search(find_snapshot(args, SEARCH, World(cpu)), SMALL_SPACE, 3, World(cpu), args)[0]
+        precision, snapshot = Precision(cpu, torch.float16), find_snapshot(args, TRAINING, World(cpu))
         return start_state(NetworkEval(small_config()), precision, snapshot, World(cpu), args)[0]
 
     state = begin()

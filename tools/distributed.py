@@ -187,8 +187,8 @@ def _set_master(address: str) -> None:
 
 def _first_host(nodes: str) -> str:
     """Return the first host of a list of SLURM's, such as 'gpu[03-05,07],login' -> 'gpu03'."""
-    found = re.match(r'([^,\[]+)(?:\[(\d+))?', nodes)
-    return found[1] + (found[2] or '') if found else ''
+    first = re.match(r'(?:[^,\[]|\[[^\]]*\])*', nodes)[0]
+    return re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)
 
 
 def pick_device(choice: str) -> torch.device:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of
 from tools.run.folder import run_folders
@@ -98,7 +99,7 @@ class Snapshot:
         return replace(self, checkpoint=None)
 
 
-def find_snapshot(args, kind: RunKind) -> Snapshot:
+def find_snapshot(args, kind: RunKind, world: World) -> Snapshot:
     """Return the newest good checkpoint that the flags ask for.
 
     `--snapshot auto` takes the newest good checkpoint of a run with the same `--note` under `--save`; `--snapshot PATH`
@@ -109,10 +110,21 @@ def find_snapshot(args, kind: RunKind) -> Snapshot:
         kind: whose checkpoints to take.
 
     Raises:
-        BadInput: no good file at `--snapshot PATH`.
+        BadInput: no good file at `--snapshot PATH`; or processes found different positions.
     """
-    if not args.snapshot:
-        return Snapshot()
+    found = _find(args, kind) if args.snapshot else Snapshot()
+    place = kind.position(found.checkpoint) if found.checkpoint else (-1, -1)
+    furthest = world.all_max(*place, *(-number for number in place))
+    if furthest != [*place, *(-number for number in place)]:
+        own = found.path or 'no checkpoint'
+        raise BadInput(
+            f'--snapshot {args.snapshot}: process {world.rank} found {own} and others found another position; '
+            '--save should be a folder that all machines share'
+        )
+    return found
+
+
+def _find(args, kind: RunKind) -> Snapshot:
     if args.snapshot == 'auto':
         folders = sorted(run_folders(args.save, kind.folders, args.note), key=_last_change, reverse=True)
         files = itertools.chain.from_iterable(map(kind.checkpoints, folders))
