@@ -94,6 +94,7 @@ def main(args):
     if args.report and logger.ended:
         log_latency(logger, args.epochs, partial(NetworkEval, config), world.device, args.img_size)
         draw_at_end(logger.folder, logger.log)
+    logger.close()
     return code
 
 

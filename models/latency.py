@@ -91,7 +91,10 @@ class LatencyTable:
         total = self.base
         for place, spec, key in config.table_keys(self.img_size):
             if key not in self.curves or spec.mid_channels > len(self.curves[key]):
-                raise BadInput(f'{place} ({key}, {spec.mid_channels} mid channels) is not in the latency table')
+                stage, _, index = place.partition('.')
+                raise BadInput(
+                    f'{stage}.{int(index) + 1} ({key}, {spec.mid_channels} mid channels) is not in the latency table'
+                )
             total += float(self.curves[key][spec.mid_channels - 1])
         return total
 
