@@ -17,6 +17,7 @@ For mixed precision see train_eval_amp.py.
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 
 from dataset.lists import class_file, class_names

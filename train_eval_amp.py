@@ -16,6 +16,7 @@ Restarting killed processes; and an older launcher:
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 from torch import nn
 

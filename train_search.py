@@ -22,6 +22,7 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 
@@ -286,6 +287,7 @@ def main(args):
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
             numbers |= trained.numbers
             logger.log('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
+            logger.watch_loss(epoch, numbers['w_loss'])
             logger.record('epoch', epoch, **numbers, **found)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))

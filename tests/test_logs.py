@@ -2,16 +2,24 @@
 
 import os
 import re
+from functools import partial
 
 import pytest
-from training_runs import CLASSES, data, flags
+import torch
+from training_runs import CLASSES, data, flags, small_config
 
 import train_eval
 import train_search
 from conftest import SMALL_SPACE, make_table
+from latency_pkl import make_lat_lut
+from latency_pkl.sampling import build_network
+from latency_pkl.timing import measure_latency
 from models.describe import architecture_line, epoch_line
-from models.latency import save_table
+from models.latency import load_table, save_table, warn_of_errors
+from models.search_space import SPACE
+from tools.run.folder import RunLogger
 from tools.run.metrics import METRICS, read_run
+from tools.training import warn_of_chance
 
 __all__ = ['data']
 
@@ -96,3 +104,41 @@ def test_a_search_goes_on_with_more_epochs(small_search):
     assert lines[0] == text.splitlines()[0] and sum('"kind":"run"' in line for line in lines) == 2
     small_search('--epochs', '3', '--no-report', '--snapshot', 'auto')  # nothing is left to do, and nothing changes
     assert read_run(folder).header == run.header and len(read_run(folder).lines) == len(run.lines)
+
+
+def test_a_table_that_is_far_off_is_said_to_be(tmp_path, monkeypatch, capsys):
+    assert warn_of_errors({'residual_mean_percent': 10.0}) == warn_of_errors({}) == warn_of_errors({'unit': 'ms'}) == ''
+    table = make_table(img_size=32)
+    meta = {'unit': 'ms', 'device': 'made up', 'residual_mean_percent': 27.14}
+    monkeypatch.setattr(make_lat_lut, 'measured_table', lambda args, device: (table.base, table.curves, meta))
+    path = tmp_path / 'table.pkl'
+    make_lat_lut.main(make_lat_lut.get_args(['--img_size', '32', '--device', 'cpu', '--save_path', str(path)]))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith('WARNING: its predictions for unseen networks are off by 27.1 % on average')
+    said = []
+    assert load_table(path, 32, SPACE, said.append).meta['warning'] == last and f'{path}: {last}' in said
+
+
+def test_a_loss_that_rises_is_said_to(tmp_path):
+    logger = RunLogger(tmp_path, {'kind': 'run', 'version': 1, 'task': 'training'})
+    for epoch, loss in enumerate((2.0, 1.5, 1.57, 1.58, 1.4)):
+        logger.watch_loss(epoch, loss)
+    (line,) = (tmp_path / 'log.txt').read_text().splitlines()
+    assert 'the training loss of epoch 3 is 1.5800, up from 1.5000' in line
+
+
+def test_a_training_that_learned_nothing_is_said_to_have(data, tmp_path):  # noqa: F811
+    assert '33.60 % is no better than chance (25.00 %, 100 images)' in warn_of_chance(33.6, 100, 4)
+    assert warn_of_chance(33.7, 100, 4) == '' and warn_of_chance(27.0, 10_000, 4) == ''
+    for rate, learned in ((1e-9, False), (0.05, True)):
+        words = [str(word) for word in flags(data, tmp_path / str(rate), epochs=1 + 3 * learned, lr=rate)]
+        train_eval.main(train_eval.get_args(words))
+        (folder,) = (tmp_path / str(rate)).iterdir()
+        assert ('no better than chance' in (folder / 'log.txt').read_text()) != learned
+
+
+def test_parts_of_a_measured_latency():
+    build = partial(build_network, small_config(), torch.device('cpu'), 0)
+    measured = measure_latency(build, 1, 32, torch.device('cpu'), rounds=1)
+    assert len(measured.parts) == 2 + len(list(small_config().blocks())[1:]) and min(measured.parts) > 0
+    assert sum(measured.parts) == pytest.approx(measured.ms)

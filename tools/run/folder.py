@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import math
 import os
 import re
 import shlex
@@ -37,6 +38,10 @@ SKIPPED, WATCHED = 10, 100
 
 TOLERATED = 0.1
 """Share of the time that may pass waiting for images."""
+
+
+RISE = 1.05
+"""Training loss, over the lowest of earlier epochs, above which it counts as risen."""
 
 
 class Waiting:
@@ -169,6 +174,7 @@ class RunLogger:
         self.lock: TextIO | None = None
         self.bar = tqdm(disable=True)
         self.waiting: dict[str, Waiting] = {}
+        self.least_loss = math.inf
 
     @property
     def is_new(self) -> bool:
@@ -219,6 +225,13 @@ class RunLogger:
             advice += '.' if getattr(args, 'device_aug', False) else ', or --device_aug.'
             self.waiting[flag] = Waiting(args.batch_size, self.log, advice)
         return self.waiting[flag].watch(batches)
+
+    def watch_loss(self, epoch: int, loss: float) -> None:
+        """Log a warning if the training loss of an epoch is `RISE` times the lowest since this process began."""
+        if loss > RISE * self.least_loss:
+            text = 'WARNING: the training loss of epoch %d is %.4f, up from %.4f: a lower learning rate may help'
+            self.log(text, epoch, loss, self.least_loss)
+        self.least_loss = min(self.least_loss, loss)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
         """Log the epoch so far, after `step` of its `steps`."""
