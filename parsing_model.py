@@ -14,9 +14,11 @@ The most probable network of a search that meets a target; several targets; and 
         --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
+import time
 from functools import partial
 from pathlib import Path
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 
 from latency_pkl.sampling import build_network, launch_of, standard_of, tf32_of
@@ -107,11 +109,15 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
     launch = launch_of(table, device)
     standard = standard_of(table, batch_size, device, launch)
     least, _, most = table.reach(SPACE)
-    aim, timed = target, {}
+    aim, timed, seconds = target, {}, 0.0
     for number in range(1, 2 * MEASURED_ROUNDS + 1):
         arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
         build = partial(build_network, config, device, number)
+        usual = f'about {seconds:.0f} s' if seconds else 'usually 15 to 40 s'
+        print(f'Round {number}: a network of predicted {predicted:.4f} ms is timed, {usual}', flush=True)
+        start = time.monotonic()
         measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds, launch)
+        seconds = time.monotonic() - start
         timed.setdefault(str(arch), []).append((config, predicted, measured))
         pools = {arch: pool_timings([timing[1:] for timing in timings]) for arch, timings in timed.items()}
         own = pools[str(arch)]
@@ -167,6 +173,7 @@ def report(path, config, table, args, device):
         for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
             launch = launch_of(table, place)
             standard = standard_of(table, batch_size, place, launch)
+            print(f'Timing on the {name}, batch {batch_size}: usually 15 to 40 s', flush=True)
             build = partial(build_network, config, place, 0)
             measured = measure_latency(build, batch_size, args.img_size, place, standard, args.rounds, launch)
             print(f'Lat_{name} bs={batch_size}: {measured}{host_note(measured, launch)}')

@@ -16,7 +16,9 @@ import io
 from pathlib import Path
 from runpy import run_path
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
+from tqdm import tqdm
 
 from dataset.folders import ClassFolders
 from dataset.images import load_rgb
@@ -117,6 +119,7 @@ def export_files(path):
 def export(net, names, args):
     """Write the network to a file, check that the file gives the same outputs, and print the result."""
     (path, *others), times = export_files(args.export), ''
+    print(f'Exporting to {path}', flush=True)
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
         save_safetensors(net, path, names)
@@ -187,8 +190,15 @@ def test(net, names, args, world):
     )
     if line := fewer_workers('--workers', args.workers, world):
         print(line)
-    logits = []
-    result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=logits.append).numbers
+    print(f'{len(samples)} images of {args.val_list}', flush=True)
+    logits, bar = [], tqdm(total=len(loader), unit='batch', leave=False, disable=None)  # only on a terminal
+
+    def see(batch):
+        logits.append(batch)
+        bar.update()
+
+    result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=see).numbers
+    bar.close()
     print(f'Val_acc_top1: {result["top1"]:.2f}')
     print(f'Val_acc_top5: {result["top5"]:.2f}')
     log_skipped(loader, log=print, world=world)

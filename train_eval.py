@@ -17,6 +17,7 @@ For mixed precision see train_eval_amp.py.
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 
 from dataset.lists import class_file, class_names
@@ -76,6 +77,7 @@ def main(args):
     if args.report and logger.ended:
         log_latency(logger, args.epochs, partial(NetworkEval, config), world.device, args.img_size)
         draw_at_end(logger.folder, logger.log)
+    logger.close()
     return code
 
 

@@ -16,6 +16,7 @@ Restarting killed processes; and an older launcher:
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 from torch import nn
 
@@ -94,6 +95,7 @@ def main(args):
     if args.report and logger.ended:
         log_latency(logger, args.epochs, partial(NetworkEval, config), world.device, args.img_size)
         draw_at_end(logger.folder, logger.log)
+    logger.close()
     return code
 
 

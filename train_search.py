@@ -22,13 +22,14 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
 
 from functools import partial
 
+import tools.needed  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 
 from dataset.lists import class_file, class_names
 from dataset.loaders import Batches, log_skipped, make_search_loaders
 from models.cuda_graph import Graphs
-from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
+from models.describe import describe_architecture, describe_space, describe_table, epoch_line, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
 from models.model_search import HostCopy
@@ -171,11 +172,11 @@ def validate(net, loader, args, epoch, world, stops, precision):
     return PassResult(tally.read(world))
 
 
-def log_architecture(net, log):
+def log_probabilities(net, log):
     """Log the probabilities of each block's operators, and of each stage's exits."""
     for op in net.mixed_ops():
         probabilities = op.log_alphas.detach().softmax(0).tolist()
-        log('%s.%s ops %s', op.block.stage, op.block.name, ' '.join(f'{p:.4f}' for p in probabilities))
+        log('%s ops %s', op.block.label, ' '.join(f'{p:.4f}' for p in probabilities))
     for name, weights in zip(net.space.stage_names, net.depth_weights(), strict=True):
         log('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
@@ -216,7 +217,7 @@ def read_table(args, world):
 def make_header(flags, table, target, world, args, steps):
     """Return the first line of metrics.jsonl."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
-    latency = {'table': args.lookup_path, 'target': target, **describe_table(table, SPACE)}
+    latency = {'table': args.lookup_path, 'target': target, 'given': args.target_lat, **describe_table(table, SPACE)}
     about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', flags, world.device, **about)
     header['environment'] |= {'processes': world.size, 'table': fingerprint(path)}
@@ -279,12 +280,15 @@ def main(args):
                 top1, top5 = val.numbers['top1'], val.numbers['top5']
                 logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
             if not warming_up:
-                log_architecture(state.net, logger.log)
+                log_probabilities(state.net, logger.detail)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
                 widths, numbers['latency'] = world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
-            logger.record('epoch', epoch, **numbers, **trained.numbers, **found)
+            numbers |= trained.numbers
+            logger.log('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
+            logger.watch_loss(epoch, numbers['w_loss'])
+            logger.record('epoch', epoch, **numbers, **found)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))
             remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)
@@ -298,6 +302,7 @@ def main(args):
     leave_world(world)
     if args.report and logger.ended:
         draw_at_end(logger.folder, logger.log)
+    logger.close()
     return checkpointer.exit_code()
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tools.needed  # noqa: F401  # isort: skip
 from dataset.folders import find_pair, subfolders, unwrap
 from dataset.lists import list_folder, read_classes, read_numbering, split_by_class, write_list
 from tools.errors import BadInput

@@ -20,11 +20,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tools.needed  # noqa: F401  # isort: skip
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
@@ -52,7 +54,7 @@ from latency_pkl.timing import (
 )
 from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
 from models.describe import count_mult_adds, count_params
-from models.latency import LatencyTable, load_table, save_table
+from models.latency import LatencyTable, load_table, save_table, warn_of_errors
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
 from tools.distributed import pick_device
@@ -390,10 +392,14 @@ def main(args):
         'date': time.strftime('%Y-%m-%d'),
         'seed': args.seed,
     }
+    if warning := warn_of_errors(meta):
+        meta['warning'] = warning
     save_table(base, curves, meta, path)
     print(
         f'{path}: {len(curves)} block shapes, base {base:.4f} {meta["unit"]}, made in {time.monotonic() - start:.0f} s'
     )
+    if warning:
+        print(warning)
 
 
 if __name__ == '__main__':

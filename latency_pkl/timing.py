@@ -37,6 +37,9 @@ WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
 PROBE = range(2000)
 """Probe that detects a contended core, by the time of its sum: 0.03 ms that need neither caches nor memory."""
 
+PART_PASSES = 20
+"""Passes of a network whose parts are timed for the report."""
+
 UNDISTURBED = 1.25
 """Largest probe time on an undisturbed core, over that of the fastest probes. A neighbour on the core's other thread
 doubles it; clock rates differ by less."""
@@ -98,6 +101,8 @@ class Measured:
     """Time of the standard now over then; None without a standard."""
     host: float | None = None
     """Eager over queued time on a GPU, nan if no pass could be queued; None on a CPU."""
+    parts: tuple[float, ...] = ()
+    """Share of the latency in ms of each part of the network, see `Bench.parts`."""
 
     def __str__(self) -> str:
         if self.slowness is None or abs(self.slowness - 1) < REPORTED_CHANGE:
@@ -366,7 +371,9 @@ def summary_of(rounds: Sequence[Round], standard: Standard | None, fastest: floa
     without = [latency([one for i, one in enumerate(rounds) if i % groups != left]) for left in range(groups)]
     error = math.sqrt((groups - 1) * np.var(without)) / ms if without else math.inf
     slowness = total(one.standard for one in rounds) / standard.ms if standard else None
-    return Measured(ms, error, slowness, host_ratio(passes for one in rounds for passes in one.own))
+    parts = typical_parts([passes for one in rounds for passes in one.own], fastest)
+    parts = tuple((ms / parts.sum() * parts).tolist())
+    return Measured(ms, error, slowness, host_ratio(passes for one in rounds for passes in one.own), parts)
 
 
 @dataclass(frozen=True)
@@ -484,10 +491,14 @@ def log_latency(
     torch.backends.cudnn.benchmark = False  # as for tables
     batch_size = 32 if device.type == 'cuda' else 1
     setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': 1, 'img_size': img_size}
+    logger.log('measuring the latency of the network: it is built and timed %d times, half a minute or so', ROUNDS)
     try:
-        ms = measure_latency(build, batch_size, img_size, device).ms
+        measured = measure_latency(build, batch_size, img_size, device)
+        ms, parts = measured.ms, np.array(measured.parts)
+        if len(parts) == 1:  # a GPU, whose events would take time
+            parts = np.median(Bench(build, batch_size, img_size, device, by_part=True)(PART_PASSES).parts, axis=0)
     except RuntimeError as e:  # the training itself is done and saved
         logger.log('latency not measured: %s', e)
     else:
-        logger.record('latency', epoch, ms=ms, **setting)
+        logger.record('latency', epoch, ms=ms, parts=(ms / parts.sum() * parts).tolist(), **setting)
         logger.log('measured latency %.4f ms on %s, batch %d', ms, setting['device'], batch_size)

@@ -1,6 +1,7 @@
 """A network and a search space as plain values, for logs and pictures."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,53 @@ def describe_architecture(
         'widths': [list(widths[block.stage][block.name].values()) for block in blocks],
         'network': describe_network(config, table.img_size, space, table),
     }
+
+
+def architecture_line(network: Mapping) -> str:
+    """Return the blocks of a described network by stage: kernel, expansion, mid channels.
+
+    Such as `1: k3e3-64 k5e6se-144 | 2: ...`. Without an expansion if a block is not in the search space.
+
+    Args:
+        network: see `describe_network`.
+    """
+    stages: dict[str, list[str]] = {}
+    for row in network['blocks']:
+        expand = f'e{row["expand"]}' if row['expand'] else ''
+        text = f'k{row["kernel"]}{expand}{"se" if row["se"] else ""}-{row["mid"]}'
+        stages.setdefault(row['stage'].removeprefix('stage'), []).append(text)
+    return ' | '.join(f'{stage}: {" ".join(blocks)}' for stage, blocks in stages.items())
+
+
+def epoch_line(found: Mapping, numbers: Mapping, about: Mapping, num_classes: int) -> str:
+    """Return the state of a search after an epoch: latency, target, entropy, accuracy, current architecture.
+
+    The accuracy is that of the validation if there was one, else that of the weights in training.
+
+    Args:
+        found: see `describe_architecture`.
+        numbers: of the epoch: w_top1, and val if there was a validation.
+        about: of the latency: unit, target, and given: the target as the flags give it.
+    """
+    network, unit, validated = found['network'], about['unit'], numbers.get('val')
+    share = f' ({about["given"]})' if str(about.get('given', '')).endswith('%') else ''
+    top1 = f'validation top-1 {validated["top1"]:.2f}' if validated else f'training top-1 {numbers["w_top1"]:.2f}'
+    return (
+        f'{network["latency"]:.4f} {unit}, target {about["target"]:.4f} {unit}{share},'
+        f' mean entropy {mean_entropy(found["ops"]):.3f} of 1, {top1} % (chance {100 / num_classes:.2f} %),'
+        f' {architecture_line(network)}'
+    )
+
+
+def mean_entropy(ops: Sequence[Sequence[float]]) -> float:
+    """Return the mean over blocks of the entropy of operator probabilities: 1 if all are equal, 0 if one has all.
+
+    Args:
+        ops: probabilities [blocks][ops].
+    """
+    probabilities = torch.tensor(ops, dtype=torch.float64)
+    most = math.log(probabilities.shape[1]) or 1.0  # a single operator has all
+    return torch.special.entr(probabilities).sum(1).mean().item() / most
 
 
 def largest_activation(config: NetworkConfig, img_size: int) -> int:

@@ -9,7 +9,7 @@ formats see `models.table_files`.
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,9 @@ LEAST_PLAUSIBLE_MS = 0.2
 MOST_PLAUSIBLE_MS = 5_000
 """Most plausible latency of the largest network at 224 pixels, if a table does not name its unit; a slower one
 indicates microseconds. One image may take a slow phone's CPU 2 s; 32 images take an H100 about 6,000 us."""
+
+DOUBTFUL = 10.0
+"""Mean error of a table on unseen networks, in per cent, above which a search with it is not worth its time."""
 
 OUTLIER = 0.25
 """Distance of an outlier from the running median, as a share of it."""
@@ -91,7 +94,10 @@ class LatencyTable:
         total = self.base
         for place, spec, key in config.table_keys(self.img_size):
             if key not in self.curves or spec.mid_channels > len(self.curves[key]):
-                raise BadInput(f'{place} ({key}, {spec.mid_channels} mid channels) is not in the latency table')
+                stage, _, index = place.partition('.')
+                raise BadInput(
+                    f'{stage}.{int(index) + 1} ({key}, {spec.mid_channels} mid channels) is not in the latency table'
+                )
             total += float(self.curves[key][spec.mid_channels - 1])
         return total
 
@@ -227,6 +233,8 @@ def load_table(
     table = LatencyTable(float(base), curves, meta, img_size)
     _check_unit(path, table, table.reach(space)[2])
     method = str(table.meta.get('method', ''))
+    if warning := warn_of_errors(table.meta):
+        log(f'{path}: {warning}')
     if method.startswith('estimated'):
         log(f'{path}: latencies of {table.meta.get("device")} are {method.split(":")[0]}')
     if absent:
@@ -238,6 +246,17 @@ def load_table(
             f'by {moved[moved > 0].mean():.2f} % on average, {moved.max():.2f} % at most'
         )
     return table
+
+
+def warn_of_errors(meta: Mapping) -> str:
+    """Return a warning if a table's `residual_mean_percent` is above `DOUBTFUL`; else ''."""
+    error = meta.get('residual_mean_percent')
+    if not _is_number(error) or error <= DOUBTFUL:
+        return ''
+    return (
+        f'WARNING: its predictions for unseen networks are off by {error:.1f} % on average, more than {DOUBTFUL:g} %:'
+        ' not worth searching with; make it again on an idle machine, with a larger --budget'
+    )
 
 
 def _check_unit(path: str | Path, table: LatencyTable, largest: float) -> None:

@@ -110,6 +110,11 @@ class Block:
     act: str
 
     @property
+    def label(self) -> str:
+        """Name of the block in logs, pictures and tables, such as stage1.1."""
+        return f'{self.stage}.{self.name.removeprefix("block")}'
+
+    @property
     def residual(self) -> bool:
         """Whether the block adds its input to its output."""
         return self.stride == 1 and self.in_ch == self.out_ch

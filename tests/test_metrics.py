@@ -54,7 +54,7 @@ def test_a_file_reads_back_without_the_line_that_a_kill_cut(tmp_path):
 def test_lines_after_the_point_that_a_run_goes_on_from_are_dropped(tmp_path, position, kept):
     written(tmp_path)
     metrics = MetricsFile(tmp_path, HEADER | {'task': 'another'}, position)
-    assert positions(tmp_path) == kept and read_run(tmp_path).header['task'] == 'training'
+    assert positions(tmp_path) == kept and read_run(tmp_path).header['task'] == 'another'
     metrics.append('epoch', 7)
     assert positions(tmp_path) == [*kept, ('epoch', 7, None)]
     assert (tmp_path / METRICS).read_bytes().endswith(b'\n') and len(list(tmp_path.iterdir())) == 1
@@ -83,7 +83,7 @@ def test_tensorboard_gets_every_number_once_also_after_going_on(tmp_path):
     MetricsFile(tmp_path, header, (1, 0), tensorboard=True).append('step', 1, 5, loss=2.0)
     board = events.EventAccumulator(str(tmp_path / 'tensorboard'))
     board.Reload()
-    ops = ['epoch/ops/stage1.block1/k3 e3', 'epoch/ops/stage1.block1/k5 e6 se']
+    ops = ['epoch/ops/stage1.1/k3 e3', 'epoch/ops/stage1.1/k5 e6 se']
     assert set(board.Tags()['scalars']) == {'epoch/val/top1', *ops, 'step/loss'}
     assert [(e.step, e.value) for e in board.Scalars('step/loss')] == [(15, 2.0)]
     assert [(e.step, e.value) for e in board.Scalars(ops[1])] == [(10, 0.75)]

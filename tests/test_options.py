@@ -107,3 +107,10 @@ def test_a_flag_that_is_on_by_default_can_be_off(monkeypatch):
     train_search = importlib.import_module('train_search')
     args = train_search.get_args(['--img_root', 'x', '--no-report', '--no_tf32', '--target-lat', '50%'])
     assert changed_flags(args) == '--img_root x --target_lat 50% --no-report --no-tf32'.split()
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS[:8], 'dataset.demo.unpack'])
+def test_without_packages_a_script_is_one_line(script, run_script):
+    words = ['-m', script] if script == 'tools.plots' else [script.replace('.', '/') + '.py']
+    (line,) = run_script('-S', *words, code=2).stderr.splitlines()  # -S: without installed packages
+    assert 'has no torch, torchvision, ' in line and 'pip install -r ' in line

@@ -128,7 +128,7 @@ def test_a_picture_that_fails_is_a_line_of_the_log(tmp_path):
     lines = []
     (tmp_path / METRICS).write_text('{"kind":"run","version":1,"task":"search"}\n{"kind":"epoch","epoch":0}\n')
     draw_at_end(tmp_path, lambda text, *values: lines.append(text % values))
-    assert len(lines) == 1 and lines[0].startswith('no pictures: KeyError')
+    assert lines[0].startswith('drawing') and lines[1].startswith('no pictures: KeyError') and len(lines) == 2
 
 
 def runs(tmp_path, **changes):

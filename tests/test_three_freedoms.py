@@ -203,15 +203,16 @@ def test_searches_without_depth(project_copy, images, tmp_path, run_script):
     (searched,) = save.glob('search/*/searched_model_02.pth.tar')
     log = (searched.parent / 'log.txt').read_text()
     assert len(re.findall(r'stage\d exits 1.0000$', log, re.M)) == 6 == log.count(' exits ')
-    found = re.findall(r'(stage\d\.block\d) ops ([\d. ]+)$', log, re.M)
-    with_residual = [f'stage{i}.block2' for i in range(2, 6)]
+    found = re.findall(r'(stage\d\.\d) ops ([\d. ]+)$', log, re.M)
+    with_residual = [f'stage{i}.2' for i in range(2, 6)]
     assert len(found) == 10
     assert all(len(values.split()) == 4 + (block in with_residual) for block, values in found)
     assert {'network.png', 'operators.png', 'depth.png'} <= {p.name for p in (searched.parent / 'plots').iterdir()}
     assert 'no pictures' not in log and (searched.parent / 'report.html').exists()
 
     state = torch.load(searched, weights_only=True)['state_dict']
-    skipped = [block for block in with_residual if state[f'module.{block}.log_alphas'].argmax() == 4]
+    alphas = {block: state[f'module.{block.replace(".", ".block")}.log_alphas'] for block in with_residual}
+    skipped = [block for block in with_residual if alphas[block].argmax() == 4]
     words = ['parsing_model.py', '--model_path', searched, '--save_path', tmp_path / 'argmax.config', *SIZE]
     run_script(*words, cwd=project_copy)
     depths = {name: len(blocks) for name, blocks in load_config(tmp_path / 'argmax.config').stages.items()}

@@ -64,9 +64,9 @@ def prepare(
     set_tf32(tf32)
     torch.backends.cudnn.benchmark = not (deterministic or shapes_change)
     torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # else one more kernel for each torch.empty
     if device.type == 'cpu':
         keep_freed_memory()

@@ -255,6 +255,8 @@ def fit(
                 break
     if not checkpointer.signal:
         logger.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+        if warning := warn_of_chance(state.best[0], len(val_loader.dataset), num_classes):
+            logger.log(warning)
         logger.record('end', state.epoch, best_top1=state.best[0])
     return checkpointer.exit_code()
 
@@ -324,8 +326,24 @@ def log_epoch(logger: RunLogger, state: TrainState, train: dict, val: dict, plai
     average = f' (moving average; the weights themselves: {plain["top1"]:.2f})' if state.ema else ''
     numbers = (state.epoch, val['top1'], val['top5'], state.best[0], average)
     logger.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
+    logger.watch_loss(state.epoch, train['loss'])
     more = {'val_without_average': plain} if state.ema else {}
     logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0], **more)
+
+
+def warn_of_chance(top1: float, images: int, num_classes: int) -> str:
+    """Return a warning if an accuracy is within two standard errors of chance, or below; else ''.
+
+    Args:
+        top1: in %, over so many images.
+    """
+    chance = 1 / num_classes
+    if top1 > 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / max(images, 1))):
+        return ''
+    return (
+        f'WARNING: the best top-1 of {top1:.2f} % is no better than chance ({100 * chance:.2f} %, {images} images):'
+        ' the network has learned nothing; look at learning rate, number of epochs, and labels'
+    )
 
 
 @torch.inference_mode()

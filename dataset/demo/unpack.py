@@ -6,9 +6,11 @@ python dataset/demo/unpack.py --to demo/images
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import tools.needed  # noqa: F401  # isort: skip
+
+from PIL import Image
 
 from dataset.lists import list_folder, split_by_class, write_list
 from tools.options import Parser, count, run_script

@@ -53,6 +53,7 @@ def save_figure(draw: Callable, stem: Path) -> tuple[list[Path], bytes]:
 
 def draw_at_end(folder: Path, log: Callable[..., None]) -> None:
     """Call `draw_run` at the end of a run. An error of drawing is only logged: the results of the run are safe."""
+    log('drawing the pictures and the report')
     try:
         written = draw_run(folder)
     except Exception as e:

@@ -2,13 +2,15 @@
 
 import fcntl
 import logging
+import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -16,6 +18,7 @@ from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput, silence
 from tools.files import write_text
+from tools.options import changed_flags
 from tools.run.metrics import MetricsFile
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ SKIPPED, WATCHED = 10, 100
 
 TOLERATED = 0.1
 """Share of the time that may pass waiting for images."""
+
+
+RISE = 1.05
+"""Training loss, over the lowest of earlier epochs, above which it counts as risen."""
 
 
 class Waiting:
@@ -128,11 +135,14 @@ class _LogFile(logging.FileHandler):
 
 
 def make_logger(folder: Path | None) -> logging.Logger:
-    """Return a logger to stdout and, appending, to `<folder>/log.txt`; a silent one without a folder."""
-    logger = logging.Logger('tf-nas', logging.INFO if folder else logging.CRITICAL)
+    """Return a logger to stdout and, appending, to `<folder>/log.txt`; a silent one without a folder.
+
+    Lines of the level DEBUG go to the file alone.
+    """
+    logger = logging.Logger('tf-nas', logging.DEBUG if folder else logging.CRITICAL)
     if folder:
         formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
-        for handler in (_Console(), _LogFile(folder / 'log.txt', encoding='utf-8')):
+        for handler in (_Console(logging.INFO), _LogFile(folder / 'log.txt', encoding='utf-8')):
             handler.setFormatter(formatter)
             logger.addHandler(handler)
     return logger
@@ -140,6 +150,8 @@ def make_logger(folder: Path | None) -> logging.Logger:
 
 class RunLogger:
     """Log lines, metrics.jsonl and progress of a run; silent in all processes but the first.
+
+    `log` writes a line to stdout and log.txt, `detail` to log.txt alone.
 
     Args:
         folder: of the run; None logs nothing.
@@ -157,9 +169,12 @@ class RunLogger:
     ):
         self.folder = folder
         self.metrics = MetricsFile(folder, header, position, tensorboard)
-        self.log = make_logger(folder).info
+        self.logger = make_logger(folder)
+        self.log, self.detail = self.logger.info, self.logger.debug
+        self.lock: TextIO | None = None
         self.bar = tqdm(disable=True)
         self.waiting: dict[str, Waiting] = {}
+        self.least_loss = math.inf
 
     @property
     def is_new(self) -> bool:
@@ -170,6 +185,16 @@ class RunLogger:
     def ended(self) -> bool:
         """Whether the run is finished."""
         return self.metrics.ended
+
+    def close(self) -> None:
+        """Close the files and unlock the folder; a process may begin other runs."""
+        self.bar.close()
+        self.metrics.close()
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+            handler.close()
+        if self.lock:
+            self.lock.close()
 
     def start_progress(self, total: int, done: int) -> None:
         """Show a bar on a terminal, and estimate the time left. `total`, `done`: steps of the whole run."""
@@ -200,6 +225,13 @@ class RunLogger:
             advice += '.' if getattr(args, 'device_aug', False) else ', or --device_aug.'
             self.waiting[flag] = Waiting(args.batch_size, self.log, advice)
         return self.waiting[flag].watch(batches)
+
+    def watch_loss(self, epoch: int, loss: float) -> None:
+        """Log a warning if the training loss of an epoch is `RISE` times the lowest since this process began."""
+        if loss > RISE * self.least_loss:
+            text = 'WARNING: the training loss of epoch %d is %.4f, up from %.4f: a lower learning rate may help'
+            self.log(text, epoch, loss, self.least_loss)
+        self.least_loss = min(self.least_loss, loss)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
         """Log the epoch so far, after `step` of its `steps`."""
@@ -247,7 +279,7 @@ def open_run(
     if not world.is_first:
         return RunLogger(None, header)
     folder = snapshot.folder or make_run_folder(args.save, prefix, args.note)
-    _lock(folder)
+    lock = _lock(folder)
     for leftover in folder.glob('.*.pth.tar.*'):  # of a run that was killed while it wrote
         leftover.unlink()
     for path in snapshot.later:  # or the next resume would take them
@@ -255,10 +287,14 @@ def open_run(
     for name, text in (files or {}).items():
         write_text(folder / name, text)
     logger = RunLogger(folder, header, position, args.tensorboard)
+    logger.lock = lock
+    environment = header['environment']
+    logger.log('flags: %s', shlex.join(changed_flags(args)))
+    logger.log('%s; device: %s; torch %s', folder, environment['device'], environment['torch'])
     for name, value in header['flags'].items():
-        logger.log('--%s %s', name, value)
-    for name, value in header['environment'].items():
-        logger.log('%s: %s', name, value)
+        logger.detail('--%s %s', name, value)
+    for name, value in environment.items():
+        logger.detail('%s: %s', name, value)
     for note in snapshot.notes:
         logger.log(note)
     if snapshot.later:
@@ -267,13 +303,13 @@ def open_run(
     return logger
 
 
-def _lock(folder: Path) -> None:
-    """Keep other runs out of a folder until this process ends.
+def _lock(folder: Path) -> TextIO:
+    """Keep other runs out of a folder until the file that is returned is closed.
 
     A POSIX lock: processes that load images, which may outlive a kill by seconds, do not inherit it.
     """
     try:
-        file = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(folder / '.lock', 'a')  # noqa: SIM115
     except OSError as e:
         raise BadInput(f'{folder}: cannot be written to ({e.strerror})') from e
     try:
@@ -282,3 +318,4 @@ def _lock(folder: Path) -> None:
         raise BadInput(f'{folder}: another run is writing into this folder; wait for its end, or stop it') from e
     except OSError:  # a file system without locks
         pass
+    return file

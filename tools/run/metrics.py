@@ -1,8 +1,9 @@
 """`metrics.jsonl`: flags, environment and measurements of a run, a JSON object a line. Pictures are drawn from it.
 
 The first line (`kind` 'run') has the format's version, the flags, the environment, and all else that a reader needs.
-Then follow a line a print ('step'), a line an epoch ('epoch'), and 'end'. Every line after the first has `epoch`;
-'step' lines also have `step`, the number of the epoch's steps done.
+Then follow a line a print ('step'), a line an epoch ('epoch'), and 'end'. Every line but 'run' has `epoch`; 'step'
+lines also have `step`, the number of the epoch's steps done. A run that goes on with other flags, such as more epochs,
+adds another line 'run'; the last one counts.
 """
 
 import json
@@ -49,7 +50,7 @@ class MetricsFile:
 
     Args:
         folder: None writes nothing.
-        header: see `run_header`; the first line of a new file.
+        header: see `run_header`; written unless it is that of the file already.
         position: (epoch, step) that the run goes on from.
         tensorboard: also write `<folder>/tensorboard`.
     """
@@ -59,7 +60,7 @@ class MetricsFile:
     ):
         self.path = folder / METRICS if folder else None
         space = header.get('space', {'blocks': [], 'ops': []})
-        self.blocks = [f'{block["stage"]}.{block["name"]}' for block in space['blocks']]
+        self.blocks = [block_label(block) for block in space['blocks']]
         self.ops = [op['label'] for op in space['ops']]
         self.steps_an_epoch = header.get('steps_an_epoch', 0)
         self.board = None
@@ -71,7 +72,9 @@ class MetricsFile:
             # what an earlier run of this folder wrote behind that, this one writes again
             self.board = _summary_writer()(str(folder / 'tensorboard'), purge_step=done + 1)
         kept = [line for line in _whole_lines(self.path) if _is_before(line, position)]
-        lines = kept if kept and kept[0].get('kind') == 'run' else [header, *kept]
+        headers = [line for line in kept if line.get('kind') == 'run']
+        same = bool(headers) and _encode(headers[-1]) == _encode(header)
+        lines = kept if same else [*kept, header] if headers else [header, *kept]
         write_atomic(self.path, lambda f: f.writelines(_encode(line) for line in lines))
 
     def append(self, kind: str, epoch: int, step: int | None = None, **values: Any) -> None:
@@ -88,10 +91,15 @@ class MetricsFile:
                 self.board.add_scalar(name, value, done)
             self.board.flush()
 
+    def close(self) -> None:
+        """Close TensorBoard's files."""
+        if self.board:
+            self.board.close()
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run read back from its file: the first line, and all others."""
+    """A run read back from its file: the last of its headers, and all other lines."""
 
     name: str
     header: dict
@@ -117,8 +125,14 @@ def read_run(path: str | Path) -> Run:
         raise BadInput(f'{path}: does not begin with the line of a run, is it a {METRICS}?')
     if lines[0].get('version') != VERSION:
         raise BadInput(f'{path}: format version {lines[0].get("version")!r}, this program reads {VERSION}')
+    header = [line for line in lines if line.get('kind') == 'run' and line.get('version') == VERSION][-1]
     rest = [line for line in lines[1:] if isinstance(line.get('kind'), str) and isinstance(line.get('epoch'), int)]
-    return Run(path.resolve().parent.name, lines[0], rest)
+    return Run(path.resolve().parent.name, header, rest)
+
+
+def block_label(block: Mapping[str, str]) -> str:
+    """Return the name of a block of a described search space, such as stage1.1."""
+    return f'{block["stage"]}.{block["name"].removeprefix("block")}'
 
 
 def _whole_lines(path: Path) -> list[dict]:
