@@ -183,7 +183,7 @@ def scale_to_target(state, table, target, args, log):
     arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
     scaled = widths
     if 'width' in args.freedoms:
-        scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor)
+        scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor or table.width_divisor)
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
@@ -207,7 +207,11 @@ def read_table(args, world):
     notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
         print(notes[-1], flush=True)
-    check_divisor(args.width_divisor, SPACE)
+    divisor = args.width_divisor or table.width_divisor
+    check_divisor(divisor, SPACE)
+    if divisor > 1:
+        source = '--width_divisor' if args.width_divisor else f'from {args.lookup_path}'
+        notes.append(f'All widths stay multiples of {divisor} ({source})')
     return table, table.target(args.target_lat, SPACE), notes
 
 

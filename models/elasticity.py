@@ -73,8 +73,8 @@ def check_divisor(divisor: int, space: SearchSpace) -> None:
 
 
 def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace) -> tuple[float, float]:
-    """Return the latency of an architecture at its least and at its most widths, in ms."""
-    scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0)
+    """Return the latency of an architecture at its least and at its most widths on the table's grid, in ms."""
+    scaler = _Scaler(arch, space.start_widths(), table, space, 0.0, table.width_divisor)
     return scaler.measure(scaler.low), scaler.measure(scaler.high)
 
 

@@ -139,6 +139,16 @@ def project_file(path: str, default: str) -> str:
     return str(beside) if path == default and not Path(path).exists() and beside.exists() else path
 
 
+def add_runtime_args(parser) -> None:
+    """Add --runtime and --provider."""
+    parser.add_argument(
+        '--runtime',
+        choices=('torch', 'onnxruntime', 'openvino'),
+        help="program that runs the timed networks; default: the table's, or torch",
+    )
+    parser.add_argument('--provider', help='execution provider of ONNX Runtime, or device of OpenVINO')
+
+
 def add_device_arg(parser: Parser) -> None:
     """Add --device."""
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU if available')
@@ -223,7 +233,9 @@ def add_search_args(parser: Parser) -> None:
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
-    parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+    parser.add_argument(
+        '--width_divisor', type=count(), help="all widths stay multiples of it; default: the table's, or 1"
+    )
     parser.add_argument(
         '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
     )
