@@ -5,6 +5,8 @@
         --lookup_path latency_pkl/latency_gpu.pkl --save_path model.config
     python parsing_model.py --config_path models/zoo/tf_nas_a.config \\
         --num_classes 10 --save_path model.config
+    python parsing_model.py --config_path models/zoo/tf_nas_a.config \\
+        --width_divisor 8 --save_path aligned.config
 
 The most probable network of a search that meets a target; several targets; and corrected by its measured time:
 
@@ -15,13 +17,14 @@ The most probable network of a search that meets a target; several targets; and 
 """
 
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import tools.needed  # noqa: F401  # isort: skip
 import torch
 
-from latency_pkl.sampling import build_network, launch_of, standard_of, tf32_of
+from latency_pkl.runtimes import engine_of_table, standard_of
+from latency_pkl.sampling import launch_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
@@ -40,6 +43,7 @@ from tools.options import (
     Parser,
     add_arch_args,
     add_device_arg,
+    add_runtime_args,
     class_count,
     count,
     image_size,
@@ -70,7 +74,9 @@ def get_args(argv=None):
         '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; one config for each'
     )
     latency.add_argument(
-        '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
+        '--width_divisor',
+        type=count(),
+        help="widths are multiples of it, those of a --config_path rounded up; default with --target_lat: the table's",
     )
     latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
     parser.groups['hardware'].add_argument(
@@ -83,6 +89,7 @@ def get_args(argv=None):
         help='times that a network is built and timed for one latency; up to twice as many if they differ much',
     )
     add_device_arg(parser)
+    add_runtime_args(parser)
     return parser.parse_args(argv)
 
 
@@ -98,25 +105,26 @@ def fit(state, widths, table, target, num_classes, divisor):
     return arch, config, table.of_config(config)
 
 
-def fit_to_clock(state, widths, table, target, num_classes, args, device):
+def fit_to_clock(state, widths, table, target, num_classes, args, engine):
     """`fit`, corrected by the measured time of the network until that meets the target; prints each round.
 
     Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
     after a timing that does not fit with its pool, the network is timed again. Returns the network whose pooled latency
     is nearest to the target, standard error included.
     """
-    batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
-    launch = launch_of(table, device)
-    standard = standard_of(table, batch_size, device, launch)
+    batch_size = table.setting('batch_size', 32 if engine.device.type == 'cuda' else 1)
+    launch = launch_of(table, engine.clock)
+    standard = standard_of(table, batch_size, engine, launch)
     least, _, most = table.reach(SPACE)
     aim, timed, seconds = target, {}, 0.0
     for number in range(1, 2 * MEASURED_ROUNDS + 1):
-        arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
-        build = partial(build_network, config, device, number)
+        divisor = args.width_divisor or table.width_divisor
+        arch, config, predicted = fit(state, widths, table, aim, num_classes, divisor)
+        build = engine.build(config, number, args.img_size, batch_size)
         usual = f'about {seconds:.0f} s' if seconds else 'usually 15 to 40 s'
         print(f'Round {number}: a network of predicted {predicted:.4f} ms is timed, {usual}', flush=True)
         start = time.monotonic()
-        measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds, launch)
+        measured = measure_latency(build, batch_size, args.img_size, engine.clock, standard, args.rounds, launch)
         seconds = time.monotonic() - start
         timed.setdefault(str(arch), []).append((config, predicted, measured))
         pools = {arch: pool_timings([timing[1:] for timing in timings]) for arch, timings in timed.items()}
@@ -143,7 +151,7 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
     return config
 
 
-def fitted_configs(args, save_path, num_classes, table, device):
+def fitted_configs(args, save_path, num_classes, table, engine):
     """Yield (path, config) for each target."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
@@ -153,12 +161,12 @@ def fitted_configs(args, save_path, num_classes, table, device):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
         if args.fit_measured:
-            yield one, fit_to_clock(state, widths, table, target, num_classes, args, device)
+            yield one, fit_to_clock(state, widths, table, target, num_classes, args, engine)
         else:
-            yield one, fit(state, widths, table, target, num_classes, args.width_divisor)[1]
+            yield one, fit(state, widths, table, target, num_classes, args.width_divisor or table.width_divisor)[1]
 
 
-def report(path, config, table, args, device):
+def report(path, config, table, args, engine):
     """Write one config if there is a path for it, and print its size and latencies."""
     if path:
         write_text(path, dump_config(config))
@@ -169,14 +177,17 @@ def report(path, config, table, args, device):
     if table:
         print(f'Lat_LUT: {table.of_config(config):.4f} {table.unit}')
     if args.print_lat:
-        places = [('GPU', device, 32), ('GPU', device, 1)] if device.type == 'cuda' else []
-        for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
-            launch = launch_of(table, place)
+        places = [('GPU', engine, 32), ('GPU', engine, 1)] if engine.device.type == 'cuda' else []
+        if engine.runtime == 'torch' or not places:
+            places.append(('CPU', replace(engine, device=torch.device('cpu')), 1))
+        for name, place, batch_size in places:
+            launch = launch_of(table, place.clock)
             standard = standard_of(table, batch_size, place, launch)
             print(f'Timing on the {name}, batch {batch_size}: usually 15 to 40 s', flush=True)
-            build = partial(build_network, config, place, 0)
-            measured = measure_latency(build, batch_size, args.img_size, place, standard, args.rounds, launch)
-            print(f'Lat_{name} bs={batch_size}: {measured}{host_note(measured, launch)}')
+            build = place.build(config, 0, args.img_size, batch_size)
+            measured = measure_latency(build, batch_size, args.img_size, place.clock, standard, args.rounds, launch)
+            runtime = '' if place.runtime == 'torch' else f' {place.runtime}'
+            print(f'Lat_{name} bs={batch_size}{runtime}: {measured}{host_note(measured, launch)}')
 
 
 def main(args):
@@ -188,7 +199,10 @@ def main(args):
     if save_path:
         check_target(save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
     lookup_path = project_file(args.lookup_path, DEFAULT_TABLE)
-    table = load_table(lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
+    wants_table = args.print_lat or args.target_lat or args.width_divisor
+    table = load_table(lookup_path, args.img_size, SPACE) if wants_table else None
+    measures = args.print_lat or args.fit_measured
+    engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
         raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
     if args.fit_measured and not args.target_lat:
@@ -198,12 +212,18 @@ def main(args):
     set_tf32(tf32_of(table) if table else True)
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
     if args.target_lat:
-        configs = fitted_configs(args, save_path, num_classes, table, device)
+        configs = fitted_configs(args, save_path, num_classes, table, engine)
     else:
         config = load_architecture(args.model_path or args.config_path, num_classes, SPACE)
-        configs = [(save_path, config.with_classes(num_classes) if num_classes else config)]
+        config = config.with_classes(num_classes) if num_classes else config
+        if args.width_divisor:
+            print('Widths as given:')
+            report(None, config, table, args, engine)
+            print(f'Widths rounded up to multiples of {args.width_divisor}:')
+            config = config.rounded_up(args.width_divisor)
+        configs = [(save_path, config)]
     for path, config in configs:
-        report(path, config, table, args, device)
+        report(path, config, table, args, engine)
 
 
 if __name__ == '__main__':

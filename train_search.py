@@ -189,12 +189,12 @@ def scale_to_target(state, table, target, args, log):
         The architecture, the new widths, and the latencies for the metrics.
     """
     arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
-    scaled, given_up = widths, {}
+    scaled, given_up, divisor = widths, {}, args.width_divisor or table.width_divisor
     if 'width' in args.freedoms:
-        first, arch = arch, most_probable(state.full, table, SPACE, target, args.width_divisor)
-        scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor)
+        first, arch = arch, most_probable(state.full, table, SPACE, target, divisor)
+        scaled = scale_widths(arch, widths, table, SPACE, target, divisor)
         if arch != first:
-            least, most = latency_range(first, table, SPACE, args.width_divisor)
+            least, most = latency_range(first, table, SPACE, divisor)
             lost = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
             log('The most probable architecture reaches %.4f to %.4f: not the target lat.', least, most)
             log('The most probable one that can meet it is current; given up in log-probability: %.4f', lost)
@@ -202,7 +202,7 @@ def scale_to_target(state, table, target, args, log):
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
-    least, most = latency_range(arch, table, SPACE, args.width_divisor)
+    least, most = latency_range(arch, table, SPACE, divisor)
     latency = {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
     return arch, scaled, latency | given_up
 
@@ -216,10 +216,14 @@ def read_table(args, world):
     notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
         print(notes[-1], flush=True)
-    check_divisor(args.width_divisor, SPACE)
+    divisor = args.width_divisor or table.width_divisor
+    check_divisor(divisor, SPACE)
+    if divisor > 1:
+        source = '--width_divisor' if args.width_divisor else f'from {args.lookup_path}'
+        notes.append(f'All widths stay multiples of {divisor} ({source})')
     target = table.target(args.target_lat, SPACE)
     if 'width' in args.freedoms:
-        check_reachable(table, SPACE, target, args.width_divisor)
+        check_reachable(table, SPACE, target, divisor)
     return table, target, notes
 
 

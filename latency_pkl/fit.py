@@ -106,8 +106,8 @@ def _curves(
         physical = features(*places[key], np.arange(1, high + 1)) @ coefficients
         widths = np.array([w for w, _ in seen[key]], dtype=int)
         ratios = np.array([ms for _, ms in seen[key]]) / physical[widths - 1]
-        level, slope = _correction(_along(widths, low, high), ratios)
-        along = np.clip(_along(np.arange(1, high + 1), low, high), -1.0, 1.0)
+        level, slope = _correction(along_range(widths, low, high), ratios)
+        along = np.clip(along_range(np.arange(1, high + 1), low, high), -1.0, 1.0)
         curves[key] = np.maximum.accumulate(physical * np.maximum(level + slope * along, 0.1))
     return curves
 
@@ -118,7 +118,7 @@ def _typical(ratios: np.ndarray) -> float:
     return float(ratios[np.abs(ratios / middle - 1) <= OUTLIER].mean())
 
 
-def _along(widths: np.ndarray, low: int, high: int) -> np.ndarray:
+def along_range(widths: np.ndarray, low: int, high: int) -> np.ndarray:
     """Return the positions of widths in their range, from -1 at `low` to 1 at `high`."""
     return 2 * (widths - low) / (high - low) - 1
 

@@ -3,6 +3,8 @@
     python latency_pkl/make_lat_lut.py --device cpu --save_path my_cpu.pkl
     python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 \\
         --save_path my_gpu.pkl
+    python latency_pkl/make_lat_lut.py --runtime onnxruntime \\
+        --save_path my_onnxruntime.pkl
     python latency_pkl/make_lat_lut.py --metric flops --save_path flops.pkl
     python latency_pkl/make_lat_lut.py --estimate titan_rtx \\
         --save_path latency_pkl/latency_gpu.pkl
@@ -16,7 +18,6 @@ import random
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,19 +31,11 @@ from tqdm import tqdm
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import (
-    build_network,
-    launch_of,
-    random_config,
-    reference_config,
-    sample_of,
-    standard_of,
-    tf32_of,
-)
+from latency_pkl.runtimes import engine_of_table, standard_of
+from latency_pkl.sampling import launch_of, random_config, reference_config, sample_of, tf32_of
 from latency_pkl.timing import (
     LAUNCHES,
     ROUNDS,
-    Bench,
     Passes,
     bench_apart,
     fastest_probe,
@@ -52,16 +45,27 @@ from latency_pkl.timing import (
     typical_parts,
     undisturbed_share,
 )
+from latency_pkl.width_grid import MULTIPLES, on_grid, time_grid, with_penalties
 from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
 from models.describe import count_mult_adds, count_params
 from models.latency import LatencyTable, load_table, save_table, warn_of_errors
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.search_space import SPACE
 from tools.distributed import pick_device
-from tools.environment import device_name, set_tf32
+from tools.environment import set_tf32
 from tools.errors import BadInput
 from tools.files import check_target
-from tools.options import Parser, add_device_arg, add_tf32_arg, class_count, count, image_size, number, run_script
+from tools.options import (
+    Parser,
+    add_device_arg,
+    add_runtime_args,
+    add_tf32_arg,
+    class_count,
+    count,
+    image_size,
+    number,
+    run_script,
+)
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
 """Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit needs."""
@@ -86,6 +90,7 @@ def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
     add_device_arg(parser)
+    add_runtime_args(parser)
     table, check, hardware = (parser.groups[name] for name in ('latency', 'check', 'hardware'))
     table.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
     table.add_argument(
@@ -137,34 +142,41 @@ class Turn:
         return [*(passes for _, passes in [*self.fitted, self.unseen]), *self.reference]
 
 
-def time_turn(rng, unseen, args, device):
-    """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often."""
-    setting, timed, of_reference = (args.batch_size, args.img_size, device), [], []
-    reference = partial(build_network, reference_config(args.num_classes, SPACE), device, seed=0)
-    configs = [unseen, *(random_config(rng, i % 2 == 0, args.num_classes, SPACE) for i in range(TURN - 1))]
+def time_turn(rng, unseen, args, engine, divisor=1):
+    """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often.
+
+    Widths are multiples of the divisor. Only those of the last network are not, if there is one.
+    """
+    setting, timed, of_reference = (args.img_size, args.batch_size), [], []
+    reference = engine.bench(reference_config(args.num_classes, SPACE), 0, *setting, launch=args.launch)
+    divisors = [divisor] * (TURN - 2) + [1]
+    drawn = [random_config(rng, i % 2 == 0, args.num_classes, SPACE, d) for i, d in enumerate(divisors)]
+    configs = [unseen, *drawn]
     for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
-        with bench_apart(Bench(reference, *setting, launch=args.launch)) as beside:
+        with bench_apart(reference) as beside:
             for config in some:
-                build = partial(build_network, config, device, rng.getrandbits(32))
-                bench = Bench(build, *setting, by_part=config is not unseen, launch=args.launch)
+                is_new = config is not unseen
+                bench = engine.bench(config, rng.getrandbits(32), *setting, by_part=is_new, launch=args.launch)
                 with bench_apart(bench) as timer:
-                    timed.append((config, timer(UNSEEN_PASSES if config is unseen else PASSES)))
+                    timed.append((config, timer(PASSES if is_new else UNSEEN_PASSES)))
                 of_reference.append(beside())
     return Turn(timed[1:], timed[0], of_reference)
 
 
-def measure(args, device):
-    """Time turns of networks for `args.budget` seconds, longer if undisturbed timings of block shapes are missing."""
-    rng, start, turns = random.Random(args.seed), time.monotonic(), []
-    unseen = [random_config(rng, False, args.num_classes, SPACE) for _ in range(UNSEEN)]
+def measure(args, engine, divisor, start):
+    """Time turns of networks until `args.budget` seconds after `start`, longer if undisturbed timings of block shapes
+    are missing.
+    """
+    rng, turns = random.Random(args.seed), []
+    unseen = [random_config(rng, False, args.num_classes, SPACE, divisor) for _ in range(UNSEEN)]
     with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
         while True:
-            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, device))
+            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor))
             spent = time.monotonic() - start
             bar.update(min(round(spent), bar.total) - bar.n)
             if spent < args.budget:
                 continue
-            lacks = missing(samples_of(turns, args.img_size, fastest_of(turns))[0], args.img_size)
+            lacks = missing(samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size)
             if not lacks or spent >= args.budget * PATIENCE:
                 return turns
 
@@ -174,9 +186,13 @@ def fastest_of(turns):
     return fastest_probe(passes for turn in turns for passes in turn.passes)
 
 
-def samples_of(turns, img_size, fastest):
-    """Return the samples of the fit and the numbers of their turns, without networks that were never undisturbed."""
-    pairs = [(sample_of(*timed, img_size, fastest), i) for i, turn in enumerate(turns) for timed in turn.fitted]
+def samples_of(turns, img_size, fastest, divisor, on=True):
+    """Return the samples of networks on the width grid, or off it, and the numbers of their turns.
+
+    Networks that were never undisturbed are left out.
+    """
+    timed = [(one, i) for i, turn in enumerate(turns) for one in turn.fitted if on_grid(one[0], divisor) == on]
+    pairs = [(sample_of(*one, img_size, fastest), i) for one, i in timed]
     pairs = [(sample, i) for sample, i in pairs if sample.total > 0]
     return [sample for sample, _ in pairs], [i for _, i in pairs]
 
@@ -230,13 +246,17 @@ def unseen_pairs(fit, turns, slowness, img_size, fastest):
     return pairs
 
 
-def measured_table(args, device):
+def measured_table(args, engine):
     """Measure a latency table of this machine: (base, curves, meta)."""
-    turns = measure(args, device)
+    start = time.monotonic()
+    grid = time_grid(engine, args, SPACE)
+    print(grid)
+    divisor = grid.divisor
+    turns = measure(args, engine, divisor, start)
     probe = fastest_of(turns)
     for slack in SLACKS:
         fastest = slack * probe
-        samples, numbers = samples_of(turns, args.img_size, fastest)
+        samples, numbers = samples_of(turns, args.img_size, fastest, divisor)
         lack = missing(samples, args.img_size)
         if not lack:
             break
@@ -246,6 +266,8 @@ def measured_table(args, device):
     reference_ms, slowness = speed_of(turns, fastest)
     fit = fit_table(samples, slowness[numbers], args.img_size, SPACE)
     unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
+    off_grid, off_numbers = samples_of(turns, args.img_size, fastest, divisor, on=False)
+    curves = with_penalties(fit.curves, off_grid, slowness[off_numbers], divisor, grid.price)
     mean, worst, bias = errors_of(unseen)
     low, high = np.quantile(slowness, (0.25, 0.75))
     print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the mean network')
@@ -253,7 +275,7 @@ def measured_table(args, device):
         f'Reference network: {reference_ms:.4f} ms, in half of {len(turns)} turns from '
         f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
     )
-    if device.type == 'cpu':
+    if engine.clock.type == 'cpu':
         also = f'; probes up to {slack:g} times as slow counted too, for else shapes were missing' if slack > 1 else ''
         print(f'Timings with an undisturbed core, which are those that count: {undisturbed:.0f} %{also}')
     else:
@@ -262,7 +284,7 @@ def measured_table(args, device):
     print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
-        'device': device_name(device),
+        **engine.meta,
         'batch_size': args.batch_size,
         'threads': args.threads,
         'dtype': 'float32',
@@ -277,10 +299,12 @@ def measured_table(args, device):
         'undisturbed_percent': round(undisturbed, 1),
         'probe_slack': slack,
         'spread_percent': round(100 * float(high - low), 3),
+        'width_divisor': divisor,
+        'width_costs': dict(zip(map(str, MULTIPLES), grid.costs.round(4).tolist(), strict=True)),
     }
-    if device.type == 'cuda':
+    if engine.clock.type == 'cuda':
         meta |= {'launch': args.launch, 'tf32': args.tf32}
-    return fit.base, fit.curves, meta
+    return fit.base, curves, meta
 
 
 def counted_table(args):
@@ -318,19 +342,21 @@ def estimated_table(args):
     return base, curves, {'unit': 'ms', 'device': card.name, 'batch_size': args.batch_size, 'method': method}
 
 
-def check(table, args, device):
+def check(table, args, engine):
     """Time fresh networks against a table. Return whether the mean error is within the tolerance."""
     if table.unit != 'ms':
         raise BadInput(f'--check {args.check}: counts {table.unit}, which no clock measures')
+    runtime = ' '.join(str(engine.meta[name]) for name in ('runtime', 'runtime_version') if name in engine.meta)
     print(
-        f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {device_name(device)}, '
-        f'batch {args.batch_size}, threads {args.threads}'
+        f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {engine.meta["device"]}, '
+        f'batch {args.batch_size}, threads {args.threads}, {runtime}, widths: multiples of {table.width_divisor}'
     )
-    standard = standard_of(table, args.batch_size, device, args.launch)
+    standard = standard_of(table, args.batch_size, engine, args.launch)
     rng = random.Random(args.seed + 1_000_003)
-    configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks)]
-    builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
-    setting = args.batch_size, args.img_size, device, standard, args.rounds, args.launch
+    drawn = (args.num_classes, SPACE, table.width_divisor)
+    configs = [random_config(rng, False, *drawn) for _ in range(args.networks)]
+    builds = [engine.build(config, seed, args.img_size, args.batch_size) for seed, config in enumerate(configs)]
+    setting = args.batch_size, args.img_size, engine.clock, standard, args.rounds, args.launch
     measured, undisturbed = measure_in_turns(builds, *setting)
     pairs = [(table.of_config(config), one.ms) for config, one in zip(configs, measured, strict=True)]
     for predicted, ms in pairs:
@@ -342,7 +368,7 @@ def check(table, args, device):
         )
     else:
         print('Measured by the clock alone: the table has no time of the reference network for this device')
-    if device.type == 'cpu':
+    if engine.clock.type == 'cpu':
         print(f'Timings with an undisturbed core, which are those that count: {100 * undisturbed:.0f} %')
     else:
         print(host_report([one.host for one in measured], args.launch, undisturbed))
@@ -360,28 +386,31 @@ def main(args):
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
-    if args.launch and device.type != 'cuda':
-        raise BadInput(f'--launch {args.launch}: only for times measured on a GPU; leave it out')
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
+    engine = engine_of_table(table.meta if table else {}, args.runtime, args.provider, device)
+    if not measures and args.runtime:
+        raise BadInput(f'--runtime {args.runtime}: only for a table that is measured; leave it out')
+    if args.launch and engine.clock.type != 'cuda':
+        raise BadInput(f'--launch {args.launch}: only for times that torch measures on a GPU; leave it out')
     usual = 32 if device.type == 'cuda' or args.estimate else 1
     args.batch_size = args.batch_size or (table.setting('batch_size', usual) if table else usual)
     args.threads = args.threads or (table.setting('threads', 1) if table else 1)
-    usual = 'queued' if device.type == 'cuda' else 'eager'
-    args.launch = args.launch or (launch_of(table, device) if table else usual)
+    usual = 'queued' if engine.clock.type == 'cuda' else 'eager'
+    args.launch = args.launch or (launch_of(table, engine.clock) if table else usual)
     args.tf32 = args.tf32 if args.tf32 is not None else tf32_of(table) if table else True
     torch.set_num_threads(args.threads)
     set_tf32(args.tf32)
     if table:
-        if not check(table, args, device):
+        if not check(table, args, engine):
             sys.exit(1)
         return
-    of = args.estimate or device.type
+    of = args.estimate or '_'.join(filter(None, (device.type, args.runtime)))
     path = args.save_path or f'latency_pkl/{args.metric}_{of}_{args.img_size}_bs{args.batch_size}.pkl'
     check_target(path, '--save_path')
     if args.estimate:
         base, curves, meta = estimated_table(args)
     else:
-        base, curves, meta = measured_table(args, device) if measures else counted_table(args)
+        base, curves, meta = measured_table(args, engine) if measures else counted_table(args)
     meta |= {
         'metric': args.metric,
         'img_size': args.img_size,

@@ -5,18 +5,16 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from latency_pkl.timing import LAUNCHES, Passes, Standard, typical_parts
-from models.config import NetworkConfig, build_config, parse_config
+from latency_pkl.timing import LAUNCHES, Passes, typical_parts
+from models.config import NetworkConfig, build_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.search_space import Arch, SearchSpace, Widths
-from tools.environment import device_name
 from tools.errors import BadInput
 
 FULL_DEPTH_SHARE = 0.5
@@ -43,12 +41,13 @@ class Sample:
         return blocks + (0.0 if math.isnan(self.fixed) else base)
 
 
-def random_network(rng: random.Random, ends: bool, space: SearchSpace) -> tuple[Arch, Widths]:
+def random_network(rng: random.Random, ends: bool, space: SearchSpace, divisor: int = 1) -> tuple[Arch, Widths]:
     """Draw depths, operators and widths.
 
     Args:
         ends: give half of the networks full depth, and some blocks the least or the most width, so that all keys occur
             over their whole range. Otherwise all draws are uniform.
+        divisor: all widths are multiples of it, the next above what was drawn.
     """
     arch: Arch = {}
     blocks = space.blocks()
@@ -62,13 +61,16 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace) -> tuple[
         op = space.ops[index]
         low, high = op.min_width(block.in_ch), op.max_width(block.in_ch)
         at_end = ends and rng.random() < END_SHARE
-        widths[block.stage][block.name][index] = rng.choice((low, high)) if at_end else rng.randint(low, high)
+        width = rng.choice((low, high)) if at_end else rng.randint(low, high)
+        widths[block.stage][block.name][index] = min(-(-width // divisor), high // divisor) * divisor
     return arch, widths
 
 
-def random_config(rng: random.Random, ends: bool, num_classes: int, space: SearchSpace) -> NetworkConfig:
+def random_config(
+    rng: random.Random, ends: bool, num_classes: int, space: SearchSpace, divisor: int = 1
+) -> NetworkConfig:
     """Return the config of a `random_network`."""
-    return build_config(*random_network(rng, ends, space), num_classes, space)
+    return build_config(*random_network(rng, ends, space, divisor), num_classes, space)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -126,25 +128,6 @@ def tf32_of(table: LatencyTable) -> bool:
     if type(tf32) is not bool:
         raise BadInput(f"the latency table's tf32 is {tf32!r}, should be True or False")
     return tf32
-
-
-def standard_of(table: LatencyTable, batch_size: int, device: torch.device, launch: str = 'eager') -> Standard | None:
-    """Return the table's reference network with its time from when the table was made.
-
-    None if that was not on this device, or not with this batch size, number of threads and launch.
-
-    Raises:
-        BadInput: the table's reference is no config, its time no positive number, or its launch none of `LAUNCHES`.
-    """
-    made_with = *(table.meta.get(name) for name in ('device', 'batch_size', 'threads')), launch_of(table, device)
-    known = {'reference', 'reference_ms'} <= table.meta.keys()
-    if not known or made_with != (device_name(device), batch_size, torch.get_num_threads(), launch):
-        return None
-    config = parse_config(str(table.meta['reference']), "the latency table's reference")
-    ms = table.meta['reference_ms']
-    if not (isinstance(ms, (int, float)) and 0 < ms < math.inf):
-        raise BadInput(f"the latency table's reference_ms is {ms!r}, should be a positive number")
-    return Standard(partial(build_network, config, device, seed=0), float(ms))
 
 
 def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: float) -> Sample:

@@ -139,6 +139,18 @@ class NetworkConfig:
         """Return the config with a classifier of `num_classes` outputs."""
         return replace(self, classifier=replace(self.classifier, out_features=num_classes))
 
+    def rounded_up(self, divisor: int) -> 'NetworkConfig':
+        """Return the config with the mid channels of the stages' blocks rounded up to multiples of `divisor`.
+
+        A block without expansion has no mid channels to round.
+        """
+
+        def rounded(spec: MBSpec) -> MBSpec:
+            expands = spec.mid_channels > spec.in_channels
+            return replace(spec, mid_channels=-(-spec.mid_channels // divisor) * divisor) if expands else spec
+
+        return replace(self, stages={name: [rounded(spec) for spec in specs] for name, specs in self.stages.items()})
+
     def to_dict(self) -> dict:
         """Return the JSON form."""
 

@@ -63,8 +63,13 @@ class LatencyTable:
         """Unit of the entries; 'ms' if `meta` has none."""
         return str(self.meta.get('unit', 'ms'))
 
+    @property
+    def width_divisor(self) -> int:
+        """Multiples of mid channels at which the device is fast. Other widths may take longer than wider ones."""
+        return self.setting('width_divisor', 1)
+
     def setting(self, name: str, usual: int) -> int:
-        """Return the `batch_size` or `threads` of the table; `usual` if `meta` has none.
+        """Return the `batch_size`, `threads` or `width_divisor` of the table; `usual` if `meta` has none.
 
         Raises:
             BadInput: not a whole number of at least 1.
@@ -77,6 +82,11 @@ class LatencyTable:
     def of(self, block: Block, op: Op, width: int) -> float:
         """Return the latency of one operator."""
         return float(self.curves[block.key(op)][width - 1])
+
+    def ends(self, block: Block, op: Op) -> tuple[int, int]:
+        """Return the least and the most width of an operator that are multiples of the table's divisor."""
+        low, high = op.min_width(block.in_ch), op.max_width(block.in_ch)
+        return min(-(-low // self.width_divisor) * self.width_divisor, high), max(high - high % self.width_divisor, low)
 
     def total(self, arch: Arch, widths: Widths, space: SearchSpace) -> float:
         """Return the latency of a whole network: base plus its blocks."""
@@ -107,10 +117,11 @@ class LatencyTable:
         blocks = space.blocks(self.img_size)
         for name, stage in zip(space.stage_names, space.stages, strict=True):
             for depth, block in enumerate((b for b in blocks if b.stage == name), start=1):
-                low = min(self.of(block, op, op.min_width(block.in_ch)) for op in space.ops)
+                ends = [(op, *self.ends(block, op)) for op in space.ops]
+                low = min(self.of(block, op, width) for op, width, _ in ends)
                 least += low if depth <= stage.exit_depths[0] else 0
                 shallow += low
-                most += max(self.of(block, op, op.max_width(block.in_ch)) for op in space.ops)
+                most += max(self.of(block, op, width) for op, _, width in ends)
         return least, shallow, most
 
     def target(self, text: str, space: SearchSpace) -> float:
@@ -219,18 +230,18 @@ def load_table(
             f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
             f'make a table of that size with: {_maker(img_size)}'
         )
+    meta = data.get('meta') or {}
+    if not isinstance(meta, dict):
+        raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict about how the table was made")
     curves, moved, absent = {}, [], 0
+    table = LatencyTable(float(base), curves, meta, img_size)
     for key, (low, high) in wanted.items():
         try:
-            curves[key], shares, count = _curve(by_width(data[key]), low, high)
+            curves[key], shares, count = _curve(by_width(data[key]), low, high, table.width_divisor)
         except ValueError as e:
             raise BadInput(f'{path}: {key} {e}; make a table with: {_maker(img_size)}') from e
         moved.append(shares)
         absent += count
-    meta = data.get('meta') or {}
-    if not isinstance(meta, dict):
-        raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict about how the table was made")
-    table = LatencyTable(float(base), curves, meta, img_size)
     _check_unit(path, table, table.reach(space)[2])
     method = str(table.meta.get('method', ''))
     if warning := warn_of_errors(table.meta):
@@ -278,12 +289,13 @@ def save_table(base: float, curves: dict[str, np.ndarray], meta: dict, path: str
     write_atomic(path, lambda f: pickle.dump(data, f, protocol=3))
 
 
-def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _curve(values: dict[int, object], low: int, high: int, divisor: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Make the curve of one key.
 
     Args:
         values: ms by width, in growing order.
         low, high: the least and the most width of a search.
+        divisor: the curve rises at its multiples. Other widths take at least as long as the next multiple.
 
     Returns:
         The curve, [high]; the shares by which the given values moved to let it rise; and the number of widths from
@@ -304,9 +316,13 @@ def _curve(values: dict[int, object], low: int, high: int) -> tuple[np.ndarray, 
             f'{", ..." if len(outside) > 3 else ""}'
         )
     used = np.array([values[width] for width in given.tolist()], dtype=np.float64)
-    fitted = rising(used)
-    curve = _interpolate(np.arange(1, high + 1), given, fitted)
+    fitted, on_grid = used.copy(), given % divisor == 0
+    if on_grid.any():
+        fitted[on_grid] = rising(used[on_grid])
+    all_widths = np.arange(1, high + 1)
+    curve = _interpolate(all_widths, given, fitted)
     curve[: low - 1] = [values.get(width, curve[low - 1]) for width in range(1, low)]
+    curve = np.maximum(curve, curve[np.minimum(-(-all_widths // divisor) * divisor, high) - 1])
     moved = np.abs(used - fitted) / np.maximum(fitted, SMALLEST)
     return curve, moved, high - low + 1 - int(((low <= given) & (given <= high)).sum())
 

@@ -216,6 +216,17 @@ def project_file(path: str, default: str) -> str:
     return str(beside) if path == default and not Path(path).exists() and beside.exists() else path
 
 
+def add_runtime_args(parser: Parser) -> None:
+    """Add --runtime and --provider."""
+    hardware = parser.groups['hardware']
+    hardware.add_argument(
+        '--runtime',
+        choices=('torch', 'onnxruntime', 'openvino'),
+        help="program that runs the timed networks; default: the table's, or torch",
+    )
+    hardware.add_argument('--provider', help='execution provider of ONNX Runtime, or device of OpenVINO')
+
+
 def add_device_arg(parser: Parser) -> None:
     """Add --device."""
     parser.groups['hardware'].add_argument(
@@ -311,7 +322,9 @@ def add_search_args(parser: Parser) -> None:
         '--target_lat', metavar='MS', default='15.0', help='in ms; or a share of the reachable range, such as 60%%'
     )
     latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
-    latency.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
+    latency.add_argument(
+        '--width_divisor', type=count(), help="all widths stay multiples of it; default: the table's, or 1"
+    )
 
     add_output_args(parser, 'search')
     add_snapshot_args(parser)
