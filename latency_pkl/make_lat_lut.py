@@ -5,6 +5,11 @@ python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 --save_path lat
 python latency_pkl/make_lat_lut.py --metric flops --save_path latency_pkl/flops.pkl
 python latency_pkl/make_lat_lut.py --estimate titan_rtx --save_path latency_pkl/latency_gpu.pkl
 python latency_pkl/make_lat_lut.py --check latency_pkl/my_cpu.pkl
+
+Of another device: write networks to time there, and make a table from their times:
+
+python latency_pkl/make_lat_lut.py --kit phone_kit
+python latency_pkl/make_lat_lut.py --timings phone_kit/timings.csv --save_path phone.pkl
 """
 
 import random
@@ -23,6 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
+from latency_pkl.kit import (
+    LEAST_NETWORKS,
+    NETWORKS,
+    REFERENCE,
+    WIDTH_DIVISOR,
+    held_back_of,
+    kit_networks,
+    read_kit,
+    read_timings,
+    timed_table,
+    write_kit,
+)
 from latency_pkl.sampling import build_network, launch_of, random_config, reference_config, sample_of, standard_of
 from latency_pkl.timing import (
     LAUNCHES,
@@ -37,10 +54,12 @@ from latency_pkl.timing import (
     typical_parts,
     undisturbed_share,
 )
-from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
+from models.config import NetworkConfig, dump_config, fixed_layers, load_config, op_spec
 from models.describe import count_mult_adds, count_params
+from models.elasticity import check_divisor
 from models.latency import LatencyTable, load_table, save_table
 from models.layers import ConvLayer, MBInvertedResBlock
+from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.search_space import SPACE
 from tools.distributed import pick_device
 from tools.environment import device_name
@@ -93,7 +112,9 @@ def get_args(argv=None):
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     parser.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
-    parser.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
+    parser.add_argument(
+        '--networks', type=count(2), help=f'networks that --check times (default: 20), or of a --kit ({NETWORKS})'
+    )
     parser.add_argument(
         '--rounds',
         type=count(),
@@ -101,6 +122,19 @@ def get_args(argv=None):
         help='times that --check builds and times each network; up to twice as many if they differ much',
     )
     parser.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
+    parser.add_argument(
+        '--kit',
+        metavar='DIR',
+        help='write networks to time on another device, to DIR and DIR.zip; with --timings: '
+        'the kit that was timed, if the timings are not in its folder',
+    )
+    parser.add_argument('--configs', nargs='+', metavar='CONFIG', help='with --kit: these networks, not random ones')
+    parser.add_argument('--width_divisor', type=count(), help=f'of the widths in a --kit; default: {WIDTH_DIVISOR}')
+    parser.add_argument(
+        '--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of the ONNX files in a --kit; default: {USUAL_OPSET}'
+    )
+    parser.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
+    parser.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
     return parser.parse_args(argv)
 
 
@@ -308,7 +342,7 @@ def check(table, args, device):
     )
     standard = standard_of(table, args.batch_size, device, args.launch)
     rng = random.Random(args.seed + 1_000_003)
-    configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks)]
+    configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks or 20)]
     builds = [partial(build_network, config, device, seed) for seed, config in enumerate(configs)]
     setting = args.batch_size, args.img_size, device, standard, args.rounds, args.launch
     measured, undisturbed = measure_in_turns(builds, *setting)
@@ -329,13 +363,60 @@ def check(table, args, device):
     mean, worst, bias = errors_of(pairs)
     noise = 100 * np.mean([one.error for one in measured])
     print(f'Standard error of a measured latency: {noise:.2f} %, which is part of the errors')
-    print(f'{args.networks} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
+    print(f'{len(pairs)} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     return mean <= args.tolerance
 
 
+def make_kit(args):
+    """Write a kit of random networks, or of given ones."""
+    divisor = args.width_divisor or WIDTH_DIVISOR
+    check_divisor(divisor, SPACE)
+    if args.configs:
+        networks = {REFERENCE: reference_config(args.num_classes, SPACE)}
+        for path in args.configs:
+            name = Path(path).name.removesuffix('.config')
+            if name in networks:
+                raise BadInput(f'--configs: two networks are named {name}; rename one')
+            networks[name] = load_config(path)
+        held_back = 0
+    else:
+        number = args.networks or NETWORKS
+        if number < LEAST_NETWORKS:
+            raise BadInput(f'--networks {number}: a --kit needs at least {LEAST_NETWORKS} for a fit')
+        networks = kit_networks(number, args.num_classes, SPACE, divisor, random.Random(args.seed))
+        held_back = held_back_of(number)
+    settings = {
+        'img_size': args.img_size,
+        'num_classes': args.num_classes,
+        'batch_size': args.batch_size or 1,
+        'width_divisor': divisor,
+        'opset': args.opset or USUAL_OPSET,
+        'seed': args.seed,
+    }
+    size = write_kit(args.kit, networks, settings, held_back)
+    print(f'{args.kit}.zip: {len(networks)} networks, {size / 1e6:.1f} MB. On the device: python time_networks.py')
+
+
+def table_of_timings(args):
+    """Write the table of a kit's times."""
+    timings = read_timings(args.timings)
+    kit = read_kit(args.kit or Path(args.timings).parent)
+    path = args.save_path or f'latency_pkl/latency_{Path(args.timings).stem}_{kit.settings["img_size"]}.pkl'
+    check_target(path, '--save_path', [args.timings])
+    fit, meta = timed_table(timings, kit, SPACE, args.note)
+    save_table(fit.base, fit.curves, meta | {'metric': 'latency', 'date': time.strftime('%Y-%m-%d')}, path)
+    print(f'{path}: {len(fit.curves)} block shapes, base {fit.base:.4f} ms, of {meta["device"]}')
+
+
 def main(args):
-    """Make a table, or check one."""
+    """Make a table, check one, or write a kit."""
     start = time.monotonic()
+    if args.timings:
+        table_of_timings(args)
+        return
+    if args.kit:
+        make_kit(args)
+        return
     if args.estimate and args.metric != 'latency':
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
