@@ -12,6 +12,12 @@
 Check a table against fresh networks:
 
     python latency_pkl/make_lat_lut.py --check my_cpu.pkl
+
+Of another device: write networks to time there, and make a table from their times:
+
+    python latency_pkl/make_lat_lut.py --kit phone_kit
+    python latency_pkl/make_lat_lut.py --timings phone_kit/timings.csv \\
+        --save_path phone.pkl
 """
 
 import random
@@ -31,6 +37,18 @@ from tqdm import tqdm
 
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.fit import fit_table
+from latency_pkl.kit import (
+    LEAST_NETWORKS,
+    NETWORKS,
+    REFERENCE,
+    WIDTH_DIVISOR,
+    held_back_of,
+    kit_networks,
+    read_kit,
+    read_timings,
+    timed_table,
+    write_kit,
+)
 from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, random_config, reference_config, sample_of, tf32_of
 from latency_pkl.timing import (
@@ -46,10 +64,12 @@ from latency_pkl.timing import (
     undisturbed_share,
 )
 from latency_pkl.width_grid import MULTIPLES, on_grid, time_grid, with_penalties
-from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
+from models.config import NetworkConfig, dump_config, fixed_layers, load_config, op_spec
 from models.describe import count_mult_adds, count_params
+from models.elasticity import check_divisor
 from models.latency import LatencyTable, load_table, save_table, warn_of_errors
 from models.layers import ConvLayer, MBInvertedResBlock
+from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.search_space import SPACE
 from tools.distributed import pick_device
 from tools.environment import set_tf32
@@ -91,7 +111,7 @@ def get_args(argv=None):
     parser = Parser(__doc__)
     add_device_arg(parser)
     add_runtime_args(parser)
-    table, check, hardware = (parser.groups[name] for name in ('latency', 'check', 'hardware'))
+    table, check, kit, hardware = (parser.groups[name] for name in ('latency', 'check', 'kit', 'hardware'))
     table.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
     table.add_argument(
         '--batch_size', type=count(), help="images a pass; default: 32 on a GPU, 1 on a CPU; with --check the table's"
@@ -117,7 +137,9 @@ def get_args(argv=None):
     table.add_argument('--seed', type=count(0), default=2, help='seed of the random networks')
     table.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     check.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
-    check.add_argument('--networks', type=count(2), default=20, help='networks that --check times')
+    check.add_argument(
+        '--networks', type=count(2), help=f'networks that --check times (default: 20), or of a --kit ({NETWORKS})'
+    )
     check.add_argument(
         '--rounds',
         type=count(),
@@ -125,6 +147,19 @@ def get_args(argv=None):
         help='times that --check builds and times each network; up to twice as many if they differ much',
     )
     check.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
+    kit.add_argument(
+        '--kit',
+        metavar='DIR',
+        help='write networks to time on another device, to DIR and DIR.zip; with --timings: '
+        'the kit that was timed, if the timings are not in its folder',
+    )
+    kit.add_argument('--configs', nargs='+', metavar='CONFIG', help='with --kit: these networks, not random ones')
+    kit.add_argument('--width_divisor', type=count(), help=f'of the widths in a --kit; default: {WIDTH_DIVISOR}')
+    kit.add_argument(
+        '--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of the ONNX files in a --kit; default: {USUAL_OPSET}'
+    )
+    kit.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
+    kit.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
     return parser.parse_args(argv)
 
 
@@ -354,7 +389,7 @@ def check(table, args, engine):
     standard = standard_of(table, args.batch_size, engine, args.launch)
     rng = random.Random(args.seed + 1_000_003)
     drawn = (args.num_classes, SPACE, table.width_divisor)
-    configs = [random_config(rng, False, *drawn) for _ in range(args.networks)]
+    configs = [random_config(rng, False, *drawn) for _ in range(args.networks or 20)]
     builds = [engine.build(config, seed, args.img_size, args.batch_size) for seed, config in enumerate(configs)]
     setting = args.batch_size, args.img_size, engine.clock, standard, args.rounds, args.launch
     measured, undisturbed = measure_in_turns(builds, *setting)
@@ -375,13 +410,60 @@ def check(table, args, engine):
     mean, worst, bias = errors_of(pairs)
     noise = 100 * np.mean([one.error for one in measured])
     print(f'Standard error of a measured latency: {noise:.2f} %, which is part of the errors')
-    print(f'{args.networks} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
+    print(f'{len(pairs)} networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     return mean <= args.tolerance
 
 
+def make_kit(args):
+    """Write a kit of random networks, or of given ones."""
+    divisor = args.width_divisor or WIDTH_DIVISOR
+    check_divisor(divisor, SPACE)
+    if args.configs:
+        networks = {REFERENCE: reference_config(args.num_classes, SPACE)}
+        for path in args.configs:
+            name = Path(path).name.removesuffix('.config')
+            if name in networks:
+                raise BadInput(f'--configs: two networks are named {name}; rename one')
+            networks[name] = load_config(path)
+        held_back = 0
+    else:
+        number = args.networks or NETWORKS
+        if number < LEAST_NETWORKS:
+            raise BadInput(f'--networks {number}: a --kit needs at least {LEAST_NETWORKS} for a fit')
+        networks = kit_networks(number, args.num_classes, SPACE, divisor, random.Random(args.seed))
+        held_back = held_back_of(number)
+    settings = {
+        'img_size': args.img_size,
+        'num_classes': args.num_classes,
+        'batch_size': args.batch_size or 1,
+        'width_divisor': divisor,
+        'opset': args.opset or USUAL_OPSET,
+        'seed': args.seed,
+    }
+    size = write_kit(args.kit, networks, settings, held_back)
+    print(f'{args.kit}.zip: {len(networks)} networks, {size / 1e6:.1f} MB. On the device: python time_networks.py')
+
+
+def table_of_timings(args):
+    """Write the table of a kit's times."""
+    timings = read_timings(args.timings)
+    kit = read_kit(args.kit or Path(args.timings).parent)
+    path = args.save_path or f'latency_pkl/latency_{Path(args.timings).stem}_{kit.settings["img_size"]}.pkl'
+    check_target(path, '--save_path', [args.timings])
+    fit, meta = timed_table(timings, kit, SPACE, args.note)
+    save_table(fit.base, fit.curves, meta | {'metric': 'latency', 'date': time.strftime('%Y-%m-%d')}, path)
+    print(f'{path}: {len(fit.curves)} block shapes, base {fit.base:.4f} ms, of {meta["device"]}')
+
+
 def main(args):
-    """Make a table, or check one."""
+    """Make a table, check one, or write a kit."""
     start = time.monotonic()
+    if args.timings:
+        table_of_timings(args)
+        return
+    if args.kit:
+        make_kit(args)
+        return
     if args.estimate and args.metric != 'latency':
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate

@@ -19,7 +19,19 @@ VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 """Defaults of a search: its table, and its lists, which it creates if neither exists."""
 
 
-GROUPS = ('network', 'data', 'search', 'training', 'latency', 'check', 'output', 'resuming', 'hardware', 'launcher')
+GROUPS = (
+    'network',
+    'data',
+    'search',
+    'training',
+    'latency',
+    'check',
+    'kit',
+    'output',
+    'resuming',
+    'hardware',
+    'launcher',
+)
 """Titles of the groups of flags, in the order of the help."""
 
 
