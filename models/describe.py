@@ -1,6 +1,7 @@
 """A network and a search space as plain values, for logs and pictures."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,17 @@ def describe_architecture(
         'widths': [list(widths[block.stage][block.name].values()) for block in blocks],
         'network': describe_network(config, table.img_size, space, table),
     }
+
+
+def mean_entropy(ops: Sequence[Sequence[float]]) -> float:
+    """Return the mean over blocks of the entropy of operator probabilities: 1 if all are equal, 0 if one has all.
+
+    Args:
+        ops: probabilities [blocks][ops].
+    """
+    probabilities = torch.tensor(ops, dtype=torch.float64)
+    most = math.log(probabilities.shape[1]) or 1.0  # a single operator has all
+    return torch.special.entr(probabilities).sum(1).mean().item() / most
 
 
 def largest_activation(config: NetworkConfig, img_size: int) -> int:
