@@ -26,7 +26,14 @@ import torch.nn.functional as F
 from dataset.lists import class_file, class_names
 from dataset.loaders import Batches, log_skipped, make_search_loaders
 from models.cuda_graph import Graphs
-from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
+from models.describe import (
+    describe_architecture,
+    describe_space,
+    describe_table,
+    largest_mixture,
+    warn_not_decided,
+    warn_not_learned,
+)
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
 from models.model_search import HostCopy
@@ -40,6 +47,7 @@ from models.search_state import (
     start_search,
     temperature,
     weights_lr,
+    with_schedule,
 )
 from models.search_steps import (
     backward_on_mixture,
@@ -236,6 +244,9 @@ def main(args):
     images = args.batch_size // world.size
     notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
     snapshot = find_snapshot(args, SEARCH)
+    args, scheduled, note = with_schedule(args, snapshot, steps)
+    flags |= scheduled
+    notes.append(note)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
@@ -276,12 +287,16 @@ def main(args):
                 numbers['val'] = val.numbers
                 top1, top5 = val.numbers['top1'], val.numbers['top5']
                 logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
+                if epoch == args.warmup_epochs - 1:
+                    warn_not_learned(top1, num_classes, logger.log)
             if not warming_up:
                 log_architecture(state.net, logger.log)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
                 widths, numbers['latency'] = world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
+            if epoch == args.epochs - 1 and not warming_up:
+                warn_not_decided(found['ops'], logger.log)
             logger.record('epoch', epoch, **numbers, **trained.numbers, **found)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))

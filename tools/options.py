@@ -212,13 +212,19 @@ def add_search_args(parser: Parser) -> None:
     parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
     parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    parser.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
+    parser.add_argument(
+        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 0.05, by the number of steps'
+    )
     parser.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
     parser.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
     parser.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
     parser.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
     parser.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    parser.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='its factor an epoch')
+    parser.add_argument(
+        '--T_decay',
+        type=number(float, 0, 1, open_low=True),
+        help='its factor an epoch; default: lowers T to 4 %% over the epochs after the warm-up, 0.96 for 80',
+    )
     parser.add_argument('--num_classes', type=class_count, help='default: as many as the lists name')
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
