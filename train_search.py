@@ -34,7 +34,7 @@ from models.describe import (
     warn_not_decided,
     warn_not_learned,
 )
-from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
+from models.elasticity import align_operators, check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
@@ -91,7 +91,7 @@ def get_args(argv=None):
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
     """Train on the rest of an epoch's batches: the weights on one path while warming up, then on two (bi-sampling), and
-    on every second step the architecture on the mixture.
+    on every second step the architecture on the mixture. Epochs of the largest operators alone are not in the paper.
 
     Args:
         learn_on_mixture: `learn_with_noise` for the state and the widths of this epoch.
@@ -110,6 +110,8 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
         paths = [net.sample('gumbel', draws, log_alphas=log_alphas)]
+        if epoch < args.largest_epochs:
+            paths = [[net.space.largest_op] * net.num_blocks]
         if not warming_up and 'operator' in args.freedoms:
             paths.append(net.sample('random', draws, exclude=paths[0]))
         train_only(weights, architecture)
@@ -237,6 +239,10 @@ def main(args):
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
+    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
+        raise BadInput(
+            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
+        )
     loaders, num_classes = make_search_loaders(args, world, notes.append)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
@@ -267,6 +273,8 @@ def main(args):
         while state.epoch < args.epochs:
             epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
             if state.step == 0:
+                if epoch and epoch == args.largest_epochs:
+                    align_operators(state.full, SPACE)
                 state.begin_epoch(args)
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())

@@ -145,7 +145,7 @@ def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
     if top1 < min(2 * chance, (chance + 100) / 2):
         log(
             'The supernet has hardly learned: %.1f %% on Gumbel paths, chance is %.1f %%. Noise would choose the'
-            ' architecture. More --warmup_epochs help, --aligned_start, and a smaller --batch_size for more steps.',
+            ' architecture. --largest_epochs or more --warmup_epochs help, or a smaller --batch_size for more steps.',
             top1,
             chance,
         )

@@ -234,6 +234,12 @@ def add_search_args(parser: Parser) -> None:
     parser.add_argument(
         '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
     )
+    parser.add_argument(
+        '--largest_epochs',
+        type=count(0),
+        default=0,
+        help='first epochs, which train the largest operators alone; then all start from these; for short searches',
+    )
     add_device_arg(parser)
     add_rank_arg(parser)
     add_step_args(parser)
