@@ -89,7 +89,7 @@ def names_config(args):
 
 def fit(state, widths, table, target, num_classes, divisor):
     """Return the most probable network that meets a latency in the table: (architecture, config, that latency)."""
-    arch = most_probable(state, table, SPACE, target)
+    arch = most_probable(state, table, SPACE, target, divisor)
     config = build_config(arch, fit_widths(arch, widths, table, SPACE, target, divisor), num_classes, SPACE)
     return arch, config, table.of_config(config)
 

@@ -56,6 +56,7 @@ from models.search_steps import (
     rehearse_architecture_step,
     train_only,
 )
+from models.targeting import check_reachable, log_probability, most_probable
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
@@ -189,23 +190,28 @@ def log_architecture(net, log):
 
 
 def scale_to_target(state, table, target, args, log):
-    """Elasticity-scaling of the current architecture; returns the new widths, and the latencies for the metrics."""
+    """Elasticity-scaling of the current architecture: the most probable one that can meet the target.
+
+    Returns:
+        The architecture, the new widths, and the latencies for the metrics.
+    """
     arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
-    scaled = widths
+    scaled, given_up = widths, {}
     if 'width' in args.freedoms:
+        first, arch = arch, most_probable(state.full, table, SPACE, target, args.width_divisor)
         scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor)
+        if arch != first:
+            least, most = latency_range(first, table, SPACE, args.width_divisor)
+            lost = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
+            log('The most probable architecture reaches %.4f to %.4f: not the target lat.', least, most)
+            log('The most probable one that can meet it is current; given up in log-probability: %.4f', lost)
+            given_up = {'given_up': lost}
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
-    least, most = latency_range(arch, table, SPACE)
-    if not least <= target <= most:
-        log(
-            'The current architecture reaches %.4f to %.4f with its own operators: not the target. Another one may yet;'
-            ' parsing_model.py --target_lat finds the most probable that does.',
-            least,
-            most,
-        )
-    return scaled, {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
+    least, most = latency_range(arch, table, SPACE, args.width_divisor)
+    latency = {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
+    return arch, scaled, latency | given_up
 
 
 def read_table(args, world):
@@ -218,7 +224,10 @@ def read_table(args, world):
     if world.is_first:
         print(notes[-1], flush=True)
     check_divisor(args.width_divisor, SPACE)
-    return table, table.target(args.target_lat, SPACE), notes
+    target = table.target(args.target_lat, SPACE)
+    if 'width' in args.freedoms:
+        check_reachable(table, SPACE, target, args.width_divisor)
+    return table, target, notes
 
 
 def make_header(flags, table, target, world, args, steps):
@@ -300,9 +309,9 @@ def main(args):
             if not warming_up:
                 log_architecture(state.net, logger.log)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
-                widths, numbers['latency'] = world.from_rank0(scale)
+                state.arch, widths, numbers['latency'] = world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
-            found = describe_architecture(state.full, state.masks, table, SPACE, num_classes)
+            found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)
             if epoch == args.epochs - 1 and not warming_up:
                 warn_not_decided(found['ops'], logger.log)
             logger.record('epoch', epoch, **numbers, **trained.numbers, **found)

@@ -11,7 +11,7 @@ from models.config import MBSpec, NetworkConfig, build_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.parsing import Masks, mask_widths, parse_architecture
-from models.search_space import Op, SearchSpace, after_stride
+from models.search_space import Arch, Op, SearchSpace, after_stride
 
 UNDECIDED = 0.9
 """Mean entropy of operator probabilities above which a search has not decided."""
@@ -102,24 +102,32 @@ def describe_table(table: LatencyTable, space: SearchSpace) -> dict:
 
 
 def describe_architecture(
-    state: Mapping[str, Tensor], masks: Masks, table: LatencyTable, space: SearchSpace, num_classes: int
+    state: Mapping[str, Tensor],
+    masks: Masks,
+    table: LatencyTable,
+    space: SearchSpace,
+    num_classes: int,
+    arch: Arch | None = None,
 ) -> dict:
     """Return the current architecture of a search and the probabilities it was chosen by.
 
     Args:
         state: full-width weights, names without `module.`.
+        arch: the current architecture; None: the most probable.
 
     Returns:
-        'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths' ([blocks][ops]) and 'network'
-        (see `describe_network`).
+        'ops' (probabilities, [blocks][ops]), 'exits' (probabilities, by stage), 'widths' ([blocks][ops]), 'arch' and
+        its 'network' (see `describe_network`).
     """
     widths = mask_widths(masks)
     blocks = space.blocks(table.img_size)
-    config = build_config(parse_architecture(state, space), widths, num_classes, space)
+    arch = arch or parse_architecture(state, space)
+    config = build_config(arch, widths, num_classes, space)
     return {
         'ops': [state[f'{block.stage}.{block.name}.log_alphas'].softmax(0).tolist() for block in blocks],
         'exits': {name: state[f'{name}.betas'].softmax(0).tolist() for name in space.stage_names},
         'widths': [list(widths[block.stage][block.name].values()) for block in blocks],
+        'arch': arch,
         'network': describe_network(config, table.img_size, space, table),
     }
 

@@ -14,7 +14,7 @@ from models.latency import LatencyTable
 from models.layers import MID_DIMS
 from models.model_search import Network
 from models.parsing import Masks, mask_widths
-from models.search_space import Arch, SearchSpace, Widths
+from models.search_space import Arch, Op, SearchSpace, Widths
 from tools.errors import BadInput
 
 CLOSE_ENOUGH = 1e-4
@@ -65,16 +65,22 @@ def fit_widths(
 def check_divisor(divisor: int, space: SearchSpace) -> None:
     """Raise BadInput if some operator has no width that is a multiple of `divisor`."""
     for block, _, op in space.positions():
-        if op.max_width(block.in_ch) // divisor * divisor < op.min_width(block.in_ch):
+        low, high = width_range(op, block.in_ch, divisor)
+        if low > high:
             widths = f'{op.min_width(block.in_ch)} to {op.max_width(block.in_ch)}'
             raise BadInput(
                 f'--width_divisor {divisor}: {block.stage}.{block.name} has widths from {widths}; use a smaller one'
             )
 
 
-def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace) -> tuple[float, float]:
+def width_range(op: Op, in_ch: int, divisor: int) -> tuple[int, int]:
+    """Return the least and the most mid channels of an operator that are multiples of `divisor`."""
+    return -(-op.min_width(in_ch) // divisor) * divisor, op.max_width(in_ch) // divisor * divisor
+
+
+def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace, divisor: int = 1) -> tuple[float, float]:
     """Return the latency of an architecture at its least and at its most widths, in ms."""
-    scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0)
+    scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0, divisor=divisor)
     return scaler.measure(scaler.low), scaler.measure(scaler.high)
 
 
@@ -88,9 +94,8 @@ class _Scaler:
         self.picks = space.chosen(arch, table.img_size)
         ops = [space.ops[index] for _, index in self.picks]
         self.stage = [space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
-        places = [(op, block.in_ch) for (block, _), op in zip(self.picks, ops, strict=True)]
-        self.low = [-(-op.min_width(in_ch) // divisor) * divisor for op, in_ch in places]
-        self.high = [op.max_width(in_ch) // divisor * divisor for op, in_ch in places]
+        ends = [width_range(op, block.in_ch, divisor) for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.low, self.high = [low for low, _ in ends], [high for _, high in ends]
         if any(low > high for low, high in zip(self.low, self.high, strict=True)):
             raise BadInput(f'width divisor {divisor}: some blocks have no such width; use a smaller one')
         self.curves = [table.curves[block.key(op)] for (block, _), op in zip(self.picks, ops, strict=True)]

@@ -16,6 +16,9 @@ Masks = dict[str, dict[str, dict[int, Tensor]]]
 MASKS_KEY = 'mc_mask_dddict'
 """Key of the masks in a search checkpoint."""
 
+ARCH_KEY = 'arch'
+"""Key of the current architecture in a search checkpoint; published ones have none."""
+
 
 def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
     """Return the most probable exit of each stage, and the most probable operator of each block before it.
@@ -62,8 +65,10 @@ def load_architecture(path: str | Path, num_classes: int | None, space: SearchSp
     """
     if is_config_file(path):
         return load_config(path)
-    state, masks = load_search_checkpoint(path, space)
-    return build_config(parse_architecture(state, space), mask_widths(masks), num_classes, space)
+    checkpoint = _read_search_checkpoint(path)
+    state, masks = unpack_search_checkpoint(checkpoint, path, space)
+    arch = saved_architecture(checkpoint, path, space) or parse_architecture(state, space)
+    return build_config(arch, mask_widths(masks), num_classes, space)
 
 
 def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:
@@ -72,6 +77,10 @@ def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[s
     Raises:
         BadInput: not a search checkpoint, or one of another search space.
     """
+    return unpack_search_checkpoint(_read_search_checkpoint(path), path, space)
+
+
+def _read_search_checkpoint(path: str | Path) -> dict:
     checkpoint = load_checkpoint(path)
     state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
     if (
@@ -79,7 +88,7 @@ def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[s
         or MASKS_KEY not in checkpoint
     ):
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
-    return unpack_search_checkpoint(checkpoint, path, space)
+    return checkpoint
 
 
 def unpack_search_checkpoint(
@@ -108,3 +117,31 @@ def unpack_search_checkpoint(
         if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):
             raise BadInput(f'{path}: {name}.betas should be {len(stage.exit_depths)} values; another search space?')
     return state, masks
+
+
+def saved_architecture(checkpoint: Mapping, path: str | Path, space: SearchSpace) -> Arch | None:
+    """Return the current architecture in a searched model that was read from `path`; None if it has none.
+
+    Its widths in the masks meet the target of the search.
+
+    Args:
+        checkpoint: passed `unpack_search_checkpoint`.
+
+    Raises:
+        BadInput: it is of another search space.
+    """
+    arch = checkpoint.get(ARCH_KEY)
+    if arch is None:
+        return None
+    state = strip_module_prefix(checkpoint['state_dict'])
+    for name, stage in zip(space.stage_names, space.stages, strict=True):
+        ops = arch.get(name) if isinstance(arch, dict) else None
+        good = isinstance(ops, list) and len(ops) in stage.exit_depths
+        for i, op in enumerate(ops if good else (), start=1):
+            good = good and type(op) is int and 0 <= op < len(state[f'{name}.block{i}.log_alphas'])
+        if not good:
+            raise BadInput(
+                f'{path}: {ARCH_KEY}.{name} should be a list of {stage.exit_depths[0]} to {stage.depth} operators by '
+                f'number; another search space?'
+            )
+    return {name: arch[name] for name in space.stage_names}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from models.elasticity import align_operators, full_weights, gather, scatter, start_masks
 from models.model_search import ExecutionMode, Network
-from models.parsing import MASKS_KEY, Masks, mask_widths, unpack_search_checkpoint
-from models.search_space import SearchSpace
+from models.parsing import ARCH_KEY, MASKS_KEY, Masks, mask_widths, saved_architecture, unpack_search_checkpoint
+from models.search_space import Arch, SearchSpace
 from models.search_steps import make_optimizers
 from tools.distributed import World
 from tools.errors import BadInput
@@ -52,6 +52,7 @@ SEARCH = RunKind(
         'state_dict': dict,
         'flags': dict,
         MASKS_KEY: dict,
+        ARCH_KEY: dict,
         'w_optimizer': dict,
         'a_optimizer': dict,
         'scalers': list,
@@ -160,6 +161,7 @@ class SearchState:
     `epoch` is the next one to train. `sums` are the sums of both `Tally`s (weights, architecture) over the epoch so far
     and over all processes; only the first process has them. `latency` is that of the mixture at the last architecture
     step, in ms. Both optimizers are new in each epoch; each has a `Precision`, which holds its gradient scale.
+    `arch` is the current architecture, whose widths in `masks` were scaled to the target; None during the warm-up.
     """
 
     net: Network
@@ -171,6 +173,7 @@ class SearchState:
     step: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * 8)
     latency: Tensor = field(default_factory=lambda: torch.zeros(()))
+    arch: Arch | None = None
     w_optimizer: torch.optim.Optimizer | None = None
     a_optimizer: torch.optim.Optimizer | None = None
 
@@ -208,6 +211,8 @@ class SearchState:
             'flags': dict(flags),
             'scalers': [precision.state_dict() for precision in (self.w_precision, self.a_precision)],
         }
+        if self.arch:
+            checkpoint[ARCH_KEY] = self.arch
         if self.step:
             checkpoint |= {
                 'w_optimizer': self.w_optimizer.state_dict(),
@@ -228,7 +233,7 @@ class SearchState:
         check_weights(self.full, state, f'--snapshot {where}')
         for name, value in state.items():
             self.full[name].copy_(value)
-        self.masks = masks
+        self.masks, self.arch = masks, saved_architecture(checkpoint, f'--snapshot {where}', self.net.space)
         self.epoch, self.step = position(checkpoint)
         precisions = self.w_precision, self.a_precision
         try:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from models.elasticity import latency_range
+from models.elasticity import latency_range, width_range
 from models.latency import LatencyTable
 from models.parsing import parse_architecture
 from models.search_space import Arch, SearchSpace
@@ -23,7 +24,9 @@ OBJECTIVE_SCALE = 1e3
 """Factor on log-probabilities; HiGHS stops within 1e-6 of the optimum, so within 1e-9 of log-probability."""
 
 
-def most_probable(state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float) -> Arch:
+def most_probable(
+    state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+) -> Arch:
     """Return the architecture of the highest log-probability, over operators and exits, that can meet the target.
 
     An architecture can meet the target if its latency is at most `target` at the least widths and at least `target` at
@@ -33,34 +36,56 @@ def most_probable(state: Mapping[str, Tensor], table: LatencyTable, space: Searc
     Args:
         state: has log_alphas and betas, names without `module.`.
         target: in the table's unit.
+        divisor: all widths are multiples of it.
 
     Raises:
         BadInput: no architecture of the space can meet the target.
     """
     arch = parse_architecture(state, space)
-    if can_meet(arch, table, space, target):
+    if can_meet(arch, table, space, target, divisor):
         return arch
-    program = _Program(state, table, space, target)
+    program = _Program(state, table, space, target, divisor)
     while True:
         chosen = program.solve()
         if chosen is None:
             raise BadInput(f'target {target:g}: no architecture of the space can meet it; see the range of the table')
         arch = program.architecture(chosen)
-        if can_meet(arch, table, space, target):
+        if can_meet(arch, table, space, target, divisor):
             return arch
         program.exclude(chosen)  # it met the target only within the solver's tolerance
 
 
-def can_meet(arch: Arch, table: LatencyTable, space: SearchSpace, target: float) -> bool:
+def check_reachable(table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1) -> None:
+    """Raise BadInput if no architecture of the space can meet the target."""
+    state = {f'{block.stage}.{block.name}.log_alphas': torch.zeros(len(space.ops)) for block in space.blocks()}
+    state |= {f'{name}.betas': torch.zeros(len(stage.exit_depths)) for name, stage in _stages(space)}
+    most_probable(state, table, space, target, divisor)
+
+
+def log_probability(arch: Arch, state: Mapping[str, Tensor], space: SearchSpace) -> float:
+    """Return the log-probability of an architecture as `most_probable` counts it, 0 for that of `parse_architecture`
+    if its exits are certain."""
+    total = 0.0
+    for name, stage in _stages(space):
+        total += float(F.log_softmax(state[f'{name}.betas'].double(), dim=0)[stage.exit_depths.index(len(arch[name]))])
+        for number, index in enumerate(arch[name], start=1):
+            log_alphas = state[f'{name}.block{number}.log_alphas'].double()
+            total += float(log_alphas[index] - log_alphas.max())
+    return total
+
+
+def can_meet(arch: Arch, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1) -> bool:
     """Return whether some widths give this architecture the target latency."""
-    least, most = latency_range(arch, table, space)
+    least, most = latency_range(arch, table, space, divisor)
     return least <= target * (1 + ROUNDING) and target * (1 - ROUNDING) <= most
 
 
 class _Program:
     """Choice of one exit per stage and one operator per block, as binary variables: all exits, then [blocks * ops]."""
 
-    def __init__(self, state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float):
+    def __init__(
+        self, state: Mapping[str, Tensor], table: LatencyTable, space: SearchSpace, target: float, divisor: int
+    ):
         self.space, self.target, self.base = space, target, table.base
         self.exits = [(name, depth) for name, stage in _stages(space) for depth in stage.exit_depths]
         blocks = space.blocks(table.img_size)
@@ -70,8 +95,9 @@ class _Program:
         self.logp = np.concatenate([*exit_logp, *(values - values.max() for values in log_alphas)])
         operators = [(block, space.ops[index]) for block, index in self.ops]
         no_latency = [0.0] * len(self.exits)
-        low = [*no_latency, *(table.of(block, op, op.min_width(block.in_ch)) for block, op in operators)]
-        high = [*no_latency, *(table.of(block, op, op.max_width(block.in_ch)) for block, op in operators)]
+        ends = [(block, op, *width_range(op, block.in_ch, divisor)) for block, op in operators]
+        low = [*no_latency, *(table.of(block, op, least) for block, op, least, _ in ends)]
+        high = [*no_latency, *(table.of(block, op, most) for block, op, _, most in ends)]
         left = target - table.base
         self.constraints = [
             LinearConstraint([self._exits_of(name) for name, _ in _stages(space)], 1, 1),

@@ -247,9 +247,9 @@ def operators_figure(run: Run) -> Figure:
         winners = np.where(undecided, np.nan, values[:, i].argmax(axis=1))
         axis.step(epochs, winners, where='mid', color='white', linewidth=2.4)
         axis.step(epochs, winners, where='mid', color=BLACK, linewidth=1.1)
-        name, kept = f'{blocks[i]["stage"]}.{blocks[i]["name"][5:]}', _is_kept(run, lines[-1], i)
-        found = labels[values[-1, i].argmax()] if kept else 'dropped'
-        axis.set_title(f'{name}: {found}', fontsize=8, color=BLACK if kept else '#767676')
+        name, current = f'{blocks[i]["stage"]}.{blocks[i]["name"][5:]}', _current(run, lines[-1], i)
+        found = 'dropped' if current is None else labels[current]
+        axis.set_title(f'{name}: {found}', fontsize=8, color='#767676' if current is None else BLACK)
         axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=2)
@@ -260,12 +260,15 @@ def operators_figure(run: Run) -> Figure:
     return figure
 
 
-def _is_kept(run: Run, line: dict, block: int) -> bool:
-    """Return whether a block comes before the most probable exit of its stage."""
+def _current(run: Run, line: dict, block: int) -> int | None:
+    """Return the operator of a block in the current architecture; None if the block comes after its stage's exit."""
     blocks = run.header['space']['blocks']
     stage = blocks[block]['stage']
     number = sum(other['stage'] == stage for other in blocks[: block + 1])
-    return number <= run.header['space']['exits'][stage][int(np.argmax(line['exits'][stage]))]
+    if 'arch' in line:
+        return line['arch'][stage][number - 1] if number <= len(line['arch'][stage]) else None
+    depth = run.header['space']['exits'][stage][int(np.argmax(line['exits'][stage]))]
+    return int(np.argmax(line['ops'][block])) if number <= depth else None
 
 
 def _draw_entropy(axis: Axes, lines: list[dict], values: np.ndarray, run: Run) -> None:
@@ -294,7 +297,7 @@ def _collapsed(share: float, count: int) -> float:
 
 
 def depth_figure(run: Run) -> Figure:
-    """Draw exit weights, and widths of the most probable operators in their ranges, over epochs."""
+    """Draw exit weights, and widths of the current operators in their ranges, over epochs."""
     lines = [line for line in run.of('epoch') if 'exits' in line]
     exits, blocks = run.header['space']['exits'], run.header['space']['blocks']
     names = [(stage, i) for stage, depths in exits.items() for i in range(len(depths))]
@@ -314,9 +317,10 @@ def depth_figure(run: Run) -> Figure:
     figure.colorbar(image, ax=left, pad=0.13, aspect=30, label='weight')
     image = right.imshow(_width_shares(run, lines), vmin=0, vmax=1, extent=(*ends, len(blocks) - 0.5, -0.5), **look)
     right.set_yticks(range(len(blocks)), [f'{block["stage"]}.{block["name"][5:]}' for block in blocks])
-    right.set_title('Width of the most probable operator in its range')
-    for y, ops in enumerate(lines[-1]['ops']):
-        _at_right(right, y, str(lines[-1]['widths'][y][int(np.argmax(ops))]) if _is_kept(run, lines[-1], y) else '–')
+    right.set_title('Width of the current operator in its range')
+    for y, widths in enumerate(lines[-1]['widths']):
+        current = _current(run, lines[-1], y)
+        _at_right(right, y, '–' if current is None else str(widths[current]))
     figure.colorbar(image, ax=right, pad=0.13, aspect=30, label='0: least, 0.5: at the start, 1: most')
     for axis, sizes in ((left, [len(d) for d in exits.values()]), (right, _stage_sizes(blocks))):
         for edge in np.cumsum(sizes)[:-1]:
@@ -340,11 +344,15 @@ def _at_right(axis: Axes, y: int, text: str) -> None:
 
 
 def _width_shares(run: Run, lines: list[dict]) -> np.ndarray:
-    """Return the width of each block's most probable operator between least (0) and most (1): [blocks, epochs]."""
+    """Return the width of each block's operator between least (0) and most (1): [blocks, epochs].
+
+    The operator is the current one, or the most probable one of a block that is dropped.
+    """
     shares = np.zeros((len(run.header['space']['blocks']), len(lines)))
     for y, block in enumerate(run.header['space']['blocks']):
         for x, line in enumerate(lines):
-            op = int(np.argmax(line['ops'][y]))
+            current = _current(run, line, y)
+            op = int(np.argmax(line['ops'][y])) if current is None else current
             low, _, high = block['widths'][op]
             shares[y, x] = (line['widths'][y][op] - low) / max(high - low, 1)
     return shares
