@@ -22,37 +22,53 @@ if [ -z "$imagenet" ]; then
     demo=demo
     images=$demo/images
     share=30% # of the way from the fastest network of the search space to the slowest
+    size=(--num_classes 10 --img_size 32)
+    export PYTHONUNBUFFERED=1 # what is printed goes through tee
     [ ! -e $demo ] || echo "== $demo/ of an earlier demo is replaced"
     rm -rf $demo
 
-    echo '== 1/6 images: 7,200 of Fashion-MNIST, in ten classes'
+    parse() { # parse NAME FLAGS: a network that meets the target by the clock, as $demo/NAME.config
+        "$python" parsing_model.py "${@:2}" --save_path "$demo/$1.config" "${size[@]}" --lookup_path $demo/latency.pkl \
+            --target_lat "$share" --fit_measured --print_lat | tee "$demo/$1.txt"
+    }
+    train_and_test() { # train_and_test NAME: from scratch; the test adds to $demo/NAME.txt
+        "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
+            --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" --batch_size 64 --epochs 6 --lr 0.05 \
+            --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note "$1"
+        "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" \
+            --weights "$(newest "$demo/eval-*-$1/model_best.pth.tar")" --workers 2 | tee -a "$demo/$1.txt"
+    }
+
+    echo '== The demo takes about 10 minutes on 2 cores'
+    echo '== 1/6 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
     "$python" dataset/demo/unpack.py --to $images
 
-    echo '== 2/6 latency table of this machine, at 64 pixels'
-    "$python" latency_pkl/make_lat_lut.py --img_size 64 --num_classes 10 --budget 40 --save_path $demo/latency.pkl
+    echo '== 2/6 latency table of this machine, at 32 pixels (40 s)'
+    "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 40 --save_path $demo/latency.pkl
 
-    echo '== 3/6 search'
+    echo '== 3/6 search (5 minutes): 4 epochs train the largest operators, 2 all of them, 6 choose'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
-        --val_list $images/search_val.txt --num_classes 10 --img_size 64 --batch_size 64 --workers 2 \
-        --epochs 12 --warmup_epochs 10 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
-        --print_freq 25 --save $demo --note demo
+        --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 12 --warmup_epochs 6 \
+        --largest_epochs 4 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 --print_freq 25 \
+        --save $demo --note demo
 
-    echo '== 4/6 found architecture'
-    "$python" parsing_model.py --model_path "$(newest "$demo/search-*/searched_model_")" --save_path $demo/model.config \
-        --num_classes 10 --img_size 64 --lookup_path $demo/latency.pkl --target_lat "$share" --fit_measured --print_lat
+    echo '== 4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
+    parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
+    parse random --random 1
 
-    echo '== 5/6 training the found network from scratch'
-    "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
-        --val_list $images/test.txt --config_path $demo/model.config --num_classes 10 --img_size 64 --batch_size 64 \
-        --epochs 5 --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note demo
+    echo '== 5/6 training and test of the found network (1 minute)'
+    train_and_test searched
 
-    echo '== 6/6 testing it'
-    "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path $demo/model.config \
-        --weights "$(newest "$demo/eval-*/model_best.pth.tar")" --num_classes 10 --img_size 64 --workers 2
-    echo "The found network: $demo/model.config"
-    for run in "$(newest $demo/search-)" "$(newest $demo/eval-)"; do
+    echo '== 6/6 training and test of the random network (1 minute)'
+    train_and_test random
+
+    echo
+    for run in "$(newest $demo/search-)" "$(newest "$demo/eval-*-searched")"; do
         echo "Report: $run/report.html with its pictures:" "$run"/plots/*.png
     done
+    echo "The found network: $demo/searched.config"
+    echo
+    "$python" -m tools.report.summary searched=$demo/searched.txt random=$demo/random.txt
     exit
 fi
 

@@ -14,6 +14,11 @@ The most probable network of a search that meets a target; several targets; and 
         --lookup_path table.pkl --target_lat 12 15 18
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path table.pkl --target_lat 60% --fit_measured
+
+A random network of the same latency, to compare it with:
+
+    python parsing_model.py --random 1 --lookup_path table.pkl \\
+        --target_lat 60% --fit_measured
 """
 
 import time
@@ -24,7 +29,7 @@ import tools.needed  # noqa: F401  # isort: skip
 import torch
 
 from latency_pkl.runtimes import engine_of_table, standard_of
-from latency_pkl.sampling import launch_of, tf32_of
+from latency_pkl.sampling import launch_of, random_probabilities, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
@@ -59,7 +64,13 @@ MEASURED_CLOSE = 0.005
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    add_arch_args(parser)
+    given = add_arch_args(parser)
+    given.add_argument(
+        '--random',
+        type=count(0),
+        metavar='SEED',
+        help='a random network of the --target_lat, to compare a searched one with',
+    )
     network, latency = parser.groups['network'], parser.groups['latency']
     network.add_argument(
         '--num_classes', type=class_count, help='number of classes; default: those of a --config_path, otherwise 1000'
@@ -95,7 +106,7 @@ def get_args(argv=None):
 
 def names_config(args):
     """Return whether the network is given as a config, not as a searched model."""
-    return bool(args.config_path) or is_config_file(args.model_path)
+    return bool(args.config_path) or args.random is None and is_config_file(args.model_path)
 
 
 def fit(state, widths, table, target, num_classes, divisor):
@@ -155,8 +166,12 @@ def fitted_configs(args, save_path, num_classes, table, engine):
     """Yield (path, config) for each target."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
-    state, masks = load_search_checkpoint(args.model_path, SPACE)
-    path, widths, targets = Path(save_path), mask_widths(masks), [table.target(text, SPACE) for text in args.target_lat]
+    if args.random is None:
+        state, masks = load_search_checkpoint(args.model_path, SPACE)
+        widths = mask_widths(masks)
+    else:
+        state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
+    path, targets = Path(save_path), [table.target(text, SPACE) for text in args.target_lat]
     for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
@@ -205,6 +220,8 @@ def main(args):
     engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
         raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
+    if args.random is not None and not args.target_lat:
+        raise BadInput('--random needs a --target_lat')
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':

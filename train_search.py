@@ -29,8 +29,16 @@ import torch.nn.functional as F
 from dataset.lists import class_file, class_names
 from dataset.loaders import Batches, log_skipped, make_search_loaders
 from models.cuda_graph import Graphs
-from models.describe import describe_architecture, describe_space, describe_table, epoch_line, largest_mixture
-from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
+from models.describe import (
+    describe_architecture,
+    describe_space,
+    describe_table,
+    epoch_line,
+    largest_mixture,
+    warn_not_decided,
+    warn_not_learned,
+)
+from models.elasticity import align_operators, check_divisor, latency_range, scale_widths, update_masks
 from models.latency import LatencyLoss, load_table
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
@@ -43,6 +51,7 @@ from models.search_state import (
     start_search,
     temperature,
     weights_lr,
+    with_schedule,
 )
 from models.search_steps import (
     backward_on_mixture,
@@ -87,7 +96,7 @@ def get_args(argv=None):
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
     """Train on the rest of an epoch's batches: the weights on one path while warming up, then on two (bi-sampling), and
-    on every second step the architecture on the mixture.
+    on every second step the architecture on the mixture. Epochs of the largest operators alone are not in the paper.
 
     Args:
         learn_on_mixture: `learn_with_noise` for the state and the widths of this epoch.
@@ -106,6 +115,8 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
         paths = [net.sample('gumbel', draws, log_alphas=log_alphas)]
+        if epoch < args.largest_epochs:
+            paths = [[net.space.largest_op] * net.num_blocks]
         if not warming_up and 'operator' in args.freedoms:
             paths.append(net.sample('random', draws, exclude=paths[0]))
         train_only(weights, architecture)
@@ -245,6 +256,10 @@ def main(args):
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
+    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
+        raise BadInput(
+            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
+        )
     loaders, num_classes = make_search_loaders(args, world, notes.append)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
@@ -252,6 +267,9 @@ def main(args):
     images = args.batch_size // world.size
     notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
     snapshot = find_snapshot(args, SEARCH, world)
+    args, scheduled, note = with_schedule(args, snapshot, steps)
+    flags |= scheduled
+    notes.append(note)
     snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
@@ -272,6 +290,8 @@ def main(args):
         while state.epoch < args.epochs:
             epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
             if state.step == 0:
+                if epoch and epoch == args.largest_epochs:
+                    align_operators(state.full, SPACE)
                 state.begin_epoch(args)
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
@@ -292,6 +312,8 @@ def main(args):
                 numbers['val'] = val.numbers
                 top1, top5 = val.numbers['top1'], val.numbers['top5']
                 logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
+                if epoch == args.warmup_epochs - 1:
+                    warn_not_learned(top1, num_classes, logger.log)
             if not warming_up:
                 log_probabilities(state.net, logger.detail)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
@@ -302,6 +324,8 @@ def main(args):
             logger.log('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
             logger.watch_loss(epoch, numbers['w_loss'])
             logger.record('epoch', epoch, **numbers, **found)
+            if epoch == args.epochs - 1 and not warming_up:
+                warn_not_decided(found['ops'], logger.log)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))
             remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)

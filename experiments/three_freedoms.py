@@ -6,8 +6,9 @@
         --img_size 64 --lookup_path my_table.pkl --save evidence
 
 Arms: `full` method; without `operator` freedom (the Gumbel path alone trains the weights); without `width` freedom (no
-scaling); `random` architectures with fitted widths; `targets`, the full method at other targets. A copy of the project
-with no_depth.patch applied has one arm: without `depth` freedom (a skip operator in place of the sinks).
+scaling); `random` architectures with fitted widths; `most-macs` and `uniform`, networks of equal latency that need no
+search (experiments/baselines.py), trained with each seed; `targets`, the full method at other targets. A copy of the
+project with no_depth.patch applied has one arm: without `depth` freedom (a skip operator in place of the sinks).
 
 Each run is searched, parsed, trained from scratch on both lists and tested on a third one by the project's scripts. The
 plan and its estimated time are printed first. After each run, results.jsonl, table.md and a picture are written. A
@@ -32,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.lists import read_list
+from experiments.baselines import most_macs, uniform
 from experiments.results import Run, report
 from latency_pkl.sampling import random_network
 from models.config import build_config, dump_config
@@ -47,8 +49,11 @@ ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_DEPTH = hasattr(SPACE, 'choices')
 """Whether no_depth.patch is applied to this copy of the project."""
 
-ARMS = ('depth',) if WITHOUT_DEPTH else ('full', 'operator', 'width', 'random', 'targets')
+ARMS = ('depth',) if WITHOUT_DEPTH else ('full', 'operator', 'width', 'random', 'most-macs', 'uniform', 'targets')
 """Arms that this copy of the project can run."""
+
+BASELINES = {'most-macs': most_macs, 'uniform': uniform}
+"""Functions of (table, space, target) that give the architecture and widths of an arm."""
 
 TIMED_BATCHES = 6
 """Batches of each kind that the estimate times."""
@@ -74,7 +79,8 @@ def get_args():
     parser.add_argument('--test_list', type=path, required=True, help='images that neither search nor training uses')
     parser.add_argument('--lookup_path', type=path, required=True, help='latency table of this machine')
     parser.add_argument('--save', type=path, required=True, help='folder of the results and of one folder for each run')
-    parser.add_argument('--arms', nargs='+', type=arm, default=list(ARMS))
+    usual = [name for name in ARMS if name not in BASELINES]
+    parser.add_argument('--arms', nargs='+', type=arm, default=usual)
     parser.add_argument('--seeds', nargs='+', type=count(0), default=[0, 1, 2])
     parser.add_argument('--random_networks', type=count(2), default=10)
     parser.add_argument('--target_lat', default='40%', help='in ms; or a share of the reachable range')
@@ -107,6 +113,7 @@ def planned(args) -> list[Run]:
         for off in ('operator', 'depth', 'width'):
             if off in args.arms:
                 runs.append(Run(f'no-{off}', seed, args.target_lat, tuple(f for f in FREEDOMS if f != off)))
+        runs += [Run(arm, seed, args.target_lat, None) for arm in BASELINES if arm in args.arms]
         if seed == args.seeds[0] and 'random' in args.arms:
             runs += [Run('random', i, args.target_lat, None) for i in range(args.random_networks)]
     if 'targets' in args.arms:
@@ -219,15 +226,23 @@ def train_words(config: Path, save: Path, seed: int, args) -> list:
     ]  # fmt: skip
 
 
-def draw_network(run: Run, folder: Path, table, args) -> None:
-    """Write a random architecture that can meet the target, its widths fitted: architecture.json and drawn.config."""
-    rng, target = random.Random(run.seed), table.target(run.target, SPACE)
+def random_of_target(seed: int, table, target: float) -> tuple:
+    """Return a random architecture that can meet the target, and fitted widths."""
+    rng = random.Random(seed)
     while True:
-        arch, widths = random_network(rng, False, SPACE)
+        arch, _ = random_network(rng, False, SPACE)
         least, most = latency_range(arch, table, SPACE)
         if least <= target <= most:
-            break
-    widths = fit_widths(arch, SPACE.start_widths(), table, SPACE, target)
+            return arch, fit_widths(arch, SPACE.start_widths(), table, SPACE, target)
+
+
+def draw_network(run: Run, folder: Path, table, args) -> None:
+    """Write the network of an arm without a search: architecture.json and drawn.config."""
+    target = table.target(run.target, SPACE)
+    if run.arm in BASELINES:
+        arch, widths = BASELINES[run.arm](table, SPACE, target)
+    else:
+        arch, widths = random_of_target(run.seed, table, target)
     write_text(folder / 'architecture.json', json.dumps({'arch': arch, 'widths': widths}) + '\n')
     write_text(folder / 'drawn.config', dump_config(build_config(arch, widths, args.num_classes, SPACE)))
 
@@ -287,7 +302,7 @@ def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
     """Test the random architectures with the weights of each full search."""
     save = Path(args.save)
-    drawn = [save / run.name / 'architecture.json' for run in runs if run.freedoms is None]
+    drawn = [save / run.name / 'architecture.json' for run in runs if run.arm == 'random']
     for run in runs:
         if run.arm == 'full' and drawn:
             (model,) = (save / run.name).glob('search/*/searched_model_*.pth.tar')

@@ -1,7 +1,7 @@
 """A network and a search space as plain values, for logs and pictures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.parsing import Masks, mask_widths, parse_architecture
 from models.search_space import Arch, Op, SearchSpace, after_stride
+
+UNDECIDED = 0.9
+"""Mean entropy of operator probabilities above which a search has not decided."""
 
 
 def describe_space(img_size: int, space: SearchSpace) -> dict:
@@ -174,6 +177,36 @@ def mean_entropy(ops: Sequence[Sequence[float]]) -> float:
     probabilities = torch.tensor(ops, dtype=torch.float64)
     most = math.log(probabilities.shape[1]) or 1.0  # a single operator has all
     return torch.special.entr(probabilities).sum(1).mean().item() / most
+
+
+def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
+    """Log a warning if a supernet is hardly better than chance: below twice its accuracy, or halfway to 100 %.
+
+    Args:
+        top1: accuracy on Gumbel paths at the end of the warm-up, %.
+    """
+    chance = 100 / num_classes
+    if top1 < min(2 * chance, (chance + 100) / 2):
+        log(
+            'The supernet has hardly learned: %.1f %% on Gumbel paths, chance is %.1f %%. Noise would choose the'
+            ' architecture. --largest_epochs or more --warmup_epochs help, or a smaller --batch_size for more steps.',
+            top1,
+            chance,
+        )
+
+
+def warn_not_decided(ops: Sequence[Sequence[float]], log: Callable) -> None:
+    """Log a warning if a search ends with operators that are nearly equally probable.
+
+    Args:
+        ops: probabilities [blocks][ops].
+    """
+    if (entropy := mean_entropy(ops)) > UNDECIDED:
+        log(
+            'The search has not decided: the mean entropy of its operators is %.2f, and 1 is uniform.'
+            ' More --epochs after the warm-up help, or a higher --a_lr.',
+            entropy,
+        )
 
 
 def largest_activation(config: NetworkConfig, img_size: int) -> int:

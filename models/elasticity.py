@@ -230,17 +230,17 @@ def full_weights(num_classes: int, device: torch.device, space: SearchSpace) -> 
 
 @torch.no_grad()
 def align_operators(full: Mapping[str, Tensor], space: SearchSpace) -> None:
-    """Copy the weights of each block's largest operator to its others: first channels, centres of kernels. In place.
+    """Copy the weights of each block's `largest_op` to its others: first channels, centres of kernels. In place.
 
-    Not in the paper. Operators with unrelated initial weights compute unrelated features, and the blocks after them
-    must learn to handle all of them. Searches of a few thousand steps are too short for that.
+    Not in the paper. Operators with unrelated weights compute unrelated features, and the blocks after them must learn
+    to handle all of them. Searches of a few thousand steps are too short for that.
     """
     for block in space.blocks():
-        ops = [(op.kernel, op.expand, op.se, index) for index, op in enumerate(space.ops)]
-        names = [f'{block.stage}.{block.name}.m_ops.{index}' for *_, index in sorted(ops, reverse=True)]
+        names = [f'{block.stage}.{block.name}.m_ops.{index}' for index in range(len(space.ops))]
+        largest = names.pop(space.largest_op)
         for weight in MID_DIMS:
-            source = full.get(f'{names[0]}.{weight}')
-            for target in (full.get(f'{name}.{weight}') for name in names[1:]):
+            source = full.get(f'{largest}.{weight}')
+            for target in (full.get(f'{name}.{weight}') for name in names):
                 if source is not None and target is not None:
                     common = [min(sizes) for sizes in zip(source.shape, target.shape, strict=True)]
                     _middle(target, common).copy_(_middle(source, common))

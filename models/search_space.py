@@ -164,6 +164,11 @@ class SearchSpace:
         """'stage1', 'stage2', ..."""
         return [f'stage{i}' for i in range(1, len(self.stages) + 1)]
 
+    @property
+    def largest_op(self) -> int:
+        """Index of the operator of the largest kernel and expansion, without squeeze-excitation if there is one."""
+        return max(range(len(self.ops)), key=lambda i: (not self.ops[i].se, self.ops[i].kernel, self.ops[i].expand))
+
     def blocks(self, img_size: int = 224) -> list[Block]:
         """Return all blocks in the network's order, with sizes for a square input of `img_size` pixels."""
         blocks, size = [], after_stride(img_size, self.stem.stride)

@@ -7,6 +7,7 @@ images from epoch and batch. There is no generator state to keep: all that is dr
 too, is seeded by its place in the run (see `tools.rng`).
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,55 @@ SEARCH = RunKind(
 def searched_model(epochs_done: int) -> str:
     """Return the name of the file that a search writes after so many epochs, as the release numbers it."""
     return f'searched_model_{epochs_done:02d}.pth.tar'
+
+
+PUBLISHED_T_DECAY, PUBLISHED_A_LR = 0.96, 0.01
+
+PUBLISHED_EPOCHS, PUBLISHED_STEPS = 80, 127_760
+"""Length of the paper's search after the warm-up: epochs, and steps of the architecture."""
+
+LARGEST_A_LR = 0.05
+
+
+def default_t_decay(epochs: int) -> float:
+    """Return the factor by which `epochs` epochs of the architecture lower T as much as the paper's 80: to 4 %."""
+    return PUBLISHED_T_DECAY ** (PUBLISHED_EPOCHS / max(epochs, 1))
+
+
+def default_a_lr(steps: int) -> float:
+    """Return the learning rate of the architecture for so many steps: the paper's for its number, more for fewer.
+
+    In a few hundred steps 0.05 found better networks than 0.01; see experiments/README.md.
+    """
+    rate = PUBLISHED_A_LR * (PUBLISHED_STEPS / max(steps, 1)) ** 0.25
+    return round(min(max(rate, PUBLISHED_A_LR), LARGEST_A_LR), 3)
+
+
+def with_schedule(args: Namespace, snapshot: Snapshot, steps_an_epoch: int) -> tuple[Namespace, dict, str]:
+    """Return `args` with values of `T_decay` and `a_lr`, what a checkpoint keeps of them, and a line for the log.
+
+    A value that is not given is that of the snapshot, if it has one; otherwise it follows from the length of the
+    search, as `weights_lr` does. The checkpoint keeps None for such a value: a run that resumes with another length
+    follows the schedule of that length.
+
+    Args:
+        args: T, T_decay, a_lr, epochs, warmup_epochs.
+    """
+    before, epochs = (snapshot.checkpoint or {}).get('flags', {}), args.epochs - args.warmup_epochs
+    steps = architecture_steps(args.epochs, 0, steps_an_epoch, args)
+    defaults = {'T_decay': default_t_decay(epochs), 'a_lr': default_a_lr(steps)}
+    why = {
+        'T_decay': f'lowers T from {args.T:g} to {args.T * defaults["T_decay"] ** epochs:.2f} in {epochs} epochs',
+        'a_lr': f'for {steps:,} steps of the architecture',
+    }
+    kept, values, lines = {}, {}, []
+    for name, default in defaults.items():
+        given, earlier = getattr(args, name), before.get(name)
+        kept[name] = earlier if given is None else given
+        values[name] = default if kept[name] is None else kept[name]
+        if given is None and epochs:
+            lines.append(f'--{name} {values[name]:.4g} ({why[name] if earlier is None else "as before"})')
+    return Namespace(**vars(args) | values), kept, ', '.join(lines)
 
 
 def weights_lr(epoch: int, args) -> float:

@@ -113,6 +113,7 @@ FLAGS = [
     ('train_search.py', {'target_lat': '101%'}, '--target_lat 101%: should be from'),
     ('train_search.py', {'target_lat': 'fast'}, '--target_lat fast: should be from'),
     ('train_search.py', {'warmup_epochs': 2}, '--warmup_epochs 2 should be at most --epochs 1'),
+    ('train_search.py', {'largest_epochs': 1}, '--largest_epochs 1 should be fewer than --warmup_epochs 0'),
     ('train_search.py', {'batch_size': 41}, '40 images are fewer than one batch of --batch_size 41'),
     ('train_search.py', {'batch_size': 1}, "--batch_size: '1' should be an int of at least 2"),
     ('train_search.py', {'width_divisor': 1000}, '--width_divisor 1000'),

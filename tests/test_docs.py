@@ -41,7 +41,7 @@ TINY = {
 }
 FEW = '--img_size 32 --train_list demo/images/search_val.txt'
 TINY_DEMO = TINY | {
-    'train_search.py': f'{FEW} --epochs 2 --warmup_epochs 1',
+    'train_search.py': f'{FEW} --epochs 2 --warmup_epochs 1 --largest_epochs 0',
     'train_eval.py': f'{FEW} --epochs 1',
     'test.py': '--img_size 32',
 }

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from bad_files import run_here
+from bad_files import good_flags, run_here, words_of, write_table
+from training_runs import only_run
 
 from conftest import NUM_CLASSES, SMALL_SPACE
 from models.elasticity import align_operators, full_weights, start_masks
@@ -43,16 +44,32 @@ def test_aligned_operators_are_parts_of_the_largest():
     full = full_weights(NUM_CLASSES, torch.device('cpu'), SMALL_SPACE)
     before = {name: value.clone() for name, value in full.items()}
     align_operators(full, SMALL_SPACE)
-    stage = 'stage3.block2.m_ops'  # 8 channels; operators k3 e3 (32 wide), k5 e3 se (32), k3 e6 (64); the second leads
-    lead = {name: value for name, value in full.items() if name.startswith(f'{stage}.1.')}
+    stage = 'stage3.block2.m_ops'  # 8 channels; operators k3 e3 (32 wide), k5 e3 se (32), k3 e6 (64); the third leads
+    lead = {name: value for name, value in full.items() if name.startswith(f'{stage}.2.')}
     assert all(torch.equal(value, before[name]) for name, value in lead.items())
-    depthwise = full[f'{stage}.1.depth_conv.conv.weight']
-    assert torch.equal(full[f'{stage}.0.depth_conv.conv.weight'], depthwise[:, :, 1:4, 1:4])
-    wide = full[f'{stage}.2.point_linear.conv.weight']
-    assert torch.equal(wide[:, :32], full[f'{stage}.1.point_linear.conv.weight'])
-    assert torch.equal(wide[:, 32:], before[f'{stage}.2.point_linear.conv.weight'][:, 32:])
+    small, wider, largest = (full[f'{stage}.{index}.depth_conv.conv.weight'] for index in range(3))
+    assert torch.equal(small, largest[:32]) and torch.equal(wider[:, :, 1:4, 1:4], largest[:32])
+    assert torch.equal(wider[:, :, 0], before[f'{stage}.1.depth_conv.conv.weight'][:, :, 0])
+    linear = full[f'{stage}.2.point_linear.conv.weight'][:, :32]
+    assert all(torch.equal(full[f'{stage}.{index}.point_linear.conv.weight'], linear) for index in range(2))
     untouched = [name for name in full if 'm_ops' not in name or 'squeeze' in name]
     assert all(torch.equal(full[name], before[name]) for name in untouched)
+
+
+def test_epochs_of_the_largest_operators_train_these_alone_and_then_all_start_from_them(images, monkeypatch, tmp_path):
+    write_table(tmp_path / 'table.pkl')
+    flags = good_flags('train_search.py', images, tmp_path / 'table.pkl', tmp_path / 'runs')
+    flags |= {'batch_size': 10, 'epochs': 2, 'warmup_epochs': 2, 'largest_epochs': 1, 'report': None}
+    assert run_here(monkeypatch, 'train_search.py', words_of(flags)) == 0
+    torch.manual_seed(derive_seed(2, 'weights'))
+    start = full_weights(3, torch.device('cpu'), SPACE)
+    folder, lead = only_run(tmp_path / 'runs'), 3  # k5 e6 without SE
+    first, second = (load_search_checkpoint(folder / f'searched_model_0{n}.pth.tar', SPACE)[0] for n in (1, 2))
+    for block in SPACE.blocks():
+        names = [f'{block.stage}.{block.name}.m_ops.{i}.point_linear.conv.weight' for i in range(8)]
+        assert [not torch.equal(start[name], first[name]) for name in names] == [i == lead for i in range(8)]
+        same = [torch.equal(second[name], first[names[lead]][:, : second[name].shape[1]]) for name in names]
+        assert 8 - 2 <= sum(same) < 8  # two steps moved one or two operators
 
 
 @pytest.fixture(scope='module')

@@ -34,9 +34,9 @@ CPU = torch.device('cpu')
 HALF = Precision(CPU, torch.bfloat16)
 STEPS = 12
 ARGS = SimpleNamespace(
-    aligned_start=False, checkpoint_ops=False, compile=False, cuda_graph=False, amp=None, seed=0, epochs=9,
-    warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0, w_lr=0.05, w_mom=0.9, w_wd=1e-5, a_lr=0.01,
-    a_beta1=0.5, a_beta2=0.999, a_wd=5e-4, T=5.0, T_decay=0.9,
+    aligned_start=False, largest_epochs=0, checkpoint_ops=False, compile=False, cuda_graph=False, amp=None, seed=0,
+    epochs=9, warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0, w_lr=0.05, w_mom=0.9, w_wd=1e-5,
+    a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4, T=5.0, T_decay=0.9,
 )  # fmt: skip
 
 

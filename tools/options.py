@@ -264,11 +264,12 @@ def add_image_args(parser: Parser) -> None:
     )
 
 
-def add_arch_args(parser: Parser) -> None:
-    """Add --model_path and --config_path, exactly one of which names the network."""
+def add_arch_args(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """Add --model_path and --config_path, exactly one of which names the network. Return their group."""
     group = parser.groups['network'].add_mutually_exclusive_group(required=True)
     group.add_argument('--model_path', metavar='FILE', help='a searched_model_NN.pth.tar, or a model.config')
     group.add_argument('--config_path', metavar='FILE', help='a model.config')
+    return group
 
 
 def add_size_arg(parser: Parser) -> None:
@@ -316,16 +317,28 @@ def add_search_args(parser: Parser) -> None:
     search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
     search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    search.add_argument('--a_lr', type=positive, default=0.01, help='learning rate of the architecture')
+    search.add_argument(
+        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 0.05, by the number of steps'
+    )
     search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
     search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
     search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
     search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
     search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    search.add_argument('--T_decay', type=number(float, 0, 1, open_low=True), default=0.96, help='factor on T an epoch')
+    search.add_argument(
+        '--T_decay',
+        type=number(float, 0, 1, open_low=True),
+        help='factor on T an epoch; default: lowers T to 4 %% over the epochs after the warm-up, 0.96 for 80',
+    )
     search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
     search.add_argument(
         '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
+    )
+    search.add_argument(
+        '--largest_epochs',
+        type=count(0),
+        default=0,
+        help='first epochs, which train the largest operators alone; then all start from these; for short searches',
     )
 
     latency = parser.groups['latency']

@@ -1,0 +1,98 @@
+"""Schedules that follow from the length of a search, and warnings of a search that has not learned or decided."""
+
+import math
+from argparse import Namespace
+
+import pytest
+from bad_files import good_flags, run_here, words_of, write_table
+from training_runs import load, only_run
+
+from models.describe import mean_entropy, warn_not_decided, warn_not_learned
+from models.search_state import default_a_lr, temperature, with_schedule
+from tools.run.resume import Snapshot
+
+
+def test_entropy_by_hand():
+    assert mean_entropy([[0.25] * 4, [0.25] * 4]) == pytest.approx(1)
+    assert mean_entropy([[0.0, 1.0], [0.5, 0.5]]) == pytest.approx(0.5)
+    one = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(3)
+    assert mean_entropy([[0.9, 0.1, 0.0]]) == pytest.approx(one)
+    assert mean_entropy([[1.0], [1.0]]) == 0
+
+
+def arguments(**changes):
+    """Flags of the paper's search that its schedules depend on."""
+    return Namespace(**dict(T=5.0, T_decay=None, a_lr=None, epochs=90, warmup_epochs=10) | changes)
+
+
+def from_flags(**flags):
+    """A snapshot whose run had these flags."""
+    return Snapshot(checkpoint={'flags': flags})
+
+
+def test_the_published_length_has_the_published_schedule():
+    args, kept, _ = with_schedule(arguments(), Snapshot(), 2 * 1597 - 1)
+    assert (args.T_decay, args.a_lr) == (0.96, 0.01) and kept == {'T_decay': None, 'a_lr': None}
+    assert [temperature(epoch, args) for epoch in (9, 10, 50, 89)] == [5.0, 5.0, 5.0 * 0.96**40, 5.0 * 0.96**79]
+
+
+@pytest.mark.parametrize('epochs', [1, 6, 20, 200])
+def test_the_temperature_falls_as_far_in_any_number_of_epochs(epochs):
+    args, _, line = with_schedule(arguments(epochs=10 + epochs), Snapshot(), 10)
+    assert temperature(10, args) == 5 and temperature(10 + epochs, args) == pytest.approx(5 * 0.96**80)
+    assert f'T from 5 to 0.19 in {epochs} epochs' in line
+
+
+def test_the_rate_of_the_architecture_falls_with_the_number_of_steps():
+    rates = [default_a_lr(steps) for steps in (0, 200, 1_000, 10_000, 60_000, 127_760, 10**6)]
+    assert rates[:2] == [0.05, 0.05] and rates[-2:] == [0.01, 0.01]
+    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 5
+    assert default_a_lr(127_760 // 16) == 0.02  # the fourth root of 16
+
+
+def test_values_that_are_given_win_and_are_kept():
+    given = arguments(T_decay=0.7, a_lr=0.3)
+    args, kept, line = with_schedule(given, from_flags(T_decay=0.96, a_lr=0.01), 10)
+    assert (args.T_decay, args.a_lr, line) == (0.7, 0.3, '') and kept == {'T_decay': 0.7, 'a_lr': 0.3}
+
+
+def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
+    longer = arguments(epochs=30)
+    args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None), 20)
+    assert kept == {'T_decay': 0.9, 'a_lr': None} and args.T_decay == 0.9
+    assert args.a_lr == default_a_lr(20 * 10) and '--T_decay 0.9 (as before)' in line and '200 steps' in line
+    again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
+    assert again == args and kept == {'T_decay': 0.9, 'a_lr': None}
+
+
+def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor_decided(images, monkeypatch, tmp_path):
+    write_table(tmp_path / 'table.pkl')
+    flags = good_flags('train_search.py', images, tmp_path / 'table.pkl', tmp_path / 'runs')
+    flags |= {'warmup_epochs': 1, 'batch_size': 10, 'w_lr': 1e-9, 'report': None}
+    assert run_here(monkeypatch, 'train_search.py', words_of(flags | {'epochs': 3, 'save_freq': 0})) == 0
+    folder = only_run(tmp_path / 'runs')
+    log = (folder / 'log.txt').read_text()
+    decay = 0.96**40
+    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 0.05 (for 2 steps' in log
+    assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
+    assert log.count('has hardly learned') == log.count('has not decided') == 1
+    assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
+    assert log.index('epoch 2 Gumbel paths') < log.index('has not decided')
+    checkpoint = load(folder / 'searched_model_03.pth.tar')
+    assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] is None
+
+
+@pytest.mark.parametrize(
+    ('top1', 'classes', 'warned'), [(19.9, 10, True), (20.1, 10, False), (74.0, 2, True), (76.0, 2, False)]
+)
+def test_a_supernet_near_chance_is_warned_of(top1, classes, warned):
+    lines = []
+    warn_not_learned(top1, classes, lambda text, *values: lines.append(text % values))
+    assert len(lines) == warned and all(f'{top1} %' in line and '--warmup_epochs' in line for line in lines)
+
+
+def test_a_search_that_ends_undecided_is_warned_of():
+    lines = []
+    for row in ([0.5, 0.3, 0.2], [0.6, 0.2, 0.2]):  # entropies 0.94 and 0.86
+        warn_not_decided([row, row], lambda text, *values: lines.append(text % values))
+    assert len(lines) == 1 and 'is 0.94' in lines[0]
