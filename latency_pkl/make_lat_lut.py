@@ -316,6 +316,7 @@ def check(table, args, device):
         f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {device_name(device)}, '
         f'batch {args.batch_size}, threads {args.threads}'
     )
+    print(f'Timing {args.networks} networks, each built {args.rounds} times or more', flush=True)
     standard = standard_of(table, args.batch_size, device, args.launch)
     rng = random.Random(args.seed + 1_000_003)
     configs = [random_config(rng, False, args.num_classes, SPACE) for _ in range(args.networks)]
