@@ -386,10 +386,12 @@ def check(table, args, engine):
         f'Table of: {table.meta.get("device", "an unknown device")}; timed on: {engine.meta["device"]}, '
         f'batch {args.batch_size}, threads {args.threads}, {runtime}, widths: multiples of {table.width_divisor}'
     )
+    networks = args.networks or 20
+    print(f'Timing {networks} networks, each built {args.rounds} times or more', flush=True)
     standard = standard_of(table, args.batch_size, engine, args.launch)
     rng = random.Random(args.seed + 1_000_003)
     drawn = (args.num_classes, SPACE, table.width_divisor)
-    configs = [random_config(rng, False, *drawn) for _ in range(args.networks or 20)]
+    configs = [random_config(rng, False, *drawn) for _ in range(networks)]
     builds = [engine.build(config, seed, args.img_size, args.batch_size) for seed, config in enumerate(configs)]
     setting = args.batch_size, args.img_size, engine.clock, standard, args.rounds, args.launch
     measured, undisturbed = measure_in_turns(builds, *setting)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from tools import options, plots
 from tools.errors import BadInput
-from tools.report.compare import PUBLISHED, _macs_figure, compare_runs
+from tools.report.compare import PUBLISHED, _epochs_figure, _macs_figure, compare_runs, results, results_text
 from tools.report.draw import draw_at_end, draw_run
-from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure
+from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure, training_figure, with_measured
 from tools.run.metrics import METRICS, read_run
 
 
@@ -142,8 +142,8 @@ def runs(tmp_path, **changes):
 def test_runs_compare_beside_published_networks(tmp_path, capsys):
     written = compare_runs(runs(tmp_path), tmp_path / 'out')
     assert [path.name for path in written] == [
-        'accuracy_multiply_adds.png', 'accuracy_multiply_adds.svg', 'accuracy_latency.png', 'accuracy_latency.svg',
-        'results.csv',
+        'epochs.png', 'epochs.svg', 'accuracy_multiply_adds.png', 'accuracy_multiply_adds.svg',
+        'accuracy_latency.png', 'accuracy_latency.svg', 'results.csv', 'report.html',
     ]  # fmt: skip
     assert capsys.readouterr().out == ''
     with matplotlib.rc_context(STYLE):
@@ -162,11 +162,13 @@ def test_runs_compare_beside_published_networks(tmp_path, capsys):
 def test_results_are_tabulated(tmp_path):
     compare_runs(runs(tmp_path, ms=[15.0, None, 10.25]), tmp_path / 'out')
     assert (tmp_path / 'out' / 'results.csv').read_text().splitlines() == [
-        'run,macs_m,params_m,best_top1_percent,measured_ms',
-        'run-0,456.68,8.7575,76.00,15.0000',
-        'run-1,456.68,8.7575,75.00,',
-        'run-2,456.68,8.7575,74.00,10.2500',
+        'run,task,target,predicted,unit,measured_ms,macs_m,params_m,best_top1_percent,minutes',
+        'run-0,training,,,,15.0000,456.68,8.7575,76.00,0.0',
+        'run-1,training,,,,,456.68,8.7575,75.00,0.0',
+        'run-2,training,,,,10.2500,456.68,8.7575,74.00,0.0',
     ]
+    (page,) = (tmp_path / 'out').glob('*.html')
+    assert 'run-1' in Page(page.read_text()).text and page.read_text().count('<img') == 3
 
 
 def test_latencies_of_different_settings_are_not_mixed(tmp_path, capsys):
@@ -179,9 +181,64 @@ def test_latencies_of_different_settings_are_not_mixed(tmp_path, capsys):
     assert 'run-1: no measured latency' in out and 'published networks are left out' in out
 
 
-def test_only_trainings_compare(searched, trained, tmp_path):
-    with pytest.raises(BadInput, match='search-made-up: comparing needs trainings'):
-        compare_runs([read_run(trained), read_run(searched)], tmp_path)
+def test_searches_compare_by_what_differs(searched, trained, tmp_path):
+    longer = write_search(tmp_path / 'search-longer', epochs=8, seed=1)
+    both = [read_run(searched), read_run(longer)]
+    names, rows = results(both)
+    assert names[:3] == ['run', 'task', 'epochs'] and [row[2] for row in rows] == ['6', '8']
+    last = both[1].of('epoch')[-1]
+    row = dict(zip(names, rows[1], strict=True))
+    assert row['target'] == f'{both[1].header["latency"]["target"]:.4f}' and row['unit'] == 'ms'
+    assert float(row['predicted']) == pytest.approx(last['latency']['after'], abs=1e-4)
+    assert row['macs_m'] == f'{last["network"]["macs"]:.2f}' and row['best_top1_percent'] == '43.75'
+    with matplotlib.rc_context(STYLE):
+        accuracy, latency = drawn(_epochs_figure([], both)).axes
+    assert list(latency.lines[2].get_ydata()) == [line['latency']['after'] for line in both[1].of('epoch')[2:]]
+    assert list(accuracy.lines[1].get_xdata()) == list(range(1, 9))
+    text = results_text(names, rows).splitlines()
+    assert len(text) == 3 and 'measured_ms' not in text[0] and len(set(map(len, text))) == 1
+    written = compare_runs([read_run(trained), *both], tmp_path / 'out')
+    assert {'epochs.png', 'accuracy_latency.png', 'results.csv'} <= {path.name for path in written}
+
+
+def test_a_run_without_an_epoch_does_not_compare(searched, tmp_path):
+    (tmp_path / METRICS).write_text((searched / METRICS).read_text().partition('\n')[0] + '\n')
+    with pytest.raises(BadInput, match='has no epoch yet'):
+        compare_runs([read_run(searched), read_run(tmp_path)], tmp_path)
+
+
+def test_the_last_epochs_rate_is_drawn(trained):
+    run = read_run(trained)
+    with matplotlib.rc_context(STYLE):
+        rates = drawn(training_figure(run)).axes[2].lines[0]
+    assert list(rates.get_xdata()) == [0, 1, 2, 3, 4, 5]
+    assert list(rates.get_ydata()) == [line['lr'] for line in run.of('epoch')] + [run.of('epoch')[-1]['lr']]
+
+
+def test_equal_probabilities_have_the_middle_shade(searched):
+    with matplotlib.rc_context(STYLE):
+        image = drawn(operators_figure(read_run(searched))).subfigs[0].axes[0].images[0]
+    assert float(image.norm(1 / 8)) == 0.5 and float(image.norm(0)) == 0
+    assert abs(float(image.norm(1.04 / 8)) - 0.5) < 0.03  # nearly uniform is nearly the middle
+
+
+def test_measured_latencies_fill_the_table_of_blocks(trained):
+    run = read_run(trained)
+    network = with_measured(run, run.header['network'])
+    assert [row['latency'] for row in network['blocks']] == pytest.approx([0.8 * 7.5 / 18] * 18)
+    assert network['latency'] == pytest.approx(7.5) and run.header['network']['latency'] is None
+    draw_run(trained)
+    text = Page((trained / 'report.html').read_text()).text.splitlines()
+    assert {'measured latency (ms)', 'MACs (M)', 'input size (pixels)', 'val top1 (%)', 'stage1.1'} <= set(text)
+    assert 'stage1.0' not in text and 'latency by the table (None)' not in text and text.count('0.33333') == 18
+
+
+def test_long_titles_are_wrapped(trained):
+    network = read_run(trained).header['network']
+    with matplotlib.rc_context(STYLE):
+        figure = drawn(network_figure(network, 'a title of a hundred characters ' * 8))
+    box = figure._suptitle.get_window_extent()
+    assert box.x1 <= figure.bbox.x1 and '\n' in figure._suptitle.get_text()
 
 
 def test_published_numbers_are_all_there():

@@ -30,11 +30,15 @@ def get_args(argv=None):
 def main(args):
     """Draw one run, or compare several."""
     if len(args.runs) == 1:
+        print(f'Drawing {args.runs[0]}', flush=True)
         written = draw_run(args.runs[0], args.out)
     else:
-        from tools.report.compare import compare_runs
+        from tools.report.compare import compare_runs, results, results_text
 
-        written = compare_runs([read_run(path) for path in args.runs], Path(args.out or 'comparison'))
+        runs = [read_run(path) for path in args.runs]
+        print(f'Comparing {len(runs)} runs', flush=True)
+        written = compare_runs(runs, Path(args.out or 'comparison'))
+        print(results_text(*results(runs)))
     for path in written:
         print(path)
 

@@ -342,7 +342,7 @@ def warn_of_chance(top1: float, images: int, num_classes: int) -> str:
         return ''
     return (
         f'WARNING: the best top-1 of {top1:.2f} % is no better than chance ({100 * chance:.2f} %, {images} images):'
-        ' the network has learned nothing; look at learning rate, number of epochs, and labels'
+        ' look at learning rate, number of epochs, and labels'
     )
 
 

@@ -1,17 +1,22 @@
-"""Comparison of several trainings, in pictures with published networks and in a CSV file."""
+"""Comparison of several runs: a table, a CSV file, and pictures, with published networks beside trainings."""
 
 import csv
 import io
+from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools.errors import BadInput
 from tools.files import write_text
 from tools.report.draw import save_figure
-from tools.report.figures import BLUE, GREEN, ORANGE, PURPLE
+from tools.report.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE
+from tools.report.page import make_comparison
 from tools.run.metrics import Run
+from tools.run.resume import HARMLESS
 
 SETTING = ('device', 'batch_size', 'threads', 'img_size')
 """Settings that measured latencies must share to be drawn on one axis."""
@@ -29,41 +34,95 @@ PUBLISHED = (
 )  # fmt: skip
 """Families: name, marker, (network, M MACs, top-1 on ImageNet in %). Quoted as published, not re-run."""
 
+LEGEND_WIDTH = 88
+"""Characters in a line of a legend."""
+
 
 def compare_runs(runs: list[Run], out: Path) -> list[Path]:
     """Draw the comparisons that the runs allow, tabulate the runs, and return the paths of the files.
 
     Args:
-        runs: trainings.
+        runs: searches and trainings.
 
     Raises:
-        BadInput: a run is not a training or has no epoch yet, or latencies were measured in different settings.
+        BadInput: a run has no epoch yet, or latencies were measured in different settings.
     """
     for run in runs:
-        if run.header['task'] != 'training' or not run.of('epoch'):
-            raise BadInput(f'{run.name}: comparing needs trainings with an epoch done, this is a {run.header["task"]}')
-    timed = [run for run in runs if run.of('latency')]
+        if not run.of('epoch'):
+            raise BadInput(f'{run.name}: has no epoch yet; compare runs with an epoch done')
+    trainings, searches = ([run for run in runs if run.header['task'] == task] for task in ('training', 'search'))
+    timed = [run for run in trainings if run.of('latency')]
     setting = _common_setting(timed) if timed else {}
-    written, _ = save_figure(lambda: _macs_figure(runs), out / 'accuracy_multiply_adds')
-    for run in runs:
+    figures = {'epochs': lambda: _epochs_figure(trainings, searches)}
+    if trainings:
+        figures['accuracy_multiply_adds'] = lambda: _macs_figure(trainings)
+    for run in trainings:
         if run not in timed:
             print(f'{run.name}: no measured latency, so it is not in the picture of latencies')
     if timed:
-        written += save_figure(lambda: _latency_figure(timed, setting), out / 'accuracy_latency')[0]
-    write_text(out / 'results.csv', results_csv(runs))
-    return [*written, out / 'results.csv']
+        figures['accuracy_latency'] = lambda: _latency_figure(timed, setting)
+    written, pictures = [], {}
+    for name, draw in figures.items():
+        paths, pictures[name] = save_figure(draw, out / name)
+        written += paths
+    names, rows = results(runs)
+    write_text(out / 'results.csv', results_csv(names, rows))
+    write_text(out / 'report.html', make_comparison(names, rows, pictures))
+    return [*written, out / 'results.csv', out / 'report.html']
 
 
-def results_csv(runs: list[Run]) -> str:
-    """Return a line a run: name, M MACs, M parameters, best top-1 in %, measured ms (empty if not measured)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['run', 'macs_m', 'params_m', 'best_top1_percent', 'measured_ms'])
+def results(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of columns with their units, and a row of texts for each run; '' for what a run has not.
+
+    Flags are those that all runs have and that differ. Latencies `target` and `predicted` are by the table, in `unit`;
+    the predicted one is that of the last architecture. `best_top1_percent` is a training's best; a search's last
+    validation, on Gumbel paths. `minutes` are those from the first to the last line of the run, with pauses.
+    """
+    flags = [run.header['flags'] for run in runs]
+    shared = set.intersection(*map(set, flags)) - HARMLESS - {'target_lat'}
+    differ = sorted(name for name in shared if any(own[name] != flags[0][name] for own in flags))
+    names = ['run', 'task', *differ, 'target', 'predicted', 'unit', 'measured_ms']
+    names += ['macs_m', 'params_m', 'best_top1_percent', 'minutes']
+    rows = []
     for run in runs:
-        network, latencies = run.header['network'], run.of('latency')
-        ms = f'{latencies[-1]["ms"]:.4f}' if latencies else ''
-        writer.writerow([run.name, f'{network["macs"]:.2f}', f'{network["params"]:.4f}', f'{_best(run):.2f}', ms])
+        network = run.header.get('network') or run.of('epoch')[-1]['network']
+        times = [line['time'] for line in run.lines if 'time' in line]
+        latencies = [line['ms'] for line in run.of('latency')]
+        rows.append(
+            [
+                run.name,
+                run.header['task'],
+                *(str(run.header['flags'][name]) for name in differ),
+                _number(run.header.get('latency', {}).get('target'), '.4f'),
+                _number(network['latency'], '.4f'),
+                network['unit'] if network['latency'] is not None else '',
+                _number(latencies[-1] if latencies else None, '.4f'),
+                _number(network['macs'], '.2f'),
+                _number(network['params'], '.4f'),
+                _number(_best(run), '.2f'),
+                _number((max(times) - min(times)) / 60 if times else None, '.1f'),
+            ]
+        )
+    return names, rows
+
+
+def results_csv(names: list[str], rows: list[list[str]]) -> str:
+    """Return the results as CSV text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([names, *rows])
     return text.getvalue()
+
+
+def results_text(names: list[str], rows: list[list[str]]) -> str:
+    """Return the results as lines of aligned columns, without those that are empty."""
+    columns = [column for column in zip(names, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return '\n'.join('  '.join(f'{text:{width}}' for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return '' if value is None else f'{value:{form}}'
 
 
 def _common_setting(runs: list[Run]) -> dict:
@@ -79,8 +138,10 @@ def _common_setting(runs: list[Run]) -> dict:
     return settings[0]
 
 
-def _best(run: Run) -> float:
-    return max(line['val']['top1'] or 0 for line in run.of('epoch'))
+def _best(run: Run) -> float | None:
+    """Return a training's best top-1, or that of a search's last validation, in %; None without a validation."""
+    found = [line['val']['top1'] or 0.0 for line in run.of('epoch') if line.get('val')]
+    return None if not found else found[-1] if run.header['task'] == 'search' else max(found)
 
 
 def _macs_figure(runs: list[Run]) -> Figure:
@@ -101,18 +162,61 @@ def _macs_figure(runs: list[Run]) -> Figure:
 def _latency_figure(runs: list[Run], setting: dict) -> Figure:
     figure = Figure(figsize=(7.2, 4.6))
     about = f'{setting["device"]}, batch {setting["batch_size"]}, {setting["img_size"]} pixels'
-    points = [(run.of('latency')[-1]['ms'], run) for run in runs]
-    _draw_runs(figure.subplots(), points, f'measured latency in ms ({about})')
+    axis = figure.subplots()
+    _draw_runs(axis, [(run.of('latency')[-1]['ms'], run) for run in runs], 'measured latency in ms')
+    axis.set_title(fill(about, LEGEND_WIDTH))
     return figure
 
 
 def _draw_runs(axis: Axes, points: list[tuple[float, Run]], xlabel: str) -> None:
     """Draw a marker per run, numbered in the order of the legend."""
     for number, (x, run) in enumerate(points, start=1):
-        axis.plot(x, _best(run), '*', color=BLUE, markersize=11, label=f'{number}: {run.name}')
+        axis.plot(x, _best(run), '*', color=BLUE, markersize=11, label=_label(number, run))
         axis.annotate(str(number), (x, _best(run)), (6, 0), textcoords='offset points', va='center', fontsize=8)
     axis.set_xlabel(xlabel)
     axis.set_ylabel('best top-1 in %')
     axis.grid(color='#E0E0E0', linewidth=0.6)
     axis.margins(0.14, 0.12)
     axis.legend(loc='upper left', bbox_to_anchor=(0, -0.13), borderaxespad=0)
+
+
+def _label(number: int, run: Run) -> str:
+    return fill(f'{number}: {run.name}', LEGEND_WIDTH, subsequent_indent='    ')
+
+
+def _epochs_figure(trainings: list[Run], searches: list[Run]) -> Figure:
+    """Draw accuracies of all runs, and the latency of the current architecture of searches, over epochs."""
+    scaled = [run for run in searches if any(line.get('latency') for line in run.of('epoch'))]
+    units = {run.header['latency']['unit'] for run in scaled}
+    if len(units) > 1:
+        print(f'latencies are not drawn over epochs: tables in {" and ".join(sorted(units))} do not go on one axis')
+    panels = [(trainings, 'val', 'validation top-1 in %')] if trainings else []
+    panels += [(searches, 'w_top1', 'training top-1 in %')] if searches else []
+    panels += [(scaled, 'latency', f'latency in {units.pop()}')] if len(units) == 1 else []
+    figure = Figure(figsize=(7.2, 0.6 + 2.7 * len(panels)))
+    for axis, (runs, name, label) in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
+        looks = zip(cycle((BLUE, ORANGE, GREEN, PURPLE, BLACK)), cycle(('-', '--', '-.', ':')), strict=False)
+        for number, (run, (colour, style)) in enumerate(zip(runs, looks, strict=False), start=1):
+            x, y = _curve(run, name)
+            axis.plot(x, y, style, marker='.', color=colour, linewidth=1.2, label=_label(number, run))
+            axis.annotate(str(number), (x[-1], y[-1]), (5, 0), textcoords='offset points', va='center', fontsize=8)
+            if name == 'latency':
+                axis.axhline(run.header['latency']['target'], color=colour, linestyle=style, linewidth=0.6)
+        axis.set_ylabel(label)
+        axis.grid(axis='y', color='#E0E0E0', linewidth=0.6)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(0, 1.05 * max(line['epoch'] + 1 for run in runs for line in run.of('epoch')))
+        if name == 'latency':
+            axis.set_title('Current architecture, scaled (thin lines: targets)')
+        else:
+            axis.set_title('Trainings' if name == 'val' else 'Searches: weights on Gumbel paths')
+            axis.legend(loc='best')
+    axis.set_xlabel('epochs done')
+    return figure
+
+
+def _curve(run: Run, name: str) -> tuple[list[int], list[float]]:
+    """Return (epochs done, values) of a number of epochs: `val` (top-1), `latency` (after scaling), or any other."""
+    part = {'val': 'top1', 'latency': 'after'}.get(name)
+    lines = [line for line in run.of('epoch') if line.get(name) is not None]
+    return [line['epoch'] + 1 for line in lines], [line[name][part] if part else line[name] for line in lines]

@@ -7,15 +7,17 @@ and by colour-blind readers (palette: Okabe & Ito 2008; shades: cividis, whose l
 import math
 from collections.abc import Callable
 from itertools import groupby
+from textwrap import fill
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tools.run.metrics import Run
+from tools.run.metrics import Run, block_label
 
 BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#000000', '#8C8C8C'
 SHADES = matplotlib.colormaps['cividis']
@@ -32,6 +34,9 @@ STYLE = {
     'svg.hashsalt': 'tf-nas',
     'figure.constrained_layout.use': True,
 }
+TITLE_WIDTH = 12.5
+"""Characters of a title in an inch of its picture."""
+
 CLOSE = 0.01
 """Half-width of the band around the target, as a share of the target."""
 
@@ -51,7 +56,7 @@ def network_figure(network: dict, title: str) -> Figure:
     _draw_costs(axes[2], network)
     _mark_stages(axes, rows)
     axes[0].set_xlim(-0.6, columns - 0.4)
-    figure.suptitle(title, x=0.01, ha='left', fontsize=9.5)
+    figure.suptitle(fill(title, int(TITLE_WIDTH * figure.get_figwidth())), x=0.01, ha='left', fontsize=9.5)
     return figure
 
 
@@ -101,7 +106,8 @@ def _draw_costs(axis: Axes, network: dict) -> None:
     shares = [('MACs', [row['macs'] for row in rows], network['macs'], {'color': 'white', 'hatch': '/////'})]
     if network['latency'] is not None and unit not in ('M MACs', 'M multiply-adds'):
         latency = [row['latency'] for row in rows]
-        shares.insert(0, ('latency' if unit == 'ms' else unit, latency, network['latency'], {'color': BLUE}))
+        name = network.get('latency_name', 'latency by the table') if unit == 'ms' else unit
+        shares.insert(0, (name, latency, network['latency'], {'color': BLUE}))
     wide = 0.8 / len(shares)
     for i, (label, values, total, look) in enumerate(shares):
         values = [100 * value / total for value in [*values, total - sum(values)]]
@@ -169,7 +175,8 @@ def _draw_latency(axis: Axes, run: Run) -> None:
     axis.plot(epochs, values['after'], 'o-', color=BLUE, linewidth=0.8, markersize=3.2, label='after scaling')
     axis.set_ylabel(f'latency in {unit}' if unit == 'ms' else unit)
     axis.margins(y=0.12)
-    axis.set_title(f'The current architecture ({_table_name(about)})', pad=36)
+    title = fill(f'The current architecture ({_table_name(about)})', int(TITLE_WIDTH * axis.figure.get_figwidth()))
+    axis.set_title(title, pad=36)
     axis.legend(loc='lower left', ncols=3, bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
@@ -229,6 +236,8 @@ def operators_figure(run: Run) -> Figure:
     figure = Figure(figsize=(9.6, 1.3 * -(-len(blocks) // columns) + 2.6))
     top, bottom = figure.subfigures(2, 1, height_ratios=[-(-len(blocks) // columns) * 1.3, 1.9])
     grid = np.atleast_2d(top.subplots(-(-len(blocks) // columns), columns, sharex=True, sharey=True))
+    even = 1 / len(labels)  # in the middle shade; up to twice that, shades are as steep on both sides
+    norm = TwoSlopeNorm(even, 0, max(values.max(), 2 * even))
     epochs, ends = [line['epoch'] + 1 for line in lines], (lines[0]['epoch'] + 0.5, lines[-1]['epoch'] + 1.5)
     for i, axis in enumerate(grid.flat):
         if i >= len(blocks):
@@ -237,8 +246,7 @@ def operators_figure(run: Run) -> Figure:
         image = axis.imshow(
             values[:, i].T,
             cmap=SHADES,
-            vmin=0,
-            vmax=max(values.max(), 1e-9),
+            norm=norm,
             aspect='auto',
             interpolation='nearest',
             extent=(*ends, len(labels) - 0.5, -0.5),
@@ -247,7 +255,7 @@ def operators_figure(run: Run) -> Figure:
         winners = np.where(undecided, np.nan, values[:, i].argmax(axis=1))
         axis.step(epochs, winners, where='mid', color='white', linewidth=2.4)
         axis.step(epochs, winners, where='mid', color=BLACK, linewidth=1.1)
-        name, current = f'{blocks[i]["stage"]}.{blocks[i]["name"][5:]}', _current(run, lines[-1], i)
+        name, current = block_label(blocks[i]), _current(run, lines[-1], i)
         found = 'dropped' if current is None else labels[current]
         axis.set_title(f'{name}: {found}', fontsize=8, color='#767676' if current is None else BLACK)
         axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
@@ -256,6 +264,8 @@ def operators_figure(run: Run) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     bar = top.colorbar(image, ax=grid, shrink=0.6, pad=0.01, aspect=30)
     bar.set_label('probability (line: the most probable)')
+    ticks = [0, even / 2, even, *np.linspace(even, norm.vmax, 4)[1:]]
+    bar.set_ticks(ticks, labels=[f'{tick:.2g}' if tick != even else f'1/{len(labels)}' for tick in ticks])
     _draw_entropy(bottom.subplots(), lines, values, run)
     return figure
 
@@ -316,7 +326,7 @@ def depth_figure(run: Run) -> Figure:
         _at_right(left, y, f'{final[stage][i]:.2f}' + (' ■' if best else ''))
     figure.colorbar(image, ax=left, pad=0.13, aspect=30, label='weight')
     image = right.imshow(_width_shares(run, lines), vmin=0, vmax=1, extent=(*ends, len(blocks) - 0.5, -0.5), **look)
-    right.set_yticks(range(len(blocks)), [f'{block["stage"]}.{block["name"][5:]}' for block in blocks])
+    right.set_yticks(range(len(blocks)), [block_label(block) for block in blocks])
     right.set_title('Width of the current operator in its range')
     for y, widths in enumerate(lines[-1]['widths']):
         current = _current(run, lines[-1], y)
@@ -382,7 +392,8 @@ def training_figure(run: Run) -> Figure:
     axes[1].set_ylabel('top-1 in %')
     axes[1].margins(y=0.14)
     axes[0].legend(loc='best')
-    axes[2].plot([line['epoch'] for line in lines], [line['lr'] for line in lines], drawstyle='steps-post', color=BLACK)
+    starts, rates = [line['epoch'] for line in lines], [line['lr'] for line in lines]
+    axes[2].plot([*starts, epochs[-1]], [*rates, rates[-1]], drawstyle='steps-post', color=BLACK)
     axes[2].set_ylabel('learning rate')
     axes[2].set_xlabel('epochs done')
     for axis in axes:
@@ -398,8 +409,8 @@ def figures_of(run: Run) -> dict[str, tuple[str, Callable[[], Figure]]]:
     found: dict[str, tuple[str, Callable[[], Figure]]] = {}
     network = run.header.get('network') or (epochs[-1].get('network') if epochs else None)
     if network:
-        title = network_title(run, network)
-        found['network'] = (title, lambda: network_figure(network, title))
+        title, timed = network_title(run, network), with_measured(run, network)
+        found['network'] = (title, lambda: network_figure(timed, title))
     if epochs and run.header['task'] == 'search':
         found['search'] = ('Latency of the current architecture, loss and accuracy', lambda: search_figure(run))
         found['operators'] = ('Operator probabilities of every block', lambda: operators_figure(run))
@@ -407,6 +418,15 @@ def figures_of(run: Run) -> dict[str, tuple[str, Callable[[], Figure]]]:
     if epochs and run.header['task'] == 'training':
         found['training'] = ('Training', lambda: training_figure(run))
     return found
+
+
+def with_measured(run: Run, network: dict) -> dict:
+    """Return a network with the measured latencies of its blocks, if the run has them."""
+    parts = [line['parts'] for line in run.of('latency') if len(line.get('parts', ())) == len(network['blocks']) + 2]
+    if not parts:
+        return network
+    rows = [row | {'latency': ms} for row, ms in zip(network['blocks'], parts[-1][1:-1], strict=True)]
+    return network | {'blocks': rows, 'latency': sum(parts[-1]), 'unit': 'ms', 'latency_name': 'measured latency'}
 
 
 def network_title(run: Run, network: dict) -> str:

@@ -3,6 +3,7 @@
 import base64
 from html import escape
 
+from tools.report.figures import with_measured
 from tools.run.metrics import Run
 
 CSS = """
@@ -31,13 +32,44 @@ def make_report(run: Run, pictures: dict[str, tuple[str, bytes]]) -> str:
         parts.append(f'<h2 id="{name}">{name.capitalize()}</h2><figure>{image}')
         parts.append(f'<figcaption>{escape(caption)}</figcaption></figure>')
     if network:
-        names = ('place', 'kernel', 'stride', 'size', 'in', 'mid', 'out', 'se', 'act', 'macs', 'latency')
-        parts += ['<h2>Blocks</h2>', _table(names, [[row[name] for name in names] for row in network['blocks']])]
+        parts += ['<h2>Blocks</h2>', _blocks(run, network)]
     parts += ['<h2>Epochs</h2>', _epochs(run)]
     for title, values in (('Flags', run.header['flags']), ('Environment', run.header['environment'])):
         parts += [f'<h2>{title}</h2>', _table(('name', 'value'), list(values.items()))]
     head = f'<meta charset="utf-8"><title>{escape(run.name)}</title><style>{CSS}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def make_comparison(names: list[str], rows: list[list], pictures: dict[str, bytes]) -> str:
+    """Return the HTML of a comparison of runs.
+
+    Args:
+        names, rows: of its table, a row a run.
+        pictures: name -> SVG.
+    """
+    parts = ['<h1>Comparison</h1>', _table(names, rows)]
+    for name, svg in pictures.items():
+        data = base64.b64encode(svg).decode()
+        parts.append(f'<figure><img alt="{escape(name)}" src="data:image/svg+xml;base64,{data}"></figure>')
+    head = f'<meta charset="utf-8"><title>Comparison</title><style>{CSS}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _blocks(run: Run, network: dict) -> str:
+    """Return the table of a network's blocks, with latencies by the table and measured, if there are any."""
+    columns = {
+        'kernel': 'kernel (pixels)', 'stride': 'stride', 'size': 'input size (pixels)', 'in': 'input channels',
+        'mid': 'mid channels', 'out': 'output channels', 'se': 'SE channels', 'act': 'activation', 'macs': 'MACs (M)',
+        'latency': f'latency by the table ({network["unit"]})', 'measured': 'measured latency (ms)',
+    }  # fmt: skip
+    timed = with_measured(run, network)
+    rows = [row | {'measured': None} for row in network['blocks']]
+    if timed is not network:
+        rows = [row | {'measured': own['latency']} for row, own in zip(rows, timed['blocks'], strict=True)]
+    columns = {key: name for key, name in columns.items() if any(row[key] is not None for row in rows)}
+    names = [f'{row["stage"]}.{int(row["place"].split(".")[1]) + 1}' for row in rows]
+    values = [[name, *(row[key] for key in columns)] for name, row in zip(names, rows, strict=True)]
+    return _table(['block', *columns.values()], values)
 
 
 def _summary(run: Run) -> str:
@@ -58,7 +90,15 @@ def _summary(run: Run) -> str:
 def _epochs(run: Run) -> str:
     rows = [_flat({key: line[key] for key in line if key not in SKIPPED}) for line in run.of('epoch')]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return _table(names, [[row.get(name, '') for name in names] for row in rows])
+    unit = run.header.get('latency', {}).get('unit', 'ms')
+    return _table([_with_unit(name, unit) for name in names], [[row.get(name, '') for name in names] for row in rows])
+
+
+def _with_unit(name: str, unit: str) -> str:
+    """Return the name of an epoch's number with its unit, if it has one."""
+    if name.endswith(('top1', 'top5')):
+        return f'{name} (%)'
+    return f'{name} ({unit})' if 'latency' in name else name
 
 
 SKIPPED = {'kind', 'time', 'ops', 'exits', 'widths', 'network'}
