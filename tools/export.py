@@ -32,14 +32,22 @@ def need(module: str, package: str, what: str) -> ModuleType:
         raise BadInput(f'{what} needs a package that is not here: pip install {package}') from e
 
 
+def describe_input(
+    img_size: int, mean: Sequence[float], std: Sequence[float], class_names: Sequence[str]
+) -> dict[str, str]:
+    """Return the metadata of an exported file, each value as JSON: 'img_size' (pixels), 'mean' and 'std' (of red, green
+    and blue in images from 0 to 1; inputs are (image - mean) / std), 'class_names' (by label)."""
+    values = {'img_size': img_size, 'mean': list(mean), 'std': list(std), 'class_names': list(class_names)}
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
 def save_onnx(
-    net: nn.Module, path: str | Path, img_size: int, class_names: Sequence[str], opset: int | None = None
+    net: nn.Module, path: str | Path, img_size: int, metadata: dict[str, str], opset: int | None = None
 ) -> None:
     """Write an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits'.
 
-    Its metadata has the names of the classes, as JSON under 'class_names'; so have the other formats.
-
     Args:
+        metadata: see `describe_input`.
         opset: of `OPSETS`, written by torch's older exporter; None: that of the newer one.
 
     Raises:
@@ -47,7 +55,8 @@ def save_onnx(
     """
     onnx = need('onnx', 'onnx onnxscript', f'--export {path}')
     model = _older_onnx(net, img_size, opset, onnx) if opset else _newer_onnx(net, img_size, path)
-    model.metadata_props.add(key='class_names', value=json.dumps(list(class_names)))
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
     write_atomic(path, lambda f: f.write(model.SerializeToString()))
 
 
@@ -95,26 +104,31 @@ def open_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
-def save_program(net: nn.Module, path: str | Path, img_size: int, class_names: Sequence[str]) -> None:
-    """Write a torch.export program for any batch size. Load it by `torch.export.load(path).module()`."""
+def save_program(net: nn.Module, path: str | Path, img_size: int, metadata: dict[str, str]) -> None:
+    """Write a torch.export program for any batch size. Load it by `torch.export.load(path).module()`.
+
+    Args:
+        metadata: see `describe_input`; each becomes an extra file, such as 'class_names.json'.
+    """
     batch = torch.export.Dim('batch', min=1)
     program = torch.export.export(net, (torch.zeros(2, 3, img_size, img_size),), dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={'class_names.json': json.dumps(list(class_names))})
+    torch.export.save(program, buffer, extra_files={f'{key}.json': value for key, value in metadata.items()})
     write_atomic(path, lambda f: f.write(buffer.getvalue()))
 
 
-def save_safetensors(net: nn.Module, path: str | Path, class_names: Sequence[str]) -> None:
+def save_safetensors(net: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the weights as safetensors.
+
+    Args:
+        metadata: see `describe_input`.
 
     Raises:
         BadInput: safetensors is missing.
     """
     save = need('safetensors.torch', 'safetensors', f'--export {path}').save
     state = {name: value.contiguous() for name, value in net.state_dict().items()}
-    write_atomic(
-        path, lambda f: f.write(save(state, metadata={'format': 'pt', 'class_names': json.dumps(list(class_names))}))
-    )
+    write_atomic(path, lambda f: f.write(save(state, metadata={'format': 'pt', **metadata})))
 
 
 @torch.inference_mode()
