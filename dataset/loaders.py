@@ -1,6 +1,7 @@
 """Batches of images from lists. Order and augmentation depend only on seed, epoch and image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +12,21 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
 from dataset.lists import Sample
-from dataset.splits import Images
+from dataset.splits import Images, training_images
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
+from tools.settle import settle, with_flags
+from tools.training import lr_note
+
+USUAL_SIZE = 224
+"""Input size in pixels if neither a flag nor a file gives one: the paper's."""
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""
-
 
 
 class ImageList(Dataset):
@@ -200,12 +205,10 @@ def workers_here(workers: int, world: World) -> int:
 
 def fewer_workers(totals: Mapping[str, int], world: World) -> str:
     """Return a line for the log if `make_loader` makes fewer workers than flags ask for; else ''. `totals`: by flag."""
-    more = {flag: total for flag, total in totals.items() if workers_here(total, world) > cores()}
-    if not more:
-        return ''
+    asked = {flag: workers_here(total, world) for flag, total in totals.items()}
+    fewer = [f'{flag} {totals[flag]}: {cores()} instead of {count}' for flag, count in asked.items() if count > cores()]
     each = 'this process' if world.size == 1 else 'each process'
-    asked = ', '.join(f'{flag} {total}' for flag, total in more.items())
-    return f'{asked}: {cores()} in {each}, which may use {cores()} cores'
+    return f'{"; ".join(fewer)} in {each}, which may use {cores()} cores' if fewer else ''
 
 
 def fitting_batch(args, world: World, images: Images, parts: int, note: Callable[[str], object]) -> int:
@@ -222,6 +225,40 @@ def fitting_batch(args, world: World, images: Images, parts: int, note: Callable
     source = images.sources[counts.index(min(counts))]
     note(f'--batch_size {args.batch_size}: {most} instead, {source} has {min(counts)} images to train on')
     return most
+
+
+def settle_data(
+    args, world: World, images: Images, parts: int, sizes: Iterable[tuple[int | None, object]], note: Callable
+) -> argparse.Namespace:
+    """Return the flags with the input size that an earlier step gave, and with a batch size that the images allow.
+
+    Args:
+        parts: see `fitting_batch`.
+        sizes: input sizes in files, see `settle`.
+        note: called with a line for each value that is not as given.
+    """
+    img_size = settle('--img_size', args.img_size, sizes, USUAL_SIZE, note)
+    return with_flags(args, img_size=img_size, batch_size=fitting_batch(args, world, images, parts, note))
+
+
+def load_training_data(
+    args, world: World, img_size: int | None, source: str, kept: Path | None
+) -> tuple[argparse.Namespace, Images, tuple[DataLoader, DataLoader], list[str]]:
+    """Return the settled flags of a training script, its images, their loaders (training, validation), and notes.
+
+    Args:
+        img_size: that of the config in `source`, None if it has none.
+        kept: see `training_images`.
+
+    Raises:
+        BadInput: see `training_images` and `make_loader`.
+    """
+    notes: list[str] = []
+    images = training_images(args, kept, notes.append)
+    args = settle_data(args, world, images, 1, [(img_size, source)], notes.append)
+    args = with_flags(args, val_root=args.val_root or args.train_root)
+    notes += [lr_note(args), fewer_workers({'--workers': args.workers}, world)]
+    return args, images, make_train_val_loaders(args, world, images), notes
 
 
 def make_train_val_loaders(args, world: World, images: Images) -> tuple[DataLoader, DataLoader]:

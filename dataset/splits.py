@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dataset.folders import find_pair, subfolders, unwrap
-from dataset.images import load_pixels
+from dataset.images import MEAN, STD, load_pixels
 from dataset.lists import (
     Sample,
     check_labels,
@@ -64,6 +65,7 @@ class Images:
     Attributes:
         samples, roots, sources: of both; a source is the list or folder that messages name.
         files: lists made from folders, for the run folder: text by file name.
+        lists: paths of lists that were there before the run, None for images of folders.
     """
 
     samples: tuple[list[Sample], list[Sample]]
@@ -71,6 +73,14 @@ class Images:
     sources: tuple[str, str]
     num_classes: int
     files: dict[str, str] = field(default_factory=dict)
+    lists: tuple[str | None, str | None] = (None, None)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Values of flags for headers and checkpoints."""
+        return {'num_classes': self.num_classes, 'train_list': self.lists[0], 'val_list': self.lists[1]}
 
     @property
     def names(self) -> list[str] | None:
@@ -85,7 +95,8 @@ class Images:
 
     def digest(self) -> str:
         """Return 16 hex digits that change with any path, label or order."""
-        return hashlib.sha256('\n'.join(map(list_text, self.samples)).encode(errors='replace')).hexdigest()[:16]
+        lines = '\n\n'.join('\n'.join(f'{path} {label}' for path, label in samples) for samples in self.samples)
+        return hashlib.sha256(lines.encode(errors='replace')).hexdigest()[:16]
 
 
 def find_roots(root: str | Path, note: Note = print, keep: bool = False) -> tuple[Path, Path]:
@@ -178,7 +189,7 @@ def search_images(args, world: World, kept: Path | None, note: Note) -> Images:
     if args.train_list or is_imagenet(args.img_root):
         lists = (args.train_list, args.val_list) if args.train_list else (TRAIN_LIST, VAL_LIST)
         note(world.from_rank0(lambda: make_default_lists(args.img_root, lists, args.seed)))
-        return read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
+        return replace(read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note), lists=lists)
     train_root, val_root = find_roots(args.img_root, note)
     roots = str(train_root), str(train_root)
     if lists := _kept_lists(kept, LISTS[2:]):
@@ -210,7 +221,8 @@ def training_images(args, kept: Path | None, note: Note) -> Images:
     _check_pair(args)
     given = args.train_root, args.val_root or args.train_root
     if args.train_list:
-        return read_train_val((args.train_list, args.val_list), given, args.num_classes, note)
+        lists = args.train_list, args.val_list
+        return replace(read_train_val(lists, given, args.num_classes, note), lists=lists)
     one_folder = Path(given[0]).resolve() == Path(given[1]).resolve()
     roots = find_roots(given[0], note) if one_folder else tuple(map(Path, given))
     texts = str(roots[0]), str(roots[1])
@@ -252,11 +264,10 @@ def evaluation_images(args, num_classes: int, names: Sequence[str] | None, train
     if source:
         samples = read_list(source, root, num_classes, note)
     else:
-        named = set(names or ()) & set(subfolders(root))
-        samples = list_like(root, names, note) if named else flat(list_folder(root, None, note))
+        samples = list_like(root, names, note) if names else flat(list_folder(root, None, note))
         if (found := count_classes(samples)) > num_classes:
             raise BadInput(f'--val_root {root}: {found} class folders, the weights are for {num_classes} classes')
-        if not named:
+        if not names:
             note(f'warning: {root}: labels by the sorted names of the folders; the weights name no classes')
         note(f'{root}: {len(samples)} images of {len({label for _, label in samples})} classes')
     return Images((samples, samples), (str(root), str(root)), (str(source or root),) * 2, num_classes)
@@ -279,6 +290,36 @@ def _validation_list(args, root: Path, trained: Mapping, note: Note) -> str | No
     raise BadInput(
         f'--val_root {root}: the weights were trained on images of this folder; name the others with --val_list'
     )
+
+
+def training_flags(flags: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the flags of a training's images, from those of the search before it; none if its folder is gone.
+
+    These are the lists that the search made; or those that `make_lists.py --to` wrote beside the lists of the search;
+    or the folder of the search with the validation folder beside it; or else the lists of the search.
+
+    Args:
+        flags: of the search.
+        folder: of the search.
+    """
+    given = flags.get('img_root')
+    if not isinstance(given, str) or not Path(given).is_dir():
+        return {}
+    lists = {'train_list': folder / 'train.txt', 'val_list': folder / 'val.txt'}
+    if not flags.get('train_list') and all(path.is_file() for path in lists.values()):
+        train_root, val_root = find_roots(given, lambda _: None)
+        return {'train_root': train_root, 'val_root': val_root, **lists}
+    root = Path(given).absolute()
+    pair = find_pair(subfolders(root.parent))
+    val_root = root.parent / pair[1] if pair and pair[0] == root.name else root
+    roots = {'train_root': root, 'val_root': val_root}
+    beside = Path(str(flags.get('train_list') or TRAIN_LIST)).parent
+    lists = {'train_list': beside / 'train.txt', 'val_list': beside / 'val.txt'}
+    if all(path.is_file() for path in lists.values()):
+        return {**roots, **lists}
+    if val_root != root or not flags.get('train_list'):
+        return roots
+    return {**roots, **{name: Path(str(flags.get(name))) for name in ('train_list', 'val_list')}}
 
 
 def _kept_lists(folder: Path | None, names: Sequence[str]) -> tuple[str, str] | None:
@@ -352,9 +393,7 @@ def read_train_val(paths: tuple[str, str], roots: tuple[str, str], num_classes: 
     return Images((train, val), roots, (str(paths[0]), str(paths[1])), num_classes)
 
 
-def warn_of_flat_images(
-    root: str | Path, samples: Sequence[Sample], path: str | Path, warn: Note = print
-) -> None:
+def warn_of_flat_images(root: str | Path, samples: Sequence[Sample], path: str | Path, warn: Note = print) -> None:
     """Warn in one line if the first images of a list are all nearly constant or all nearly black.
 
     A likely cause is a range of values that their format does not have, such as 12 bits in 16.

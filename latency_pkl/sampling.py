@@ -4,20 +4,21 @@ import itertools
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from latency_pkl.timing import LAUNCHES, Passes, Standard, typical_parts
+from latency_pkl.timing import LAUNCHES, Passes, Standard, log_latency, typical_parts
 from models.config import NetworkConfig, build_config, parse_config
-from models.latency import LatencyTable
+from models.latency import LatencyTable, load_table
 from models.model_eval import NetworkEval
 from models.search_space import Arch, SearchSpace, Widths
 from tools.environment import device_name
 from tools.errors import BadInput
+from tools.run.folder import RunLogger
 
 FULL_DEPTH_SHARE = 0.5
 END_SHARE = 0.15
@@ -133,6 +134,28 @@ def standard_of(table: LatencyTable, batch_size: int, device: torch.device, laun
     if not (isinstance(ms, (int, float)) and 0 < ms < math.inf):
         raise BadInput(f"the latency table's reference_ms is {ms!r}, should be a positive number")
     return Standard(partial(build_network, config, device, seed=0), float(ms))
+
+
+def log_network_latency(
+    logger: RunLogger, epoch: int, config: NetworkConfig, device: torch.device, img_size: int, space: SearchSpace
+) -> None:
+    """Measure the latency of a trained network beside the table that its config names, and log it; see `log_latency`.
+
+    Without the table, or if that is of another device, the clock alone counts.
+    """
+    meta, standard, batch_size = config.meta, None, None
+    torch.set_num_threads(1)
+    if meta.table:
+        try:
+            table = load_table(meta.table, img_size, space, lambda _: None)
+            batch_size = table.setting('batch_size', 1) if table.is_of(device_name(device)) else None
+            standard = standard_of(table, batch_size, device) if batch_size else None
+            predicted = table.of_config(config) if table.unit == 'ms' else None
+            meta = replace(meta, predicted=predicted or meta.predicted)
+        except BadInput as e:
+            logger.log('the table of the config is not used: %s', e)
+    remark = replace(meta, measured=None).latencies()
+    log_latency(logger, epoch, partial(NetworkEval, config), device, img_size, batch_size, standard, remark)
 
 
 def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: float) -> Sample:

@@ -99,6 +99,11 @@ class Measured:
     host: float | None = None
     """Eager over queued time on a GPU, nan if no pass could be queued; None on a CPU."""
 
+    @property
+    def reference(self) -> str:
+        """What the latency is relative to, in words."""
+        return 'by the clock alone' if self.slowness is None else 'relative to the reference network of the table'
+
     def __str__(self) -> str:
         if self.slowness is None or abs(self.slowness - 1) < REPORTED_CHANGE:
             return f'{self.ms:.4f} ms'
@@ -473,21 +478,33 @@ class Queue:
 
 
 def log_latency(
-    logger: RunLogger, epoch: int, build: Callable[[], nn.Module], device: torch.device, img_size: int
+    logger: RunLogger,
+    epoch: int,
+    build: Callable[[], nn.Module],
+    device: torch.device,
+    img_size: int,
+    batch_size: int | None = None,
+    standard: Standard | None = None,
+    remark: str = '',
 ) -> None:
     """Measure the latency of a trained network and log it; a failure is a line of the log.
 
     Args:
         build: makes the network, with any weights.
+        batch_size: None: 32 on a GPU, 1 on a CPU.
+        standard: see `measure_latency`.
+        remark: other latencies of the network in words, for the line of the log.
     """
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = False  # as for tables
-    batch_size = 32 if device.type == 'cuda' else 1
+    batch_size = batch_size or (32 if device.type == 'cuda' else 1)
     setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': 1, 'img_size': img_size}
     try:
-        ms = measure_latency(build, batch_size, img_size, device).ms
+        measured = measure_latency(build, batch_size, img_size, device, standard)
     except RuntimeError as e:  # the training itself is done and saved
         logger.log('latency not measured: %s', e)
     else:
-        logger.record('latency', epoch, ms=ms, **setting)
-        logger.log('measured latency %.4f ms on %s, batch %d', ms, setting['device'], batch_size)
+        logger.record('latency', epoch, ms=measured.ms, **setting)
+        others = f'; {remark}' if remark else ''
+        place = f'{setting["device"]}, batch {batch_size}, {measured.reference}'
+        logger.log('measured latency %s on %s%s', measured, place, others)

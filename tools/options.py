@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
-"""Defaults of a search: its table, and its lists, which it creates if neither exists."""
+"""Defaults of a search: its table, and its lists of ImageNet, which it creates if neither exists."""
+
+RECIPE_BATCH, RECIPE_LR = 512, 0.2
+"""Images an update, and the learning rate that belongs to them, of the paper's training."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -171,22 +174,33 @@ def add_arch_args(parser: Parser) -> None:
 
 def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
     """Add flags of the validation images and their loading."""
-    parser.add_argument('--val_root', required=required, help='folder that the paths in --val_list start from')
-    parser.add_argument('--val_list', required=required, help="lines of 'relative/path label'")
+    also = ', or of class folders; default: --train_root' if required else ', or of class folders'
+    parser.add_argument('--val_root', help=f'folder that the paths in --val_list start from{also}')
+    parser.add_argument('--val_list', help="lines of 'relative/path label'; default: of the class folders")
     parser.add_argument(
         '--workers', type=process_count, default=workers, help='processes that load images, at most one for each core'
     )
-    parser.add_argument('--batch_size', type=count(), default=batch_size)
+    parser.add_argument('--batch_size', type=count(), default=batch_size, help='at most as many as there are images')
     parser.add_argument('--num_classes', type=class_count, help='default: as many as the list or the weights have')
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+    add_size_arg(parser, 'of the config or the weights')
+
+
+def add_size_arg(parser: Parser, source: str) -> None:
+    """Add --img_size. `source`: what gives its default."""
+    parser.add_argument(
+        '--img_size', type=image_size, help=f'input size in pixels; default: that {source}, 224 if they have none'
+    )
 
 
 def add_search_args(parser: Parser) -> None:
     """Add the flags of the search, except those of its freedoms. Defaults are the paper's recipe."""
     positive = number(float, 0, open_low=True)
-    parser.add_argument('--img_root', required=True, help='folder that the paths in both lists start from')
-    parser.add_argument('--train_list', default=TRAIN_LIST, help='images that train the weights')
-    parser.add_argument('--val_list', default=VAL_LIST, help='images that train the architecture')
+    parser.add_argument(
+        '--img_root', required=True, help='folder that the paths in both lists start from; or of class folders'
+    )
+    lists = f'default: of the class folders of --img_root; for ImageNet {TRAIN_LIST}, {VAL_LIST}, made if need be'
+    parser.add_argument('--train_list', help=f'images that train the weights; {lists}')
+    parser.add_argument('--val_list', help='images that train the architecture')
     parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--save', default='./checkpoints', help='folder that gets search-<time>-<note>/')
     parser.add_argument('--note', default='try', help='last part of the name of the run folder')
@@ -207,8 +221,8 @@ def add_search_args(parser: Parser) -> None:
     parser.add_argument('--epochs', type=count(), default=90)
     parser.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
     add_image_args(parser)
-    parser.add_argument('--batch_size', type=count(2), default=32)
-    parser.add_argument('--img_size', type=image_size, default=224, help='input size in pixels')
+    parser.add_argument('--batch_size', type=count(2), default=32, help='at most as many as there are images')
+    add_size_arg(parser, 'of the table')
     parser.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
     parser.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     parser.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
@@ -236,9 +250,11 @@ def add_search_args(parser: Parser) -> None:
 def add_training_args(parser: Parser) -> None:
     """Add all flags of the training scripts, with the paper's recipe as defaults."""
     add_arch_args(parser)
-    parser.add_argument('--train_root', required=True, help='folder that the paths in --train_list start from')
-    parser.add_argument('--train_list', required=True, help="lines of 'relative/path label'")
-    add_eval_data_args(parser, batch_size=512, workers=16)
+    parser.add_argument(
+        '--train_root', required=True, help='folder that the paths in --train_list start from, or of class folders'
+    )
+    parser.add_argument('--train_list', help="lines of 'relative/path label'; default: of the class folders")
+    add_eval_data_args(parser, batch_size=RECIPE_BATCH, workers=16)
     parser.add_argument('--weights', help='start from the weights in this file, all but a classifier of other classes')
     add_image_args(parser)
     add_device_arg(parser)
@@ -248,7 +264,10 @@ def add_training_args(parser: Parser) -> None:
     parser.add_argument('--print_freq', type=count(), default=100, help='steps between log lines')
     add_watch_args(parser)
     parser.add_argument('--epochs', type=count(), default=250)
-    parser.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2)
+    parser.add_argument('--lr', type=number(float, 0, open_low=True), default=RECIPE_LR)
+    parser.add_argument(
+        '--lr_warmup_epochs', type=count(0), help='first epochs, of a rising --lr; default: 5 for more than 256 images'
+    )
     parser.add_argument('--momentum', type=fraction, default=0.9)
     parser.add_argument('--weight_decay', type=number(float, 0), default=1e-5)
     parser.add_argument('--grad_clip', type=number(float, 0, open_low=True), default=5.0, help='largest gradient norm')
@@ -321,7 +340,10 @@ def add_recipe_args(parser: Parser) -> None:
     parser.add_argument('--grad_accum', type=count(), default=1, help='batches per update, their gradients averaged')
     parser.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
     parser.add_argument(
-        '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images per update'
+        '--lr_scale',
+        choices=('none', 'linear'),
+        default='none',
+        help=f'linear: --lr is for {RECIPE_BATCH} images per update',
     )
     parser.add_argument('--max_steps', type=count(), help='stop after this many updates, for trials')
 
