@@ -4,10 +4,11 @@ The paper's search, on a GPU with its latency table:
 
     python train_search.py --img_root /data/imagenet/train --target_lat 15.0 --lambda_lat 0.1 --note tf-nas-b
 
-A search on other images, at another input size, with lists of one's own:
+A search on a folder of class folders, at the input size of the table; or with lists of one's own:
 
-    python train_search.py --img_root images --train_list train.txt --val_list val.txt --num_classes 10 \\
-        --img_size 64 --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
+    python train_search.py --img_root photos --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
+    python train_search.py --img_root images --train_list train.txt --val_list val.txt \\
+        --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 
 A search that was stopped or killed goes on, in its folder, with the same flags and:
 
@@ -19,16 +20,18 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import class_file, class_names
-from dataset.loaders import Batches, log_skipped, make_search_loaders
+from dataset.loaders import Batches, log_skipped, make_search_loaders, settle_data
+from dataset.splits import search_images
 from models.cuda_graph import Graphs
 from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
-from models.latency import LatencyLoss, load_table
+from models.latency import LatencyLoss, device_note, load_table
+from models.meta import META, Meta
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
@@ -48,10 +51,12 @@ from models.search_steps import (
     rehearse_architecture_step,
     train_only,
 )
+from models.table_files import table_size
 from tools.distributed import join_world, leave_world
-from tools.environment import fingerprint, large_tensor_note, prepare
+from tools.environment import device_name, fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
+from tools.next_step import changed, suggest
 from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
 from tools.precision import check_format
 from tools.report.draw import draw_at_end
@@ -59,9 +64,9 @@ from tools.rng import derive_seed, generator_for
 from tools.run.checkpoint import Checkpointer
 from tools.run.folder import open_run
 from tools.run.metrics import run_header
-from tools.run.resume import compare_flags, find_snapshot
+from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapshot
 from tools.run.stop import ended_with
-from tools.training import PassResult, Tally, to_device
+from tools.training import PassResult, Tally, accuracies, to_device
 
 VALIDATED_EPOCHS = 5
 
@@ -207,8 +212,34 @@ def read_table(args, world):
     notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
         print(notes[-1], flush=True)
+    notes.append(device_note(table, args.lookup_path, device_name(world.device)))
     check_divisor(args.width_divisor, SPACE)
     return table, table.target(args.target_lat, SPACE), notes
+
+
+def load_search_data(args, world):
+    """Return the flags with what table and images give, the snapshot, the images, and lines for the log."""
+    notes = []
+    size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
+    snapshot = find_snapshot(args, SEARCH)
+    images = search_images(args, world, snapshot.folder, notes.append)
+    args = settle_data(args, world, images, 2, [(size, args.lookup_path)], notes.append)
+    return args, snapshot, images, notes
+
+
+def make_meta(images, table, target, args):
+    """Return what the found network is for, for the next steps."""
+    names = tuple(images.names) if images.names else None
+    path = str(Path(project_file(args.lookup_path, DEFAULT_TABLE)).absolute())
+    given = {'target': target, 'target_given': args.target_lat, 'unit': table.unit, 'table': path}
+    return Meta(img_size=args.img_size, mean=images.mean, std=images.std, class_names=names, **given)
+
+
+def suggest_parsing(model, args, log):
+    """Log the command that makes a config of a searched model."""
+    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': True}
+    flags |= {'save_path': model.with_name('model.config'), **changed(args, device='auto', width_divisor=1)}
+    suggest('make the config of the found network', 'parsing_model.py', flags, log)
 
 
 def make_header(flags, table, target, world, args, steps):
@@ -226,26 +257,28 @@ def main(args):
     world = join_world(args.device, args.local_rank)
     check_format(args.amp, '--amp', world.device)
     check_step_args(args, world.device)
+    args, snapshot, images, data_notes = load_search_data(args, world)
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    loaders, num_classes = make_search_loaders(args, world, notes.append)
-    flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
+    notes, num_classes = [*notes, *data_notes], images.num_classes
+    loaders = make_search_loaders(args, world, images, notes.append)
+    flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
-    images = args.batch_size // world.size
-    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
-    snapshot = find_snapshot(args, SEARCH)
-    snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
+    share = args.batch_size // world.size
+    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device))
+    changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest())
+    snapshot = snapshot.with_notes(*changes, *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
         latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device)
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
-    names = class_names(loaders[0].dataset.samples)
     header = make_header(flags, table, target, world, args, steps)
-    about, files = {'environment': header['environment'], CLASS_NAMES: names}, class_file(names)
-    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, files)
+    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest()}
+    about |= {META: make_meta(images, table, target, args).to_dict()}
+    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)
     graphs = Graphs(args.cuda_graph, logger.log)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
@@ -274,8 +307,7 @@ def main(args):
                     checkpointer.save(state)
                     break
                 numbers['val'] = val.numbers
-                top1, top5 = val.numbers['top1'], val.numbers['top5']
-                logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
+                logger.log('epoch %d Gumbel paths: %s', epoch, accuracies(val.numbers))
             if not warming_up:
                 log_architecture(state.net, logger.log)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
@@ -296,6 +328,8 @@ def main(args):
     leave_world(world)
     if args.report and logger.ended:
         draw_at_end(logger.folder, logger.log)
+    if logger.ended:
+        suggest_parsing(logger.folder / searched_model(args.epochs), args, logger.log)
     return checkpointer.exit_code()
 
 

@@ -143,19 +143,20 @@ def log_network_latency(
 
     Without the table, or if that is of another device, the clock alone counts.
     """
-    meta, standard, batch_size = config.meta, None, None
+    meta, standard, batch_size, launch = config.meta, None, None, 'eager'
     torch.set_num_threads(1)
     if meta.table:
         try:
             table = load_table(meta.table, img_size, space, lambda _: None)
-            batch_size = table.setting('batch_size', 1) if table.is_of(device_name(device)) else None
-            standard = standard_of(table, batch_size, device) if batch_size else None
+            if table.unit == 'ms' and table.is_of(device_name(device)):
+                batch_size, launch = table.setting('batch_size', 1), launch_of(table, device)
+                standard = standard_of(table, batch_size, device, launch)
             predicted = table.of_config(config) if table.unit == 'ms' else None
             meta = replace(meta, predicted=predicted or meta.predicted)
         except BadInput as e:
             logger.log('the table of the config is not used: %s', e)
     remark = replace(meta, measured=None).latencies()
-    log_latency(logger, epoch, partial(NetworkEval, config), device, img_size, batch_size, standard, remark)
+    log_latency(logger, epoch, partial(NetworkEval, config), device, img_size, batch_size, standard, launch, remark)
 
 
 def sample_of(config: NetworkConfig, passes: Passes, img_size: int, fastest: float) -> Sample:

@@ -485,6 +485,7 @@ def log_latency(
     img_size: int,
     batch_size: int | None = None,
     standard: Standard | None = None,
+    launch: str = 'eager',
     remark: str = '',
 ) -> None:
     """Measure the latency of a trained network and log it; a failure is a line of the log.
@@ -492,7 +493,7 @@ def log_latency(
     Args:
         build: makes the network, with any weights.
         batch_size: None: 32 on a GPU, 1 on a CPU.
-        standard: see `measure_latency`.
+        standard, launch: see `measure_latency`.
         remark: other latencies of the network in words, for the line of the log.
     """
     torch.set_num_threads(1)
@@ -500,7 +501,7 @@ def log_latency(
     batch_size = batch_size or (32 if device.type == 'cuda' else 1)
     setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': 1, 'img_size': img_size}
     try:
-        measured = measure_latency(build, batch_size, img_size, device, standard)
+        measured = measure_latency(build, batch_size, img_size, device, standard, launch=launch)
     except RuntimeError as e:  # the training itself is done and saved
         logger.log('latency not measured: %s', e)
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -81,12 +82,22 @@ def search_meta(path: str | Path) -> tuple[Meta, int]:
         BadInput: unreadable, or see `Meta.from_dict`.
     """
     checkpoint = load_checkpoint(path, whole=False)
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    flags, meta = checkpoint.get('flags'), checkpoint_meta(checkpoint, str(path))
-    count = flags.get('num_classes') if isinstance(flags, Mapping) else None
+    meta = checkpoint_meta(checkpoint if isinstance(checkpoint, dict) else {}, str(path))
+    count = search_flags(path).get('num_classes')
     if type(count) is not int or not 2 <= count <= MOST_NAMES:
         count = len(meta.class_names or ()) or USUAL_CLASSES
     return meta, count
+
+
+def search_flags(path: str | Path) -> Mapping[str, Any]:
+    """Return the flags that a searched model was made with; none if it has none, as published ones.
+
+    Raises:
+        BadInput: unreadable.
+    """
+    checkpoint = load_checkpoint(path, whole=False)
+    flags = checkpoint.get('flags') if isinstance(checkpoint, dict) else None
+    return flags if isinstance(flags, Mapping) else {}
 
 
 def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:

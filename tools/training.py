@@ -396,7 +396,7 @@ def lr_note(args) -> str:
         return ''
     scaled = args.lr * batch / RECIPE_BATCH
     return (
-        f'--lr {args.lr} is for {RECIPE_BATCH} images an update, here are {batch}: --lr_scale linear takes {scaled:g}'
+        f'--lr {args.lr} is for {RECIPE_BATCH} images an update, not {batch}: --lr_scale linear would take {scaled:g}'
     )
 
 
