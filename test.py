@@ -35,7 +35,7 @@ from tools.environment import prepare
 from tools.errors import BadInput
 from tools.export import OPSETS, describe_input, open_onnx, save_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
-from tools.next_step import changed, suggest
+from tools.next_step import suggest
 from tools.options import (
     Parser,
     add_arch_args,
@@ -237,7 +237,7 @@ def suggest_export(args):
     name = 'net.onnx' if all(map(find_spec, ('onnx', 'onnxscript', 'onnxruntime'))) else 'found.py'
     flags = {flag: Path(value) for flag in ('config_path', 'model_path') if (value := getattr(args, flag))}
     flags |= {'weights': Path(args.weights), 'export': Path(args.weights).with_name(name), 'fuse_bn': True}
-    suggest('export it', 'test.py', flags | {'no_average': args.no_average, **changed(args, 'num_classes')})
+    suggest('export it', 'test.py', flags | {'no_average': args.no_average})
 
 
 def main(args):
