@@ -30,7 +30,7 @@ from dataset.splits import search_images
 from models.cuda_graph import Graphs
 from models.describe import describe_architecture, describe_space, describe_table, largest_mixture
 from models.elasticity import check_divisor, latency_range, scale_widths, update_masks
-from models.latency import LatencyLoss, device_note, load_table
+from models.latency import LatencyLoss, classes_note, device_note, load_table
 from models.meta import META, Meta
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
@@ -83,7 +83,10 @@ def get_args(argv=None):
         help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
         'width: the widths of the start are kept',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.width_divisor > 1 and 'width' not in args.freedoms:
+        parser.error(f'--width_divisor {args.width_divisor} is of the freedom width, which --freedoms leaves out')
+    return args
 
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
@@ -261,7 +264,8 @@ def main(args):
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    notes, num_classes = [*notes, *data_notes], images.num_classes
+    num_classes = images.num_classes
+    notes += [*data_notes, classes_note(table, args.lookup_path, num_classes)]
     loaders = make_search_loaders(args, world, images, notes.append)
     flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))

@@ -202,7 +202,8 @@ def search_images(args, world: World, kept: Path | None, note: Note) -> Images:
         f' {len(samples[1])} the architecture, {len(lists.samples["val"])} are left for validation (lists: *.txt in the'
         ' run folder)'
     )
-    return _of_folders(samples, roots, args.num_classes, len(lists.names), lists.texts(), note)
+    sources = f'search_train.txt of {train_root}', f'search_val.txt of {train_root}'
+    return _of_folders(samples, roots, sources, args.num_classes, len(lists.names), lists.texts(), note)
 
 
 def training_images(args, kept: Path | None, note: Note) -> Images:
@@ -241,7 +242,8 @@ def training_images(args, kept: Path | None, note: Note) -> Images:
         f' {len(samples[1])} for validation (lists: *.txt in the run folder)'
     )
     files = {f'{name}.txt': list_text(part) for name, part in zip(LISTS, samples, strict=False)}
-    return _of_folders(samples, texts, args.num_classes, len(names), files, note)
+    sources = f'train.txt of {roots[0]}', f'val.txt of {roots[1]}'
+    return _of_folders(samples, texts, sources, args.num_classes, len(names), files, note)
 
 
 def evaluation_images(args, num_classes: int, names: Sequence[str] | None, trained: Mapping, note: Note) -> Images:
@@ -331,6 +333,7 @@ def _kept_lists(folder: Path | None, names: Sequence[str]) -> tuple[str, str] | 
 def _of_folders(
     samples: tuple[list[Sample], list[Sample]],
     roots: tuple[str, str],
+    sources: tuple[str, str],
     given: int | None,
     found: int,
     files: dict[str, str],
@@ -340,9 +343,9 @@ def _of_folders(
         raise BadInput(f'{roots[0]}: {found} class folders, --num_classes {given} is fewer')
     if not given:
         note(f'--num_classes {found}: from the class folders of {roots[0]}')
-    for root, part in zip(roots, samples, strict=True):
-        warn_of_flat_images(root, part, root, note)
-    return Images(samples, roots, roots, given or found, files)
+    for root, part, source in zip(roots, samples, sources, strict=True):
+        warn_of_flat_images(root, part, source, note)
+    return Images(samples, roots, sources, given or found, files)
 
 
 def _check_pair(args) -> None:

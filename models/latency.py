@@ -202,6 +202,12 @@ def device_note(table: LatencyTable, path: str | Path, device: str) -> str:
     )
 
 
+def classes_note(table: LatencyTable, path: str | Path, num_classes: int) -> str:
+    """Return a line if a table was made for another number of classes, which its base includes; else ''."""
+    made_for = table.meta.get('num_classes', num_classes)
+    return f'{path} is for {made_for} classes, not {num_classes}' if made_for != num_classes else ''
+
+
 def load_table(
     path: str | Path, img_size: int, space: SearchSpace, log: Callable[[str], object] = print
 ) -> LatencyTable:
