@@ -238,9 +238,9 @@ def make_meta(images, table, target, args):
     return Meta(img_size=args.img_size, mean=images.mean, std=images.std, class_names=names, **given)
 
 
-def suggest_parsing(model, args, log):
+def suggest_parsing(model, table, args, log):
     """Log the command that makes a config of a searched model."""
-    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': True}
+    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': table.unit == 'ms'}
     flags |= {'save_path': model.with_name('model.config'), **changed(args, device='auto', width_divisor=1)}
     suggest('make the config of the found network', 'parsing_model.py', flags, log)
 
@@ -333,7 +333,7 @@ def main(args):
     if args.report and logger.ended:
         draw_at_end(logger.folder, logger.log)
     if logger.ended:
-        suggest_parsing(logger.folder / searched_model(args.epochs), args, logger.log)
+        suggest_parsing(logger.folder / searched_model(args.epochs), table, args, logger.log)
     return checkpointer.exit_code()
 
 
