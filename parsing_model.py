@@ -28,35 +28,49 @@ from pathlib import Path
 import tools.needed  # noqa: F401  # isort: skip
 import torch
 
+from dataset.images import MEAN, STD
+from dataset.lists import parse_list
+from dataset.loaders import USUAL_SIZE
+from dataset.splits import training_flags
 from latency_pkl.runtimes import engine_of_table, standard_of
-from latency_pkl.sampling import launch_of, random_probabilities, tf32_of
+from latency_pkl.sampling import launch_of, random_probabilities, reference_config, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
 from models.elasticity import fit_widths
-from models.latency import load_table
+from models.latency import device_note, load_table
 from models.model_eval import NetworkEval
-from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
+from models.parsing import (
+    USUAL_CLASSES,
+    is_config_file,
+    load_architecture,
+    load_search_checkpoint,
+    mask_widths,
+    search_flags,
+)
 from models.search_space import SPACE
+from models.table_files import table_size
 from models.targeting import most_probable
 from tools.distributed import pick_device
-from tools.environment import set_tf32
+from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.files import check_target, write_text
+from tools.next_step import batch_for, changed, suggest
 from tools.options import (
     DEFAULT_TABLE,
+    RECIPE_BATCH,
     Parser,
     add_arch_args,
     add_device_arg,
     add_runtime_args,
+    add_size_arg,
     class_count,
     count,
-    image_size,
     project_file,
     run_script,
 )
+from tools.settle import settle, with_flags
 
-USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4
 MEASURED_CLOSE = 0.005
 
@@ -73,13 +87,19 @@ def get_args(argv=None):
     )
     network, latency = parser.groups['network'], parser.groups['latency']
     network.add_argument(
-        '--num_classes', type=class_count, help='number of classes; default: those of a --config_path, otherwise 1000'
+        '--num_classes',
+        type=class_count,
+        help='number of classes; default: those of the search or the config, else 1000',
     )
-    network.add_argument('--img_size', type=image_size, default=224, help='height and width of the input in pixels')
+    add_size_arg(parser, 'of the search or the config')
     parser.groups['output'].add_argument(
         '--save_path', metavar='FILE', help='config file to write; default: model.config, none for a --config_path'
     )
-    latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
+    latency.add_argument(
+        '--lookup_path',
+        metavar='FILE',
+        help=f'latency table; default: that of the search or the config, else {DEFAULT_TABLE}',
+    )
     latency.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     latency.add_argument(
         '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; one config for each'
@@ -96,12 +116,15 @@ def get_args(argv=None):
     latency.add_argument(
         '--rounds',
         type=count(),
-        default=ROUNDS,
-        help='times that a network is built and timed for one latency; up to twice as many if they differ much',
+        help='times that a network is built and timed for one latency, up to twice as many if they differ much;'
+        f' default: {ROUNDS}',
     )
     add_device_arg(parser)
     add_runtime_args(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rounds and not (args.print_lat or args.fit_measured):
+        parser.error(f'--rounds {args.rounds} is of measured latencies: give --print_lat or --fit_measured too')
+    return args
 
 
 def names_config(args):
@@ -162,8 +185,8 @@ def fit_to_clock(state, widths, table, target, num_classes, args, engine):
     return config
 
 
-def fitted_configs(args, save_path, num_classes, table, engine):
-    """Yield (path, config) for each target."""
+def fitted_configs(args, paths, found, table, engine):
+    """Yield (path, config) for each target, with the meta of `found`."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     if args.random is None:
@@ -171,38 +194,94 @@ def fitted_configs(args, save_path, num_classes, table, engine):
         widths = mask_widths(masks)
     else:
         state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
-    path, targets = Path(save_path), [table.target(text, SPACE) for text in args.target_lat]
-    for text, target in zip(args.target_lat, targets, strict=True):
-        one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
+    targets = [table.target(text, SPACE) for text in args.target_lat]
+    num_classes, divisor = found.classifier.out_features, args.width_divisor or table.width_divisor
+    for path, text, target in zip(paths, args.target_lat, targets, strict=True):
         print(f'Target: {target:.4f} {table.unit}')
         if args.fit_measured:
-            yield one, fit_to_clock(state, widths, table, target, num_classes, args, engine)
+            config = fit_to_clock(state, widths, table, target, num_classes, args, engine)
         else:
-            yield one, fit(state, widths, table, target, num_classes, args.width_divisor or table.width_divisor)[1]
+            config = fit(state, widths, table, target, num_classes, divisor)[1]
+        yield path, replace(config, meta=replace(found.meta, target=target, target_given=text, unit=table.unit))
+
+
+def config_paths(save_path, targets):
+    """Return the path of each target's config: `save_path`, or for several targets such as model_20pc.config."""
+    if not save_path or len(targets or ()) < 2:
+        return [save_path]
+    path = Path(save_path)
+    return [path.with_name(f'{path.stem}_{text.replace("%", "pc")}{path.suffix}') for text in targets]
 
 
 def report(path, config, table, args, engine):
     """Write one config if there is a path for it, and print its size and latencies."""
+    if table:
+        config = replace(config, meta=replace(config.meta, predicted=table.of_config(config), unit=table.unit))
     if path:
         write_text(path, dump_config(config))
         print(f'Config: {path}')
-    net = NetworkEval(config)
+    net, meta = NetworkEval(config), config.meta
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
     if table:
-        print(f'Lat_LUT: {table.of_config(config):.4f} {table.unit}')
+        given = f' (given as {meta.target_given})' if meta.target_given else ''
+        target = f'; target {meta.target:.4f} {table.unit}{given}' if meta.target else ''
+        print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {args.lookup_path}{target}')
     if args.print_lat:
         places = [('GPU', engine, 32), ('GPU', engine, 1)] if engine.device.type == 'cuda' else []
         if engine.runtime == 'torch' or not places:
             places.append(('CPU', replace(engine, device=torch.device('cpu')), 1))
-        for name, place, batch_size in places:
+        for number, (name, place, batch_size) in enumerate(places):
             launch = launch_of(table, place.clock)
             standard = standard_of(table, batch_size, place, launch)
             print(f'Timing on the {name}, batch {batch_size}: usually 15 to 40 s', flush=True)
             build = place.build(config, 0, args.img_size, batch_size)
             measured = measure_latency(build, batch_size, args.img_size, place.clock, standard, args.rounds, launch)
             runtime = '' if place.runtime == 'torch' else f' {place.runtime}'
-            print(f'Lat_{name} bs={batch_size}{runtime}: {measured}{host_note(measured, launch)}')
+            print(f'Lat_{name} bs={batch_size}{runtime}: {measured}{host_note(measured, launch)}, {measured.reference}')
+            if number == 0:
+                where = f'{device_name(place.device)}{runtime}, batch {batch_size}'
+                config = replace(config, meta=replace(meta, measured=measured.ms, measured_on=where))
+        if path:
+            write_text(path, dump_config(config))
+
+
+def settle_flags(args, found, is_config):
+    """Return the flags with what the search or config has, the table if it is needed, and the meta of the network."""
+    source, meta = args.model_path or args.config_path, found.meta
+    lookup_path = args.lookup_path or meta.table or DEFAULT_TABLE
+    needed = args.print_lat or args.target_lat or args.width_divisor
+    if needed and meta.table and Path(lookup_path).resolve() != Path(meta.table).resolve():
+        print(f'warning: --lookup_path is {lookup_path}, {source} has {meta.table}')
+    path = project_file(lookup_path, DEFAULT_TABLE)
+    known = [(meta.img_size, source), (table_size(path) if needed else None, lookup_path)]
+    is_known = args.img_size or any(size for size, _ in known)
+    img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
+    if is_known:
+        meta = replace(meta, img_size=img_size, mean=meta.mean or MEAN, std=meta.std or STD)
+    if args.model_path and not is_config and not args.num_classes:
+        print(f'--num_classes {found.classifier.out_features}: from {source}')
+    args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
+    table = load_table(path, img_size, SPACE) if needed else None
+    return args, table, replace(meta, table=str(Path(path).absolute())) if table else meta
+
+
+def suggest_training(path, args):
+    """Print the command that trains the network of a config, if the search's images are still there."""
+    if names_config(args) or args.random is not None:
+        return
+    folder = Path(args.model_path).absolute().parent
+    flags = search_flags(args.model_path)
+    images = training_flags(flags, folder)
+    if not images:
+        return
+    images['config_path'] = Path(path)
+    if 'train_list' in images:
+        batch = batch_for(len(parse_list(images['train_list'])), RECIPE_BATCH)
+        images |= {'batch_size': batch, 'lr_scale': 'linear'} if batch < RECIPE_BATCH else {}
+    kept = {name: flags.get(name, usual) for name, usual in (('save', './checkpoints'), ('note', 'try'))}
+    kept = {name: value for name, value in kept.items() if value not in ('./checkpoints', 'try')}
+    suggest('train it', 'train_eval.py', {**images, **kept, **changed(args, device='auto')})
 
 
 def main(args):
@@ -210,37 +289,40 @@ def main(args):
     device = pick_device(args.device)
     is_config = names_config(args)
     save_path = args.save_path or (None if is_config else 'model.config')
-    num_classes = args.num_classes or (None if is_config else USUAL_CLASSES)
-    if save_path:
-        check_target(save_path, '--save_path', [args.lookup_path, None if is_config else args.model_path])
-    lookup_path = project_file(args.lookup_path, DEFAULT_TABLE)
-    wants_table = args.print_lat or args.target_lat or args.width_divisor
-    table = load_table(lookup_path, args.img_size, SPACE) if wants_table else None
-    measures = args.print_lat or args.fit_measured
-    engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
         raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
     if args.random is not None and not args.target_lat:
         raise BadInput('--random needs a --target_lat')
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
+    paths = config_paths(save_path, args.target_lat)
+    if args.random is None:
+        found = load_architecture(args.model_path or args.config_path, args.num_classes, SPACE)
+    else:
+        found = reference_config(args.num_classes or USUAL_CLASSES, SPACE)  # only its classes and meta count
+    found = found.with_classes(args.num_classes) if args.num_classes else found
+    for path in filter(None, paths):
+        check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])
+    args, table, meta = settle_flags(args, found, is_config)
+    found = replace(found, meta=meta)
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
+    if table and (note := device_note(table, args.lookup_path, device_name(device))):
+        print(note)
+    measures = args.print_lat or args.fit_measured
+    engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
     set_tf32(tf32_of(table) if table else True)
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
-    if args.target_lat:
-        configs = fitted_configs(args, save_path, num_classes, table, engine)
-    else:
-        config = load_architecture(args.model_path or args.config_path, num_classes, SPACE)
-        config = config.with_classes(num_classes) if num_classes else config
-        if args.width_divisor:
-            print('Widths as given:')
-            report(None, config, table, args, engine)
-            print(f'Widths rounded up to multiples of {args.width_divisor}:')
-            config = config.rounded_up(args.width_divisor)
-        configs = [(save_path, config)]
+    configs = fitted_configs(args, paths, found, table, engine) if args.target_lat else [(save_path, found)]
+    if args.width_divisor and not args.target_lat:
+        print('Widths as given:')
+        report(None, found, table, args, engine)
+        print(f'Widths rounded up to multiples of {args.width_divisor}:')
+        configs = [(save_path, found.rounded_up(args.width_divisor))]
     for path, config in configs:
         report(path, config, table, args, engine)
+    if save_path:
+        suggest_training(paths[0], args)
 
 
 if __name__ == '__main__':

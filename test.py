@@ -3,6 +3,8 @@
     python test.py --config_path model.config --weights weights.pth.tar \\
         --val_root /data/imagenet/val --val_list val.txt
     python test.py --config_path model.config --weights weights.pth.tar \\
+        --val_root photos/val
+    python test.py --config_path model.config --weights weights.pth.tar \\
         --image photo.jpg
     python test.py --config_path model.config --weights weights.pth.tar \\
         --export net.onnx --fuse_bn
@@ -13,6 +15,9 @@
 
 import csv
 import io
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
 
@@ -21,12 +26,13 @@ import torch
 from tqdm import tqdm
 
 from dataset.folders import ClassFolders
-from dataset.images import load_rgb
-from dataset.lists import read_list
-from dataset.loaders import fewer_workers, log_skipped, make_loader
+from dataset.images import MEAN, STD, load_rgb
+from dataset.loaders import USUAL_SIZE, fewer_workers, log_skipped, make_loader
+from dataset.splits import evaluation_images
 from dataset.transforms import val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
+from models.meta import checkpoint_meta
 from models.model_eval import NetworkEval
 from models.onnx_graph import OPSETS, USUAL_OPSET, save_onnx, to_onnx
 from models.parsing import load_architecture
@@ -34,8 +40,9 @@ from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
-from tools.export import open_onnx, save_program, save_safetensors, time_call
+from tools.export import describe_input, open_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
+from tools.next_step import suggest
 from tools.options import (
     Parser,
     add_arch_args,
@@ -46,6 +53,7 @@ from tools.options import (
     run_script,
 )
 from tools.precision import Precision
+from tools.settle import settle, with_flags
 from tools.training import evaluate
 
 LAYOUT = torch.channels_last
@@ -67,7 +75,7 @@ def get_args(argv=None):
     parser.groups['data'].add_argument(
         '--image', metavar='PATH', nargs='+', help='image files or folders; prints the five most probable classes'
     )
-    output.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_list to this file')
+    output.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_root to this file')
     output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
     output.add_argument('--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of a .onnx file; default: {USUAL_OPSET}')
     network.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
@@ -75,37 +83,59 @@ def get_args(argv=None):
     parser.set_defaults(seed=0)
     add_device_arg(parser)
     args = parser.parse_args(argv)
-    if bool(args.val_root) != bool(args.val_list):
-        parser.error('give both --val_root and --val_list, or neither')
-    if not (args.image or args.export or args.val_list):
-        parser.error('give --val_root and --val_list, or --image, or --export')
+    if args.val_list and not args.val_root:
+        parser.error('--val_list needs a --val_root')
+    if not (args.image or args.export or args.val_root):
+        parser.error('give --val_root (and --val_list), or --image, or --export')
     if args.opset and not (args.export or '').endswith('.onnx'):
         parser.error('--opset is of a .onnx file: give --export FILE.onnx too')
     if args.export and Path(args.export).suffix not in FORMATS:
         parser.error(f'--export {args.export}: its name should end in {", ".join(FORMATS)}')
     if args.export and args.export.endswith('.py') and not Path(args.export).stem.isidentifier():
         parser.error(f'--export {args.export}: a module to import should be named like a variable')
-    if args.export_predictions and not args.val_list:
-        parser.error('--export_predictions writes the predictions for --val_root and --val_list; give both')
+    if args.export_predictions and not args.val_root:
+        parser.error('--export_predictions writes the predictions for --val_root and --val_list; give --val_root')
     return args
 
 
 def load_net(args):
-    """Return the network in evaluation mode with its weights, and the names of its classes."""
+    """Return the network in evaluation mode with its weights, the flags with its input size, and its training's flags.
+
+    The config of the network has the meta of the weights, and for what they lack that of the config file.
+    """
     path = args.model_path or args.config_path
-    weights, key, names = read_weights(args.weights, average=not args.no_average)
+    weights, key, about = read_weights(args.weights, average=not args.no_average)
     in_weights = len(weights.get('classifier.linear.weight', ()))
     num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
         print(f'--num_classes {num_classes}: from {args.weights}')
     if in_weights and in_weights != num_classes:
         raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes is {num_classes}')
-    net = NetworkEval(load_architecture(path, num_classes, SPACE).with_classes(num_classes))
+    config = load_architecture(path, num_classes, SPACE)
+    own = checkpoint_meta(about, args.weights)
+    known = [(own.img_size, args.weights), (config.meta.img_size, path)]
+    args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE, print))
+    note_normalisation(own, args.weights)
+    meta = replace(own, class_names=own.class_names or config.meta.class_names, img_size=args.img_size)
+    config = replace(config, meta=replace(meta, mean=MEAN, std=STD)).with_classes(num_classes)
+    net = NetworkEval(config)
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
         print(f'Weights: the moving average in {args.weights} ({key})')
-    names = names if names and len(names) == num_classes else [f'class {label}' for label in range(num_classes)]
-    return fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval(), names
+    flags = about.get('flags')
+    net = fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval()
+    return net, args, flags if isinstance(flags, Mapping) else {}
+
+
+def note_normalisation(meta, source):
+    """Print a line if weights were trained on images of another normalisation than that of `val_transform`."""
+    if (meta.mean or MEAN, meta.std or STD) != (MEAN, STD):
+        print(f'warning: {source} is for mean {meta.mean} and std {meta.std}; here images get {MEAN} and {STD}')
+
+
+def names_of(net):
+    """Return the class names of a network, 'class N' without."""
+    return net.config.meta.class_names or [f'class {label}' for label in range(net.config.classifier.out_features)]
 
 
 def export_files(path):
@@ -116,27 +146,29 @@ def export_files(path):
     return [Path(path), *([Path(path).with_suffix(second)] if second else [])]
 
 
-def export(net, names, args):
+def export(net, args):
     """Write the network to a file, check that the file gives the same outputs, and print the result."""
     (path, *others), times = export_files(args.export), ''
     print(f'Exporting to {path}', flush=True)
+    metadata = describe_input(args.img_size, MEAN, STD, names_of(net))
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
-        save_safetensors(net, path, names)
+        save_safetensors(net, path, metadata)
         write_text(others[0], dump_config(net.config))
         print(f'Exported: {path}, its config: {others[0]}')
         return
     if path.suffix == '.py':
         (weights,) = others
         title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
-        write_text(path, to_source(net, path.stem, weights.name, title, names))
+        meta = replace(net.config.meta, class_names=tuple(names_of(net)))
+        write_text(path, to_source(net, path.stem, weights.name, title, meta))
         save_checkpoint(net.state_dict(), weights)
         exported = run_path(str(path))['load']()
     elif path.suffix == '.pt2':
-        save_program(net, path, args.img_size, names)
+        save_program(net, path, args.img_size, metadata)
         exported = torch.export.load(path).module()
     else:
-        save_onnx(to_onnx(net.config, net.state_dict(), args.img_size, names, args.opset or USUAL_OPSET), path)
+        save_onnx(to_onnx(net.config, net.state_dict(), args.img_size, metadata, args.opset or USUAL_OPSET), path)
         exported = open_onnx(path)
         torch.set_num_threads(1)
         ms = [time_call(call, args.img_size) for call in (exported, net)]
@@ -159,8 +191,9 @@ def predictions_csv(samples, probabilities, names):
 
 
 @torch.inference_mode()
-def classify(net, names, args, device):
+def classify(net, args, device):
     """Print the most probable classes of each image."""
+    names = names_of(net)
     paths = [path for given in args.image for path in images_in(Path(given))]
     for path in paths:
         image = val_transform(args.img_size)(load_rgb(path))
@@ -182,15 +215,21 @@ def images_in(path):
     return found
 
 
-def test(net, names, args, world):
-    """Print the accuracies on --val_list; write the predictions if requested."""
-    samples = read_list(args.val_list, args.val_root, len(names))
+def test(net, args, trained, world):
+    """Print the accuracies on the images of --val_root; write the predictions if requested.
+
+    Args:
+        trained: flags of the training.
+    """
+    names = names_of(net)
+    images = evaluation_images(args, len(names), net.config.meta.class_names, trained, print)
+    transform = val_transform(args.img_size)
     loader = make_loader(
-        args.val_root, samples, val_transform(args.img_size), args, world, args.val_list, for_training=False
+        images.roots[0], images.samples[0], transform, args, world, images.sources[0], for_training=False
     )
-    if line := fewer_workers('--workers', args.workers, world):
+    if line := fewer_workers({'--workers': args.workers}, world):
         print(line)
-    print(f'{len(samples)} images of {args.val_list}', flush=True)
+    print(f'{len(images.samples[0])} images of {images.sources[0]}', flush=True)
     logits, bar = [], tqdm(total=len(loader), unit='batch', leave=False, disable=None)  # only on a terminal
 
     def see(batch):
@@ -199,12 +238,22 @@ def test(net, names, args, world):
 
     result = evaluate(net, loader, Precision(world.device), world, LAYOUT, see=see).numbers
     bar.close()
-    print(f'Val_acc_top1: {result["top1"]:.2f}')
-    print(f'Val_acc_top5: {result["top5"]:.2f}')
+    for name in ('top1', 'top5'):
+        if name in result:
+            print(f'Val_acc_{name}: {result[name]:.2f}')
     log_skipped(loader, log=print, world=world)
     if args.export_predictions:
-        samples = [sample for sample, bad in zip(samples, loader.dataset.bad.tolist(), strict=True) if not bad]
+        bad = loader.dataset.bad.tolist()
+        samples = [sample for sample, is_bad in zip(images.samples[0], bad, strict=True) if not is_bad]
         write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu(), names))
+
+
+def suggest_export(args):
+    """Print the command that exports a tested network: as ONNX, or if its packages are not here, as Python source."""
+    name = 'net.onnx' if all(map(find_spec, ('onnx', 'onnxruntime'))) else 'found.py'
+    flags = {flag: Path(value) for flag in ('config_path', 'model_path') if (value := getattr(args, flag))}
+    flags |= {'weights': Path(args.weights), 'export': Path(args.weights).with_name(name), 'fuse_bn': True}
+    suggest('export it', 'test.py', flags | {'no_average': args.no_average})
 
 
 def main(args):
@@ -214,14 +263,16 @@ def main(args):
         check_target(path, flag, (args.weights, args.config_path, args.model_path, args.val_list, *(args.image or ())))
     world = World(pick_device(args.device))
     prepare(world.device)
-    net, names = load_net(args)
+    net, args, trained = load_net(args)
     net = net.to(world.device, memory_format=LAYOUT)
     if args.image:
-        classify(net, names, args, world.device)
-    if args.val_list:
-        test(net, names, args, world)
+        classify(net, args, world.device)
+    if args.val_root:
+        test(net, args, trained, world)
     if args.export:
-        export(net, names, args)
+        export(net, args)
+    elif args.val_root:
+        suggest_export(args)
 
 
 if __name__ == '__main__':

@@ -15,31 +15,18 @@ One process per GPU, faster than one for all:
 For mixed precision see train_eval_amp.py.
 """
 
-from functools import partial
-
 import tools.needed  # noqa: F401  # isort: skip
-import torch
-
-from dataset.lists import class_file, class_names
-from dataset.loaders import make_train_val_loaders
-from latency_pkl.timing import log_latency
-from models.config import dump_config
-from models.describe import describe_network, largest_activation
-from models.model_eval import NetworkEval, start_from_weights
+from dataset.loaders import load_training_data
+from latency_pkl.runtimes import log_network_latency
 from models.parsing import load_architecture
 from models.search_space import SPACE
+from models.training_run import open_training, suggest_test
 from tools.distributed import join_world, leave_world
-from tools.environment import large_tensor_note, prepare
-from tools.files import CLASS_NAMES
 from tools.options import Parser, add_training_args, run_script
 from tools.precision import Precision
 from tools.report.draw import draw_at_end
-from tools.rng import derive_seed
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import open_run
-from tools.run.metrics import run_header
-from tools.run.resume import compare_flags, find_snapshot
-from tools.training import TRAINING, fit, memory_format, start_state
+from tools.run.resume import find_snapshot
+from tools.training import TRAINING, fit
 
 
 def get_args(argv=None):
@@ -50,34 +37,22 @@ def get_args(argv=None):
 
 
 def main(args):
-    """Join the other processes if there are any, build the network, load the data, train."""
+    """Join the other processes if there are any, load the images, build the network, train."""
     world = join_world(args.device, args.local_rank)
-    loaders, num_classes = make_train_val_loaders(args, world)
-    flags = vars(args) | {'num_classes': num_classes}
-    config = load_architecture(args.model_path or args.config_path, num_classes, SPACE).with_classes(num_classes)
-    torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic, tf32=args.tf32)
-    images = args.batch_size // (world.size * max(world.gpus, 1))
-    large = large_tensor_note(largest_activation(config, args.img_size), images, world.device)
-    net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
-    start = start_from_weights(net, args.weights) if args.weights else ''
-    net = net.to(world.device, memory_format=memory_format(args, world.device))
-    snapshot = find_snapshot(args, TRAINING, world)
-    snapshot = snapshot.with_notes(compare_flags(snapshot, TRAINING, flags), start, large)
-    state, snapshot = start_state(net, Precision(world.device), snapshot, world, args)
-    network = describe_network(config, args.img_size, SPACE)
-    header = run_header('training', flags, world.device, network=network, steps_an_epoch=len(loaders[0]))
-    names = class_names(loaders[0].dataset.samples)
-    files = {'model.config': dump_config(config), **class_file(names)}
-    logger = open_run(args, world, TRAINING.folders, snapshot, (state.epoch, state.step), header, files)
-    about = {'environment': header['environment'], CLASS_NAMES: names}
-    checkpointer = Checkpointer(logger, world, args.save_freq, flags, about)
-    code = fit(state, loaders, num_classes, world, args, checkpointer, logger)
+    snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
+    config = load_architecture(source, None, SPACE)
+    args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
+    snapshot = snapshot.with_notes(*notes)
+    precision = Precision(world.device)
+    run = open_training(args, config, source, images, len(loaders[0]), precision, snapshot, world, SPACE)
+    code = fit(run.state, loaders, images.num_classes, world, args, run.checkpointer, run.logger)
     leave_world(world)
-    if args.report and logger.ended:
-        log_latency(logger, args.epochs, partial(NetworkEval, config), world.device, args.img_size)
-        draw_at_end(logger.folder, logger.log)
-    logger.close()
+    if args.report and run.logger.ended:
+        log_network_latency(run.logger, args.epochs, run.config, world.device, args.img_size, SPACE)
+        draw_at_end(run.logger.folder, run.logger.log)
+    if run.logger.ended:
+        suggest_test(run, images, args)
+    run.logger.close()
     return code
 
 

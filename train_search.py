@@ -5,10 +5,11 @@ The paper's search, on a GPU with its latency table:
     python train_search.py --img_root /data/imagenet/train --target_lat 15.0 \\
         --lambda_lat 0.1 --note tf-nas-b
 
-A search on other images, at another input size, with lists of one's own:
+A search on a folder of class folders, at the input size of the table; or with lists of one's own:
 
-    python train_search.py --img_root images --train_list train.txt \\
-        --val_list val.txt --num_classes 10 --img_size 64 \\
+    python train_search.py --img_root photos --target_lat 60% \\
+        --lookup_path latency_pkl/my_table_64.pkl
+    python train_search.py --img_root images --train_list train.txt --val_list val.txt \\
         --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 
 A search that was stopped or killed goes on, in its folder, with the same flags and:
@@ -21,13 +22,14 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
 """
 
 from functools import partial
+from pathlib import Path
 
 import tools.needed  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from dataset.lists import class_file, class_names
-from dataset.loaders import Batches, log_skipped, make_search_loaders
+from dataset.loaders import Batches, log_skipped, make_search_loaders, settle_data
+from dataset.splits import search_images
 from models.cuda_graph import Graphs
 from models.describe import (
     describe_architecture,
@@ -39,7 +41,8 @@ from models.describe import (
     warn_not_learned,
 )
 from models.elasticity import align_operators, check_divisor, latency_range, scale_widths, update_masks
-from models.latency import LatencyLoss, load_table
+from models.latency import LatencyLoss, classes_note, device_note, load_table
+from models.meta import META, Meta
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
@@ -60,11 +63,13 @@ from models.search_steps import (
     rehearse_architecture_step,
     train_only,
 )
+from models.table_files import table_size
 from models.targeting import check_reachable, log_probability, most_probable
 from tools.distributed import join_world, leave_world
-from tools.environment import fingerprint, large_tensor_note, prepare
+from tools.environment import device_name, fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
+from tools.next_step import changed, suggest
 from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
 from tools.precision import check_format
 from tools.report.draw import draw_at_end
@@ -72,9 +77,9 @@ from tools.rng import derive_seed, generator_for
 from tools.run.checkpoint import Checkpointer
 from tools.run.folder import open_run
 from tools.run.metrics import run_header
-from tools.run.resume import compare_flags, find_snapshot
+from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapshot
 from tools.run.stop import ended_with
-from tools.training import PassResult, Tally, to_device
+from tools.training import PassResult, Tally, accuracies, to_device
 
 VALIDATED_EPOCHS = 5
 
@@ -91,7 +96,10 @@ def get_args(argv=None):
         help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
         'width: the widths of the start are kept',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.width_divisor > 1 and 'width' not in args.freedoms:
+        parser.error(f'--width_divisor {args.width_divisor} is of the freedom width, which --freedoms leaves out')
+    return args
 
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
@@ -227,6 +235,7 @@ def read_table(args, world):
     notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
     if world.is_first:
         print(notes[-1], flush=True)
+    notes.append(device_note(table, args.lookup_path, device_name(world.device)))
     divisor = args.width_divisor or table.width_divisor
     check_divisor(divisor, SPACE)
     if divisor > 1:
@@ -236,6 +245,31 @@ def read_table(args, world):
     if 'width' in args.freedoms:
         check_reachable(table, SPACE, target, divisor)
     return table, target, notes
+
+
+def load_search_data(args, world):
+    """Return the flags with what table and images give, the snapshot, the images, and lines for the log."""
+    notes = []
+    size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
+    snapshot = find_snapshot(args, SEARCH, world)
+    images = search_images(args, world, snapshot.folder, notes.append)
+    args = settle_data(args, world, images, 2, [(size, args.lookup_path)], notes.append)
+    return args, snapshot, images, notes
+
+
+def make_meta(images, table, target, args):
+    """Return what the found network is for, for the next steps."""
+    names = tuple(images.names) if images.names else None
+    path = str(Path(project_file(args.lookup_path, DEFAULT_TABLE)).absolute())
+    given = {'target': target, 'target_given': args.target_lat, 'unit': table.unit, 'table': path}
+    return Meta(img_size=args.img_size, mean=images.mean, std=images.std, class_names=names, **given)
+
+
+def suggest_parsing(model, table, args, log):
+    """Log the command that makes a config of a searched model."""
+    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': table.unit == 'ms'}
+    flags |= {'save_path': model.with_name('model.config'), **changed(args, device='auto', width_divisor=None)}
+    suggest('make the config of the found network', 'parsing_model.py', flags, log)
 
 
 def make_header(flags, table, target, world, args, steps):
@@ -253,6 +287,7 @@ def main(args):
     world = join_world(args.device, args.local_rank)
     check_format(args.amp, '--amp', world.device)
     check_step_args(args, world.device)
+    args, snapshot, images, data_notes = load_search_data(args, world)
     table, target, notes = read_table(args, world)
     if args.warmup_epochs > args.epochs:
         raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
@@ -260,26 +295,28 @@ def main(args):
         raise BadInput(
             f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
         )
-    loaders, num_classes = make_search_loaders(args, world, notes.append)
-    flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
+    num_classes = images.num_classes
+    notes += [*data_notes, classes_note(table, args.lookup_path, num_classes)]
+    loaders = make_search_loaders(args, world, images, notes.append)
+    flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
-    images = args.batch_size // world.size
-    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), images, world.device))
-    snapshot = find_snapshot(args, SEARCH, world)
+    share = args.batch_size // world.size
+    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device))
     args, scheduled, note = with_schedule(args, snapshot, steps)
     flags |= scheduled
     notes.append(note)
-    snapshot = snapshot.with_notes(compare_flags(snapshot, SEARCH, flags), *notes)
+    changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest())
+    snapshot = snapshot.with_notes(*changes, *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
         latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device)
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
-    names = class_names(loaders[0].dataset.samples)
     header = make_header(flags, table, target, world, args, steps)
-    about, files = {'environment': header['environment'], CLASS_NAMES: names}, class_file(names)
-    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, files)
+    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest()}
+    about |= {META: make_meta(images, table, target, args).to_dict()}
+    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)
     graphs = Graphs(args.cuda_graph, logger.log)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
@@ -310,10 +347,9 @@ def main(args):
                     checkpointer.save(state)
                     break
                 numbers['val'] = val.numbers
-                top1, top5 = val.numbers['top1'], val.numbers['top5']
-                logger.log('epoch %d Gumbel paths: val_top1 %.2f val_top5 %.2f', epoch, top1, top5)
+                logger.log('epoch %d Gumbel paths: %s', epoch, accuracies(val.numbers))
                 if epoch == args.warmup_epochs - 1:
-                    warn_not_learned(top1, num_classes, logger.log)
+                    warn_not_learned(val.numbers['top1'], num_classes, logger.log)
             if not warming_up:
                 log_probabilities(state.net, logger.detail)
                 scale = partial(scale_to_target, state, table, target, args, logger.log)
@@ -339,6 +375,8 @@ def main(args):
     leave_world(world)
     if args.report and logger.ended:
         draw_at_end(logger.folder, logger.log)
+    if logger.ended:
+        suggest_parsing(logger.folder / searched_model(args.epochs), table, args, logger.log)
     logger.close()
     return checkpointer.exit_code()
 

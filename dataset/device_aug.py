@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from dataset.transforms import JITTER, MEAN, STD, crop_and_flip, resize_and_crop
+from dataset.images import MEAN, STD
+from dataset.transforms import JITTER, crop_and_flip, resize_and_crop
 
 HUE, SLOTS = 3, 6
 IDENTITY = (1.0, 0.0, 0.0)

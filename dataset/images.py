@@ -19,6 +19,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from tools.errors import BadInput
 
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""Normalisation of the paper's recipes, of red, green and blue in images from 0 to 1: (image - MEAN) / STD."""
+
 TIFF_STARTS = (b'II*\0', b'MM\0*')
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 """First bytes of TIFF files; two tags; a value of the second."""

@@ -371,19 +371,29 @@ def split_by_class(by_class: list[list[Sample]], ratio: float, seed: int) -> tup
     return first, second
 
 
-def write_list(samples: Sequence[Sample], path: str | Path) -> None:
-    """Write a list atomically.
+def list_text(samples: Sequence[Sample]) -> str:
+    """Return the text of a list.
 
     Raises:
-        BadInput: a path with a line break or not in UTF-8, or a folder that cannot be written to.
+        BadInput: a path with a line break or not in UTF-8.
     """
     for relative, _ in samples:
         if relative.splitlines() != [relative] or relative.encode(errors='replace').decode() != relative:
             raise BadInput(
                 f'{relative!r}: a list cannot hold a path with a line break or not in UTF-8; rename the file'
             )
+    return ''.join(f'{relative} {label}\n' for relative, label in samples)
+
+
+def write_list(samples: Sequence[Sample], path: str | Path) -> None:
+    """Write a list atomically.
+
+    Raises:
+        BadInput: see `list_text`; or a folder that cannot be written to.
+    """
+    text = list_text(samples)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise BadInput(f'{path}: its folder cannot be made ({e.strerror})') from e
-    write_text(path, ''.join(f'{relative} {label}\n' for relative, label in samples))
+    write_text(path, text)

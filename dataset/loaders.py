@@ -1,7 +1,7 @@
 """Batches of images from lists. Order and augmentation depend only on seed, epoch and image."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,33 +11,22 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
 from dataset.images import load_pixels, load_rgb
-from dataset.lists import (
-    Sample,
-    check_labels,
-    count_classes,
-    list_folder,
-    read_classes,
-    read_list,
-    split_by_class,
-    warn_of_overlap,
-    write_list,
-)
+from dataset.lists import Sample
+from dataset.splits import Images, training_images
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput
-from tools.options import TRAIN_LIST, VAL_LIST
 from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
+from tools.settle import settle, with_flags
+from tools.training import lr_note
 
-CLASSES = Path(__file__).parent / 'imagenet100_classes.txt'
-"""The 100 classes of ImageNet in the default lists of a search."""
+USUAL_SIZE = 224
+"""Input size in pixels if neither a flag nor a file gives one: the paper's."""
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""
-
-FIRST_IMAGES, FLAT, DARK = 4, 2.0, 64
-"""Number of images that `warn_of_flat_images` reads; its bounds on standard deviation and largest value, of 255."""
 
 
 class ImageList(Dataset):
@@ -214,116 +203,104 @@ def workers_here(workers: int, world: World) -> int:
     return -(-workers // world.size)
 
 
-def fewer_workers(flag: str, workers: int, world: World) -> str:
-    """Return a line for the log if `make_loader` makes fewer workers than the flag asks for; else ''."""
-    if (asked := workers_here(workers, world)) <= cores():
-        return ''
+def fewer_workers(totals: Mapping[str, int], world: World) -> str:
+    """Return a line for the log if `make_loader` makes fewer workers than flags ask for; else ''. `totals`: by flag."""
+    asked = {flag: workers_here(total, world) for flag, total in totals.items()}
+    fewer = [f'{flag} {totals[flag]}: {cores()} instead of {count}' for flag, count in asked.items() if count > cores()]
     each = 'this process' if world.size == 1 else 'each process'
-    return f'{flag} {workers}: {cores()} instead of {asked} in {each}, which may use {cores()} cores'
+    return f'{"; ".join(fewer)} in {each}, which may use {cores()} cores' if fewer else ''
 
 
-def make_train_val_loaders(args, world: World) -> tuple[tuple[DataLoader, DataLoader], int]:
-    """Return the loaders of a training script (training, validation), and the number of classes.
+def fitting_batch(args, world: World, images: Images, parts: int, note: Callable[[str], object]) -> int:
+    """Return --batch_size, or if there are fewer images than that, the most that there are, with a line to `note`.
 
     Args:
-        args: roots, lists, num_classes, img_size, batch_size, workers, seed, auto_augment, device_aug, bad_images.
+        parts: of `images` that are trained on, 1 or 2.
+    """
+    counts = [len(samples) for samples in images.samples[:parts]]
+    devices = world.size * max(world.gpus, 1)
+    most = min(counts) // devices * devices
+    if args.batch_size <= min(counts) or most < 2 * devices:  # of too few, `make_loader` raises
+        return args.batch_size
+    source = images.sources[counts.index(min(counts))]
+    note(f'--batch_size {args.batch_size}: {most} instead, {source} has {min(counts)} images to train on')
+    return most
+
+
+def settle_data(
+    args, world: World, images: Images, parts: int, sizes: Iterable[tuple[int | None, object]], note: Callable
+) -> argparse.Namespace:
+    """Return the flags with the input size that an earlier step gave, and with a batch size that the images allow.
+
+    Args:
+        parts: see `fitting_batch`.
+        sizes: input sizes in files, see `settle`.
+        note: called with a line for each value that is not as given.
+    """
+    img_size = settle('--img_size', args.img_size, sizes, USUAL_SIZE, note)
+    return with_flags(args, img_size=img_size, batch_size=fitting_batch(args, world, images, parts, note))
+
+
+def load_training_data(
+    args, world: World, img_size: int | None, source: str, kept: Path | None
+) -> tuple[argparse.Namespace, Images, tuple[DataLoader, DataLoader], list[str]]:
+    """Return the settled flags of a training script, its images, their loaders (training, validation), and notes.
+
+    Args:
+        img_size: that of the config in `source`, None if it has none.
+        kept: see `training_images`.
 
     Raises:
-        BadInput: see `read_list` and `make_loader`.
+        BadInput: see `training_images` and `make_loader`.
     """
-    warn = partial(print, flush=True) if world.is_first else lambda _: None
-    lists, roots = (args.train_list, args.val_list), (args.train_root, args.val_root)
-    train, val, num_classes = read_train_val(lists, roots, args.num_classes, warn)
-    if line := fewer_workers('--workers', args.workers, world):
-        warn(line)
-    train_transform, val_transform = transforms(args)
-    train_loader = make_loader(args.train_root, train, train_transform, args, world, lists[0], for_training=True)
-    val_loader = make_loader(args.val_root, val, val_transform, args, world, lists[1], for_training=False)
-    return (train_loader, val_loader), num_classes
+    notes: list[str] = []
+    images = training_images(args, kept, notes.append)
+    args = settle_data(args, world, images, 1, [(img_size, source)], notes.append)
+    args = with_flags(args, val_root=args.val_root or args.train_root)
+    notes += [lr_note(args), fewer_workers({'--workers': args.workers}, world)]
+    return args, images, make_train_val_loaders(args, world, images), notes
 
 
-def make_search_loaders(args, world: World, note: Callable[[str], object]) -> tuple[tuple[DataLoader, DataLoader], int]:
-    """Return the loaders of a search (images that train the weights, the architecture), and the number of classes.
+def make_train_val_loaders(args, world: World, images: Images) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of a training script: training, validation.
 
     Args:
-        args: img_root, train_list, val_list, num_classes, img_size, batch_size, workers, val_workers (None: half of
-            workers, since the architecture has a batch every second step), seed, device_aug, bad_images.
+        args: img_size, batch_size, workers, seed, auto_augment, device_aug, bad_images.
+
+    Raises:
+        BadInput: see `make_loader`.
+    """
+    train_loader, val_loader = (
+        make_loader(root, samples, transform, args, world, source, for_training=first)
+        for root, samples, source, transform, first in zip(
+            images.roots, images.samples, images.sources, transforms(args), (True, False), strict=True
+        )
+    )
+    return train_loader, val_loader
+
+
+def make_search_loaders(
+    args, world: World, images: Images, note: Callable[[str], object]
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of a search: of the images that train the weights, and the architecture.
+
+    Args:
+        args: img_size, batch_size, workers, val_workers (None: half of workers, since the architecture has a batch
+            every second step), seed, device_aug, bad_images.
         note: called with lines for the log.
 
     Raises:
-        BadInput: see `read_list` and `make_loader`.
+        BadInput: see `make_loader`.
     """
-    note(world.from_rank0(lambda: make_default_lists(args)))
-    lists = args.train_list, args.val_list
-    train, val, num_classes = read_train_val(lists, (args.img_root, args.img_root), args.num_classes, note)
     workers = args.workers, -(-args.workers // 2) if args.val_workers is None else args.val_workers
-    for flag, total in zip(('--workers', '--val_workers'), workers, strict=True):
-        note(fewer_workers(flag, total, world))
-    loaders = [
-        make_loader(args.img_root, samples, transform, args, world, source, for_training=True, workers=count)
-        for samples, transform, source, count in zip((train, val), transforms(args), lists, workers, strict=True)
-    ]
-    return tuple(loaders), num_classes
-
-
-def make_default_lists(args) -> str:
-    """Create the default lists of a search if neither exists; returns a line for the log."""
-    paths = Path(args.train_list), Path(args.val_list)
-    if (args.train_list, args.val_list) != (TRAIN_LIST, VAL_LIST) or any(path.exists() for path in paths):
-        return ''
-    classes = read_classes(CLASSES)
-    parts = split_by_class(list_folder(args.img_root, classes), ratio=0.8, seed=args.seed)
-    for part, path in zip(parts, paths, strict=True):
-        write_list(part, path)
-    return f'made {paths[0]} and {paths[1]}: {len(parts[0])} and {len(parts[1])} images of {len(classes)} classes'
-
-
-def read_train_val(
-    paths: tuple[str, str], roots: tuple[str, str], num_classes: int | None, warn: Callable[[str], object]
-) -> tuple[list[Sample], list[Sample], int]:
-    """Read both lists of a run, check them and compare them.
-
-    Args:
-        num_classes: None: as many as the training list names.
-        warn: called with warnings, and with the number of classes if the training list decides it.
-
-    Returns:
-        (training, validation, number of classes)
-
-    Raises:
-        BadInput: see `read_list` and `check_labels`.
-    """
-    train = read_list(paths[0], roots[0], num_classes, warn)
-    if num_classes is None:
-        num_classes = count_classes(train)
-        warn(f'--num_classes {num_classes}: from the labels in {paths[0]}')
-    val = read_list(paths[1], roots[1], num_classes, warn)
-    check_labels((train, val), paths, warn)
-    for root, samples, path in zip(roots, (train, val), paths, strict=True):
-        warn_of_flat_images(root, samples, path, warn)
-    if Path(roots[0]).resolve() == Path(roots[1]).resolve():
-        warn_of_overlap(train, val, paths, warn)
-    return train, val, num_classes
-
-
-def warn_of_flat_images(
-    root: str | Path, samples: Sequence[Sample], path: str | Path, warn: Callable[[str], object] = print
-) -> None:
-    """Warn in one line if the first images of a list are all nearly constant or all nearly black.
-
-    A likely cause is a range of values that their format does not have, such as 12 bits in 16.
-    """
-    spreads, peaks = [], []
-    for relative, _ in samples[:FIRST_IMAGES]:
-        with suppress(BadInput):  # loading it for a batch will raise or skip
-            pixels = load_pixels(Path(root) / relative).float()
-            spreads.append(pixels.std((1, 2), correction=0).max().item())
-            peaks.append(int(pixels.max()))
-    if spreads and (max(spreads) < FLAT or max(peaks) < DARK):
-        warn(
-            f'warning: the first {len(spreads)} images of {path} are nearly constant or black (standard deviation up to'
-            f' {max(spreads):.1f}, values up to {max(peaks)}, of 255), such as {samples[0][0]}; is their range right?'
+    note(fewer_workers({'--workers': workers[0], '--val_workers': workers[1]}, world))
+    weights_loader, architecture_loader = (
+        make_loader(root, samples, transform, args, world, source, for_training=True, workers=count)
+        for root, samples, source, transform, count in zip(
+            images.roots, images.samples, images.sources, transforms(args), workers, strict=True
         )
+    )
+    return weights_loader, architecture_loader
 
 
 def transforms(args) -> tuple[Callable, Callable]:

@@ -17,17 +17,16 @@ One list of all images of a folder, and a second one with the classes and labels
         --like train.txt
 """
 
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tools.needed  # noqa: F401  # isort: skip
-from dataset.folders import find_pair, subfolders, unwrap
 from dataset.lists import list_folder, read_classes, read_numbering, split_by_class, write_list
-from tools.errors import BadInput
+from dataset.splits import RATIO, SEED, find_roots, flat, split_folder
 from tools.files import write_text
+from tools.next_step import command
 from tools.options import Parser, count, number, run_script
 
 
@@ -54,8 +53,8 @@ def get_args(argv=None):
     output.add_argument('--train_list', metavar='FILE', help='write the first part of a split here')
     output.add_argument('--val_list', metavar='FILE', help='write the second part of a split here')
     ratio = number(float, 0, 1, open_low=True)
-    data.add_argument('--ratio', type=ratio, default=0.8, help='share of each class in the first part of a split')
-    data.add_argument('--seed', type=count(0), default=2, help='seed of the split')
+    data.add_argument('--ratio', type=ratio, default=RATIO, help='share of each class in the first part of a split')
+    data.add_argument('--seed', type=count(0), default=SEED, help='seed of the split')
     args = parser.parse_args(argv)
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
@@ -76,71 +75,31 @@ def wanted_classes(args, root):
     return read_classes(args.classes, root) if args.classes else None
 
 
-def find_roots(args):
-    """Return the folders of training and of validation images; one folder twice if --img_root has no such pair.
-
-    Folders that hold nothing but one folder are skipped, unless --classes names what to take.
-    """
-    root, unwrapped = Path(args.img_root), Path if args.classes else unwrap
-    if not root.is_dir():
-        raise BadInput(f'image root {root}: no such folder; expected one with class folders, or with train/ and val/')
-    outer = unwrapped(root)
-    pair = find_pair(subfolders(outer))
-    if not pair:
-        return outer, outer
-    if others := [name for name in subfolders(outer) if name not in pair]:
-        print(f'{outer}: left out {", ".join(others)}; the lists are of {pair[0]} and {pair[1]}')
-    train_root, val_root = (unwrapped(outer / name) for name in pair)
-    if not subfolders(val_root):
-        raise BadInput(f'{val_root}: no class folders in it; to split the training images: --img_root {train_root}')
-    return train_root, val_root
-
-
-def flat(by_class):
-    """Return the samples of all classes as one list."""
-    return [sample for samples in by_class for sample in samples]
-
-
 def all_lists(args):
-    """Return all lists for search and training: ({path: samples}, root of training, root of validation, names)."""
-    to = Path(args.to)
-    train_root, val_root = find_roots(args)
-    classes = wanted_classes(args, train_root)
-    train = list_folder(train_root, classes)
-    names = [Path(samples[0][0]).parts[0] for samples in train]
-    if val_root != train_root:
-        val = list_folder(val_root, classes)
-        others = [Path(samples[0][0]).parts[0] for samples in val]
-        if names != others:
-            odd = sorted(set(names) ^ set(others))
-            raise BadInput(
-                f'{train_root} and {val_root} differ in {len(odd)} class folders: {", ".join(odd[:3])}; to list them'
-                ' all the same, use --list train.txt for one and --list val.txt --like train.txt for the other'
-            )
-        train_samples, val_samples = flat(train), flat(val)
-    else:
-        train_samples, val_samples = split_by_class(train, args.ratio, args.seed)
-    by_class = [[sample for sample in train_samples if sample[1] == label] for label in range(len(names))]
-    search = split_by_class(by_class, args.ratio, args.seed)
-    lists = zip(('train', 'val', 'search_train', 'search_val'), (train_samples, val_samples, *search), strict=True)
-    return {to / f'{name}.txt': samples for name, samples in lists}, train_root, val_root, names
+    """Return all lists for search and training, see `split_folder`."""
+    roots = find_roots(args.img_root, keep=bool(args.classes))
+    return split_folder(roots, wanted_classes(args, roots[0]), args.ratio, args.seed)
 
 
 def next_commands(to, train_root, val_root):
     """Return the commands that use the lists, for a search and a training."""
-    to, train_root, val_root = (shlex.quote(str(path)) for path in (to, train_root, val_root))
-    return f"""next, at 224 pixels (a table of another size: --img_size in all of them):
-python latency_pkl/make_lat_lut.py --save_path {to}/latency.pkl
-python train_search.py --img_root {train_root} --train_list {to}/search_train.txt --val_list {to}/search_val.txt \\
-    --lookup_path {to}/latency.pkl --target_lat 50%
-and, to train what it finds: train_eval.py with --train_root {train_root} --train_list {to}/train.txt \\
-    --val_root {val_root} --val_list {to}/val.txt"""
+    table = to / 'latency.pkl'
+    search_lists = {'train_list': to / 'search_train.txt', 'val_list': to / 'search_val.txt'}
+    search = {'img_root': train_root, **search_lists, 'lookup_path': table, 'target_lat': '50%'}
+    lists = {'train_list': to / 'train.txt', 'val_list': to / 'val.txt'}
+    training = {'train_root': train_root, 'val_root': val_root, **lists, 'config_path': Path('model.config')}
+    return f"""next (at another size than 224: give --img_size to the first command, the others take it from there):
+{command('latency_pkl/make_lat_lut.py', {'save_path': table})}
+{command('train_search.py', search)}
+and, to train what it finds:
+{command('train_eval.py', training)}"""
 
 
 def main(args):
     """Write the lists that the flags name."""
     if args.to:
-        parts, *roots, names = all_lists(args)
+        lists = all_lists(args)
+        parts = {Path(args.to) / f'{name}.txt': samples for name, samples in lists.samples.items()}
     else:
         by_class = list_folder(args.img_root, wanted_classes(args, args.img_root))
         parts = {args.list: flat(by_class)}
@@ -152,8 +111,8 @@ def main(args):
         write_list(samples, path)
         print(f'{path}: {len(samples)} images of {len({label for _, label in samples})} classes')
     if args.to:
-        write_text(Path(args.to) / 'classes.txt', ''.join(f'{name}\n' for name in names))
-        print(next_commands(args.to, *roots))
+        write_text(Path(args.to) / 'classes.txt', ''.join(f'{name}\n' for name in lists.names))
+        print(next_commands(Path(args.to), lists.train_root, lists.val_root))
 
 
 if __name__ == '__main__':

@@ -5,8 +5,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from dataset.images import MEAN, STD
+
 JITTER = {'brightness': 0.4, 'contrast': 0.4, 'saturation': 0.4, 'hue': 0.2}
 LONGEST = 32
 """Upper bound on the ratio of sides that is resized; longer images lose their ends."""

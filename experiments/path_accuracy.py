@@ -88,7 +88,8 @@ def main(args):
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{path}: not an architecture of this search space ({type(e).__name__}: {e})') from e
         result = evaluate(one, loader, Precision(world.device), world, torch.channels_last).numbers
-        print(f'{path}: supernet top1 {result["top1"]:.2f} top5 {result["top5"]:.2f}', flush=True)
+        accuracies = ' '.join(f'{name} {result[name]:.2f}' for name in ('top1', 'top5') if name in result)
+        print(f'{path}: supernet {accuracies}', flush=True)
 
 
 if __name__ == '__main__':

@@ -274,7 +274,7 @@ def follow(run: Run, table, scripts: Scripts, args) -> None:
     (weights,) = folder.glob('train/*/checkpoint.pth.tar')
     words = ['test.py', *shared_flags(args), '--val_root', args.test_root, '--val_list', args.test_list, '--workers',
              args.workers, '--config_path', config, '--weights', weights]  # fmt: skip
-    scripts.once(folder, 'test', words, 'Val_acc_top5')
+    scripts.once(folder, 'test', words, 'Val_acc_top1')
 
 
 def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from latency_pkl.sampling import build_network, launch_of
-from latency_pkl.timing import Bench, Clock, Passes, Standard
+from latency_pkl.timing import PART_PASSES, ROUNDS, Bench, Clock, Passes, Standard, measure_latency
 from models.config import NetworkConfig, parse_config
-from models.latency import LatencyTable
+from models.latency import LatencyTable, load_table
 from models.onnx_graph import to_onnx
+from models.search_space import SearchSpace
 from tools.environment import device_name
 from tools.errors import BadInput
 from tools.export import need
+from tools.run.folder import RunLogger
 
 WARM_UP = 3
 """Passes before the profiled ones."""
@@ -337,3 +339,48 @@ def standard_of(table: LatencyTable, batch_size: int, engine: Engine, launch: st
     if not (isinstance(ms, (int, float)) and 0 < ms < math.inf):
         raise BadInput(f"the latency table's reference_ms is {ms!r}, should be a positive number")
     return Standard(engine.build(config, 0, table.img_size, batch_size), float(ms))
+
+
+def log_network_latency(
+    logger: RunLogger, epoch: int, config: NetworkConfig, device: torch.device, img_size: int, space: SearchSpace
+) -> None:
+    """Measure the latency of a trained network and log it; a failure is a line of the log.
+
+    It is measured beside the table that the config names, as that was made. Without a table, or if that is of another
+    device, the clock alone counts.
+    """
+    meta, engine, standard, launch = config.meta, Engine('torch', None, device), None, 'eager'
+    batch_size, threads = 32 if device.type == 'cuda' else 1, 1
+    if meta.table:
+        try:
+            table = load_table(meta.table, img_size, space, lambda _: None)
+            if table.unit == 'ms':
+                meta = replace(meta, predicted=table.of_config(config))
+            if table.unit == 'ms' and table.is_of(device_name(device)):
+                engine = engine_of_table(table.meta, None, None, device)
+                batch_size, threads = table.setting('batch_size', batch_size), table.setting('threads', 1)
+                launch = launch_of(table, engine.clock)
+                torch.set_num_threads(threads)
+                standard = standard_of(table, batch_size, engine, launch)
+        except BadInput as e:
+            logger.log('the table of the config is not used: %s', e)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False  # as for tables
+    logger.log('measuring the latency of the network: it is built and timed %d times, half a minute or so', ROUNDS)
+    try:
+        build = engine.build(config, 0, img_size, batch_size)
+        measured = measure_latency(build, batch_size, img_size, engine.clock, standard, launch=launch)
+        parts = np.array(measured.parts)
+        if engine.clock.type == 'cuda':  # whose events would take time
+            bench = engine.bench(config, 0, img_size, batch_size, by_part=True)
+            parts = np.median(bench(PART_PASSES).parts, axis=0)
+    except RuntimeError as e:  # the training itself is done and saved
+        logger.log('latency not measured: %s', e)
+        return
+    setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': threads, 'img_size': img_size}
+    parts = (measured.ms / parts.sum() * parts).tolist()
+    logger.record('latency', epoch, ms=measured.ms, parts=parts, runtime=engine.runtime, **setting)
+    others = replace(meta, measured=None).latencies()
+    runtime = '' if engine.runtime == 'torch' else f', {engine.runtime}'
+    place = f'{setting["device"]}{runtime}, batch {batch_size}, {measured.reference}'
+    logger.log('measured latency %s on %s%s', measured, place, f'; {others}' if others else '')

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latency_pkl.isolation import FreshProcess
-from tools.environment import device_name
-from tools.run.folder import RunLogger
 
 ROUNDS = 24
 """Times that a network is built and timed for one latency; up to twice as many on a noisy machine."""
@@ -103,6 +101,11 @@ class Measured:
     """Eager over queued time on a GPU, nan if no pass could be queued; None on a CPU."""
     parts: tuple[float, ...] = ()
     """Share of the latency in ms of each part of the network, see `Bench.parts`."""
+
+    @property
+    def reference(self) -> str:
+        """What the latency is relative to, in words."""
+        return 'by the clock alone' if self.slowness is None else 'relative to the reference network of the table'
 
     def __str__(self) -> str:
         if self.slowness is None or abs(self.slowness - 1) < REPORTED_CHANGE:
@@ -477,28 +480,3 @@ class Queue:
             self.spins = max(2 * self.spins, math.ceil(MARGIN * host_ms / self.spin_ms))
         self.spins = 0  # the next pass starts over: one slow moment of the host must not lengthen all later spins
         return marks, False
-
-
-def log_latency(
-    logger: RunLogger, epoch: int, build: Callable[[], nn.Module], device: torch.device, img_size: int
-) -> None:
-    """Measure the latency of a trained network and log it; a failure is a line of the log.
-
-    Args:
-        build: makes the network, with any weights.
-    """
-    torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = False  # as for tables
-    batch_size = 32 if device.type == 'cuda' else 1
-    setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': 1, 'img_size': img_size}
-    logger.log('measuring the latency of the network: it is built and timed %d times, half a minute or so', ROUNDS)
-    try:
-        measured = measure_latency(build, batch_size, img_size, device)
-        ms, parts = measured.ms, np.array(measured.parts)
-        if len(parts) == 1:  # a GPU, whose events would take time
-            parts = np.median(Bench(build, batch_size, img_size, device, by_part=True)(PART_PASSES).parts, axis=0)
-    except RuntimeError as e:  # the training itself is done and saved
-        logger.log('latency not measured: %s', e)
-    else:
-        logger.record('latency', epoch, ms=ms, parts=(ms / parts.sum() * parts).tolist(), **setting)
-        logger.log('measured latency %.4f ms on %s, batch %d', ms, setting['device'], batch_size)

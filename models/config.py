@@ -1,7 +1,7 @@
 """The network config file (`model.config`): layer specs, checked reading, writing.
 
-A config is JSON with the keys first_stem, second_stem, stage1, stage2, ... (lists of blocks), feature_mix_layer and
-classifier.
+A config is JSON with the keys first_stem, second_stem, stage1, stage2, ... (lists of blocks), feature_mix_layer,
+classifier, and optionally meta (see `models.meta`).
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from models.meta import META, Meta
 from models.search_space import ACTIVATIONS, MAX_KERNEL, Arch, Block, Op, SearchSpace, Widths, after_stride, table_key
 from tools.errors import BadInput
 
@@ -102,6 +103,7 @@ class NetworkConfig:
     stages: dict[str, list[MBSpec]]
     feature_mix_layer: ConvSpec
     classifier: LinearSpec
+    meta: Meta = Meta()
 
     def blocks(self) -> Iterator[tuple[str, MBSpec]]:
         """Yield (place, spec) of every inverted residual block, the stem's first."""
@@ -136,8 +138,10 @@ class NetworkConfig:
             size = after_stride(size, spec.stride)
 
     def with_classes(self, num_classes: int) -> 'NetworkConfig':
-        """Return the config with a classifier of `num_classes` outputs."""
-        return replace(self, classifier=replace(self.classifier, out_features=num_classes))
+        """Return the config with a classifier of `num_classes` outputs; names of another number of classes go."""
+        kept = self.meta.class_names if len(self.meta.class_names or ()) == num_classes else None
+        classifier = replace(self.classifier, out_features=num_classes)
+        return replace(self, classifier=classifier, meta=replace(self.meta, class_names=kept))
 
     def rounded_up(self, divisor: int) -> 'NetworkConfig':
         """Return the config with the mid channels of the stages' blocks rounded up to multiples of `divisor`.
@@ -163,6 +167,7 @@ class NetworkConfig:
             **{name: [layer(spec) for spec in blocks] for name, blocks in self.stages.items()},
             'feature_mix_layer': layer(self.feature_mix_layer),
             'classifier': layer(self.classifier),
+            **({META: meta} if (meta := self.meta.to_dict()) else {}),
         }
 
     @classmethod
@@ -170,10 +175,12 @@ class NetworkConfig:
         """Check the JSON form and build the config from it. `where` names the source in error messages.
 
         Raises:
-            BadInput: a key missing or unknown, a value of the wrong type or out of bounds, channels that do not chain.
+            BadInput: a key missing or unknown, a value of the wrong type or out of bounds, channels that do not chain,
+                names of another number of classes.
         """
         if not isinstance(data, dict):
             raise BadInput(f'{where}: expected a JSON object with first_stem, stage1, ..., classifier')
+        meta, data = Meta.from_dict(data.get(META), where), {key: data[key] for key in data if key != META}
         fixed = {'first_stem': ConvSpec, 'second_stem': MBSpec, 'feature_mix_layer': ConvSpec, 'classifier': LinearSpec}
         stage_names = [f'stage{i}' for i in range(1, len(data) - len(fixed) + 1)]
         for key in [*fixed, *stage_names]:
@@ -185,8 +192,11 @@ class NetworkConfig:
                 raise BadInput(f'{where}: {name} must be a list of at most {MAX_BLOCKS} blocks')
             stages[name] = [_spec(MBSpec, block, f'{where}: {name}[{i}]') for i, block in enumerate(data[name])]
         layers = {key: _spec(kind, data[key], f'{where}: {key}') for key, kind in fixed.items()}
-        config = cls(stages=stages, **layers)
+        config = cls(stages=stages, meta=meta, **layers)
         _check_chain(config, where)
+        if meta.class_names and len(meta.class_names) != config.classifier.out_features:
+            names, classes = len(meta.class_names), config.classifier.out_features
+            raise BadInput(f'{where}: {META}: class_names has {names} names, the classifier {classes} outputs')
         if (count := sum(_parameters(spec) for spec in config.layers())) > MAX_PARAMS:
             raise BadInput(f'{where}: a network of {count:.1e} parameters; at most {MAX_PARAMS:.0e} are allowed')
         return config

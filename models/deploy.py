@@ -1,7 +1,6 @@
 """Found networks for use elsewhere: batch norms folded into convolutions, and source code that needs only torch."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,6 +8,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.config import NetworkConfig
+from models.meta import Meta
 from models.model_eval import NetworkEval
 
 SOURCE = '''"""{title}
@@ -17,6 +17,8 @@ Needs only torch. The weights are in {weights!r} next to this file:
 
     from {module} import load
     net = load()
+
+Inputs are RGB images of {size} x {size} pixels from 0 to 1, normalised: (image - MEAN) / STD.
 """
 
 from pathlib import Path
@@ -25,10 +27,13 @@ import torch
 from torch import nn
 
 CLASSES = {names!r}
+SIZE = {size}
+MEAN = {mean!r}
+STD = {std!r}
 
 
 class Network(nn.Module):
-    """Images [N, 3, H, W], normalised, -> logits [N, {classes}]."""
+    """Images [N, 3, SIZE, SIZE], normalised by MEAN and STD, -> logits [N, {classes}]."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +73,7 @@ def _drops(name: str) -> bool:
     return name.endswith('.drop_connect')
 
 
-def to_source(net: NetworkEval, module: str, weights: str, title: str, class_names: Sequence[str]) -> str:
+def to_source(net: NetworkEval, module: str, weights: str, title: str, meta: Meta) -> str:
     """Return Python source of a module with the layers, weight names and outputs of `net` in evaluation mode.
 
     torch.fx traces the forward pass, so the source cannot differ from the network. Layers are written as torch prints
@@ -78,6 +83,7 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str, class_nam
         module: name under which the source will be imported.
         weights: name of the weights file, in the same folder.
         title: first line of the docstring; characters other than letters, digits and ( ) . - become _.
+        meta: has img_size, mean, std and class_names.
     """
     graph = _Tracer().trace(net.eval())
     layers = dict(net.named_modules())
@@ -90,7 +96,10 @@ def to_source(net: NetworkEval, module: str, weights: str, title: str, class_nam
     code = graph.python_code('self').src.strip('\n')
     forward = re.sub(r'^def forward\(self, x.*\):', 'def forward(self, x):', code, flags=re.MULTILINE)
     return SOURCE.format(
-        names=list(class_names),
+        names=list(meta.class_names),
+        size=meta.img_size,
+        mean=list(meta.mean),
+        std=list(meta.std),
         title=re.sub(r'[^\w ().-]', '_', title),
         module=module,
         weights=weights,

@@ -68,6 +68,10 @@ class LatencyTable:
         """Multiples of mid channels at which the device is fast. Other widths may take longer than wider ones."""
         return self.setting('width_divisor', 1)
 
+    def is_of(self, device: str) -> bool:
+        """Return whether the table is of the device of this name; True if it does not say."""
+        return self.meta.get('device', device) == device
+
     def setting(self, name: str, usual: int) -> int:
         """Return the `batch_size`, `threads` or `width_divisor` of the table; `usual` if `meta` has none.
 
@@ -205,6 +209,22 @@ class LatencyLoss:
         return self.weight * (latency / self.target - 1).abs(), latency
 
 
+def device_note(table: LatencyTable, path: str | Path, device: str) -> str:
+    """Return a line if a table is of another device than the one of this name; else ''."""
+    if table.unit != 'ms' or table.is_of(device):
+        return ''
+    return (
+        f'{path} is a table of {table.meta["device"]}, not of this device ({device}): latencies and targets are those'
+        f' of {table.meta["device"]}; make a table of this device with: {_maker(table.img_size)}'
+    )
+
+
+def classes_note(table: LatencyTable, path: str | Path, num_classes: int) -> str:
+    """Return a line if a table was made for another number of classes, which its base includes; else ''."""
+    made_for = table.meta.get('num_classes', num_classes)
+    return f'{path} is for {made_for} classes, not {num_classes}' if made_for != num_classes else ''
+
+
 def load_table(
     path: str | Path, img_size: int, space: SearchSpace, log: Callable[[str], object] = print
 ) -> LatencyTable:
@@ -224,15 +244,19 @@ def load_table(
         raise BadInput(f"{path}: 'base' is {base!r}, should be a positive latency in ms")
     wanted = space.table_widths(img_size)
     missing = [key for key in wanted if not isinstance(data.get(key), (dict, list))]
+    unused = [key for key in data if key not in wanted and key not in ('base', 'meta')]
     if missing:
+        also = f'; {len(unused)} others are of no block of this search space and size' if unused else ''
         raise BadInput(
             f'{path}: {len(missing)} of {len(wanted)} keys of input size {img_size} are missing: '
-            f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}; '
+            f'{", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}{also}; '
             f'make a table of that size with: {_maker(img_size)}'
         )
     meta = data.get('meta') or {}
     if not isinstance(meta, dict):
         raise BadInput(f"{path}: 'meta' is a {type(meta).__name__}, should be a dict about how the table was made")
+    if unused:
+        log(f'{path}: {len(unused)} entries are unused: of no block of this search space at size {img_size}')
     curves, moved, absent = {}, [], 0
     table = LatencyTable(float(base), curves, meta, img_size)
     for key, (low, high) in wanted.items():

@@ -1,7 +1,6 @@
 """A network as an ONNX model, written straight from its config and weights."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +27,17 @@ def to_onnx(
     config: NetworkConfig,
     weights: Mapping[str, Tensor] | int,
     img_size: int,
-    class_names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
     opset: int = USUAL_OPSET,
 ):
     """Return an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits' [batch, classes].
 
     Batch norms are folded into the convolutions before them. Names of nodes begin with the place of their block in the
-    config: 'stage1.0/depth_conv/Conv'. The metadata has the names of the classes, as JSON under 'class_names'.
+    config: 'stage1.0/depth_conv/Conv'.
 
     Args:
         weights: state dict of a `NetworkEval` of this config; or a seed of random weights, for a network to be timed.
+        metadata: see `tools.export.describe_input`.
         opset: one of `OPSETS`.
 
     Raises:
@@ -59,7 +59,7 @@ def to_onnx(
     )
     opsets = [helper.make_opsetid('', opset)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
-    model.metadata_props.add(key='class_names', value=json.dumps(list(class_names)))
+    helper.set_model_props(model, dict(metadata or {}))
     return model
 
 

@@ -1,11 +1,14 @@
 """Reading of search checkpoints: architecture, widths, and the config of the found network."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from models.config import NetworkConfig, build_config, load_config
+from models.meta import MOST_NAMES, Meta, checkpoint_meta
 from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 from tools.files import load_checkpoint, strip_module_prefix
@@ -18,6 +21,9 @@ MASKS_KEY = 'mc_mask_dddict'
 
 ARCH_KEY = 'arch'
 """Key of the current architecture in a search checkpoint; published ones have none."""
+
+USUAL_CLASSES = 1000
+"""Number of classes if a searched model has none, as published ones."""
 
 
 def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
@@ -55,10 +61,11 @@ def is_config_file(path: str | Path) -> bool:
 
 
 def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace) -> NetworkConfig:
-    """Return the config of the network in `path`, a searched model or a `model.config`.
+    """Return the config of the network in `path`, a searched model or a `model.config`, with its meta.
 
     Args:
-        num_classes: classifier outputs for a searched model; ignored for a config, which has them.
+        num_classes: classifier outputs for a searched model, None for those of the search; ignored for a config, which
+            has them.
 
     Raises:
         BadInput: the file is neither.
@@ -68,7 +75,34 @@ def load_architecture(path: str | Path, num_classes: int | None, space: SearchSp
     checkpoint = _read_search_checkpoint(path)
     state, masks = unpack_search_checkpoint(checkpoint, path, space)
     arch = saved_architecture(checkpoint, path, space) or parse_architecture(state, space)
-    return build_config(arch, mask_widths(masks), num_classes, space)
+    meta, searched_classes = search_meta(path)
+    config = build_config(arch, mask_widths(masks), searched_classes, space)
+    return replace(config, meta=meta).with_classes(num_classes or searched_classes)
+
+
+def search_meta(path: str | Path) -> tuple[Meta, int]:
+    """Return the meta of a searched model, and the number of classes of its search; `USUAL_CLASSES` if it has none.
+
+    Raises:
+        BadInput: unreadable, or see `Meta.from_dict`.
+    """
+    checkpoint = load_checkpoint(path, whole=False)
+    meta = checkpoint_meta(checkpoint if isinstance(checkpoint, dict) else {}, str(path))
+    count = search_flags(path).get('num_classes')
+    if type(count) is not int or not 2 <= count <= MOST_NAMES:
+        count = len(meta.class_names or ()) or USUAL_CLASSES
+    return meta, count
+
+
+def search_flags(path: str | Path) -> Mapping[str, Any]:
+    """Return the flags that a searched model was made with; none if it has none, as published ones.
+
+    Raises:
+        BadInput: unreadable.
+    """
+    checkpoint = load_checkpoint(path, whole=False)
+    flags = checkpoint.get('flags') if isinstance(checkpoint, dict) else None
+    return flags if isinstance(flags, Mapping) else {}
 
 
 def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:

@@ -58,6 +58,17 @@ def read_table(path: str | Path) -> dict:
     return data
 
 
+def table_size(path: str | Path) -> int | None:
+    """Return the input size that a table names in its meta; None if it names none.
+
+    Raises:
+        BadInput: see `read_table`.
+    """
+    meta = read_table(path).get('meta')
+    size = meta.get('img_size') if isinstance(meta, dict) else None
+    return size if type(size) is int and size > 0 else None
+
+
 def by_width(values: dict | list) -> dict[int, object]:
     """Return the latencies of one key by width as a whole number, in growing order.
 

@@ -13,7 +13,8 @@ from dataset.device_aug import TrainPixels, ValPixels
 from dataset.folders import SUFFIXES
 from dataset.images import load_pixels, load_rgb
 from dataset.lists import list_folder, read_classes, read_list, split_by_class, warn_of_overlap, write_list
-from dataset.loaders import Batches, EpochSampler, log_skipped, make_loader, read_train_val
+from dataset.loaders import Batches, EpochSampler, log_skipped, make_loader
+from dataset.splits import read_train_val
 from dataset.transforms import train_transform, val_transform
 from tools.distributed import World
 from tools.errors import BadInput
@@ -70,9 +71,9 @@ def test_odd_but_legal_lists_are_read_with_a_warning(tmp_path):
 def test_the_number_of_classes_comes_from_the_training_list_and_is_said(images):
     said = []
     lists, roots = (images / 'train.txt', images / 'val.txt'), (images, images)
-    train, val, num_classes = read_train_val(lists, roots, None, said.append)
-    assert num_classes == 3 and said == [f'--num_classes 3: from the labels in {lists[0]}']
-    assert (len(train), len(val)) == (20, 16)
+    read = read_train_val(lists, roots, None, said.append)
+    assert read.num_classes == 3 and said == [f'--num_classes 3: from the labels in {lists[0]}']
+    assert [len(samples) for samples in read.samples] == [20, 16]
     with pytest.raises(BadInput, match='label 2 should be at most 1'):
         read_train_val(lists, roots, 2, said.append)
 
@@ -355,7 +356,9 @@ def test_all_lists_of_own_images_at_once(tmp_path, run_script, pair):
     read = {name: read_list(lists / f'{name}.txt', roots[name == 'val'], None) for name in sizes if name != 'classes'}
     assert sorted(read['search_train'] + read['search_val']) == sorted(read['train'])
     assert not set(read['train']) & set(read['val']) or pair
-    assert f"train_search.py --img_root '{roots[0]}' --train_list {lists}/search_train.txt" in out
+    assert f"train_search.py --img_root '{roots[0]}' --train_list {lists}/search_train.txt" in (
+        ' '.join(out.replace('\\\n', '').split())
+    )
     assert (lists / 'classes.txt').read_text() == 'cat\ndog\n'
 
 

@@ -18,6 +18,7 @@ from benchmarks import gpu_probes
 from conftest import ROOT
 from dataset.lists import read_list
 from dataset.loaders import fewer_workers, make_loader, make_search_loaders
+from dataset.splits import search_images
 from dataset.transforms import train_transform
 from models.config import load_config
 from models.describe import largest_activation, largest_mixture
@@ -191,15 +192,16 @@ def test_a_process_has_no_more_workers_than_cores(images, monkeypatch):
     assert {workers: loader_of(images, workers).num_workers for workers in asked} == asked
     assert loader_of(images, 5, size=2).num_workers == 3
     assert loader_of(images, 3, size=2).num_workers == 2
-    assert [bool(fewer_workers('--workers', workers, World(CPU))) for workers in asked] == [False, False, False, True]
-    assert fewer_workers('--workers', 16, World(CPU)).startswith('--workers 16: 3 instead of 16')
-    assert not fewer_workers('--workers', 6, World(CPU, size=2))
+    assert [bool(fewer_workers({'--workers': workers}, World(CPU))) for workers in asked] == [False, False, False, True]
+    assert fewer_workers({'--workers': 16}, World(CPU)).startswith('--workers 16: 3 instead of 16')
+    assert not fewer_workers({'--workers': 6}, World(CPU, size=2))
 
 
 def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
     lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
     words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
+    words += ['--img_size', '32']
     for more, expected in (
         ([], [6, 3]),
         (['--val_workers', '9'], [6, 8]),
@@ -209,7 +211,9 @@ def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
     ):
         monkeypatch.setattr(sys, 'argv', [*words, *more])
         notes = []
-        loaders, _ = make_search_loaders(train_search.get_args(), World(CPU), notes.append)
+        args = train_search.get_args()
+        read = search_images(args, World(CPU), None, notes.append)
+        loaders = make_search_loaders(args, World(CPU), read, notes.append)
         assert [loader.num_workers for loader in loaders] == expected
         assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == ('9' in more)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dataset.images import load_pixels, load_rgb
-from dataset.loaders import read_train_val
+from dataset.splits import read_train_val
 from tools.errors import BadInput
 
 

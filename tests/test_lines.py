@@ -1,5 +1,6 @@
 """Lines of the loops that no other test would miss: each flag reaches what it is for."""
 
+import math
 from argparse import Namespace
 from functools import partial
 
@@ -55,10 +56,13 @@ def test_the_optimizer_of_a_training_has_the_values_of_its_flags():
 
 
 def test_learning_rates_by_hand():
-    args = Namespace(lr=0.2, lr_scale='linear', epochs=10, batch_size=128, grad_accum=1)
+    args = Namespace(lr=0.2, lr_scale='linear', lr_warmup_epochs=None, epochs=10, batch_size=128, grad_accum=1)
     assert [lr_at(epoch, args) for epoch in (0, 5)] == pytest.approx([0.05, 0.025])  # 128 of 512 images; half-way
     args.batch_size, args.lr_scale = 512, 'none'
     assert [lr_at(epoch, args) for epoch in (0, 4)] == pytest.approx([0.04, 0.2])  # a warm-up of five epochs
+    args.lr_warmup_epochs = 2
+    assert [lr_at(epoch, args) for epoch in (0, 1)] == pytest.approx([0.1, 0.2])
+    assert lr_at(2, args) == pytest.approx(0.1 * (1 + math.cos(0.2 * math.pi)))
 
 
 def test_the_loss_of_the_latency_by_hand():

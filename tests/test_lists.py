@@ -9,7 +9,7 @@ import pytest
 from dataset import make_lists
 from dataset.folders import find_pair
 from dataset.lists import check_labels, class_names, list_folder, read_classes, read_numbering
-from dataset.loaders import read_train_val
+from dataset.splits import read_train_val
 from tools.errors import BadInput
 from tools.options import run_script
 
@@ -71,7 +71,7 @@ def test_a_list_like_another_keeps_its_labels(tmp_path, lister, names):
     assert ('left out 1 folders without a label in the list: c35' in out) == ('c35' in names)
     paths, roots = (tmp_path / 'train.txt', tmp_path / 'val.txt'), (tmp_path / 'train', tmp_path / 'val')
     warnings = []
-    assert read_train_val(paths, roots, None, warnings.append)[2] == 10
+    assert read_train_val(paths, roots, None, warnings.append).num_classes == 10
     assert any(f'no images of {len(absent)} of 10 classes' in line for line in warnings)
 
 

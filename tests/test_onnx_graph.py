@@ -87,7 +87,7 @@ def test_folded_norms_give_the_same_model():
 
 def test_nodes_are_named_by_block_and_the_model_by_classes():
     config = config_of('relu')
-    model = to_onnx(config, 0, 32, class_names=['a "b"', 'ü'])
+    model = to_onnx(config, 0, 32, metadata={'class_names': json.dumps(['a "b"', 'ü'])})
     places = {node.name.split('/')[0] for node in model.graph.node}
     assert places == {'first_stem', 'feature_mix_layer', 'classifier', *(place for place, _ in config.blocks())}
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import re
 import secrets
@@ -180,16 +181,27 @@ STAND_INS = [
 """Types that other programs store beside the weights; none of them runs anything of the file."""
 
 
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
+    """Return the weights, and the file's metadata as plain values."""
     try:
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
     except ImportError as e:
         raise BadInput(f'{path}: reading it needs a package that is not here: pip install safetensors') from e
     try:
-        return load_file(path)
+        with safe_open(path, 'pt') as file:
+            texts = file.metadata() or {}
+        return {'state_dict': load_file(path), 'meta': {name: _from_json(text) for name, text in texts.items()}}
     except SafetensorError as e:
         raise ValueError(str(e)) from e
+
+
+def _from_json(text: str) -> Any:
+    """Return a value of JSON; None for other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,11 +210,11 @@ def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Weights(NamedTuple):
-    """Weights in a file, without `module.`; their key there, '' if none; the names of the classes, if it has them."""
+    """Weights in a file, without `module.`; their key there, '' if none; the other entries of the file."""
 
     state: dict[str, Tensor]
     key: str
-    class_names: list[str] | None
+    about: dict[str, Any]
 
 
 def read_weights(path: str | Path, average: bool = True) -> Weights:
@@ -221,9 +233,7 @@ def read_weights(path: str | Path, average: bool = True) -> Weights:
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
         raise BadInput(f'{path}: holds no state dict of tensors')
     state = {name: value for name, value in strip_module_prefix(state).items() if name != 'n_averaged'}
-    names = checkpoint.get(CLASS_NAMES) if key else None
-    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return Weights(state, key, names if are_names else None)
+    return Weights(state, key, {name: value for name, value in checkpoint.items() if name != key} if key else {})
 
 
 def _is_weight(item: tuple) -> bool:

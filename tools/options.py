@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
-"""Defaults of a search: its table, and its lists, which it creates if neither exists."""
+"""Defaults of a search: its table, and its lists of ImageNet, which it creates if neither exists."""
+
+RECIPE_BATCH, RECIPE_LR = 512, 0.2
+"""Images an update, and the learning rate that belongs to them, of the paper's training."""
 
 
 GROUPS = (
@@ -272,26 +275,32 @@ def add_arch_args(parser: Parser) -> argparse._MutuallyExclusiveGroup:
     return group
 
 
-def add_size_arg(parser: Parser) -> None:
-    """Add --img_size."""
-    help_text = 'height and width of the input in pixels'
-    parser.groups['data'].add_argument('--img_size', type=image_size, default=224, help=help_text)
+def add_size_arg(parser: Parser, source: str) -> None:
+    """Add --img_size. `source`: what gives its default."""
+    help_text = f'height and width of the input in pixels; default: that {source}, 224 if they have none'
+    parser.groups['data'].add_argument('--img_size', type=image_size, help=help_text)
 
 
 def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
     """Add flags of the validation images and their loading."""
+    also = ', or of class folders; default: --train_root' if required else ', or of class folders'
     data = parser.groups['data']
+    data.add_argument('--val_root', metavar='FOLDER', help=f'folder that the paths in --val_list start from{also}')
     data.add_argument(
-        '--val_root', metavar='FOLDER', required=required, help='folder that the paths in --val_list start from'
-    )
-    data.add_argument(
-        '--val_list', metavar='FILE', required=required, help="validation images: lines of 'relative/path label'"
+        '--val_list',
+        metavar='FILE',
+        help="validation images: lines of 'relative/path label'; default: of the class folders",
     )
     data.add_argument(
         '--num_classes', type=class_count, help='number of classes; default: as many as the list or the weights have'
     )
-    add_size_arg(parser)
-    data.add_argument('--batch_size', type=count(), default=batch_size, help='images a step, over all devices')
+    add_size_arg(parser, 'of the config or the weights')
+    data.add_argument(
+        '--batch_size',
+        type=count(),
+        default=batch_size,
+        help='images a step, over all devices; at most as many as there are images',
+    )
     parser.groups['hardware'].add_argument(
         '--workers', type=process_count, default=workers, help='processes that load images, at most one for each core'
     )
@@ -302,13 +311,22 @@ def add_search_args(parser: Parser) -> None:
     positive = number(float, 0, open_low=True)
     data = parser.groups['data']
     data.add_argument(
-        '--img_root', metavar='FOLDER', required=True, help='folder that the paths in both lists start from'
+        '--img_root',
+        metavar='FOLDER',
+        required=True,
+        help='folder that the paths in both lists start from; or of class folders',
     )
-    data.add_argument('--train_list', metavar='FILE', default=TRAIN_LIST, help='images that train the weights')
-    data.add_argument('--val_list', metavar='FILE', default=VAL_LIST, help='images that train the architecture')
+    lists = f'default: of the class folders of --img_root; for ImageNet {TRAIN_LIST}, {VAL_LIST}, made if need be'
+    data.add_argument('--train_list', metavar='FILE', help=f'images that train the weights; {lists}')
+    data.add_argument('--val_list', metavar='FILE', help='images that train the architecture')
     data.add_argument('--num_classes', type=class_count, help='number of classes; default: as many as the lists name')
-    add_size_arg(parser)
-    data.add_argument('--batch_size', type=count(2), default=32, help='images a step, over all devices')
+    add_size_arg(parser, 'of the table')
+    data.add_argument(
+        '--batch_size',
+        type=count(2),
+        default=32,
+        help='images a step, over all devices; at most as many as there are images',
+    )
     add_image_args(parser)
 
     search = parser.groups['search']
@@ -383,17 +401,27 @@ def add_training_args(parser: Parser) -> None:
     )
     data = parser.groups['data']
     data.add_argument(
-        '--train_root', metavar='FOLDER', required=True, help='folder that the paths in --train_list start from'
+        '--train_root',
+        metavar='FOLDER',
+        required=True,
+        help='folder that the paths in --train_list start from, or of class folders',
     )
     data.add_argument(
-        '--train_list', metavar='FILE', required=True, help="training images: lines of 'relative/path label'"
+        '--train_list',
+        metavar='FILE',
+        help="training images: lines of 'relative/path label'; default: of the class folders",
     )
-    add_eval_data_args(parser, batch_size=512, workers=16)
+    add_eval_data_args(parser, batch_size=RECIPE_BATCH, workers=16)
     add_image_args(parser)
 
     training = parser.groups['training']
     training.add_argument('--epochs', type=count(), default=250, help='epochs in all')
-    training.add_argument('--lr', type=number(float, 0, open_low=True), default=0.2, help='learning rate at the start')
+    training.add_argument(
+        '--lr', type=number(float, 0, open_low=True), default=RECIPE_LR, help='learning rate at the start'
+    )
+    training.add_argument(
+        '--lr_warmup_epochs', type=count(0), help='first epochs, of a rising --lr; default: 5 for more than 256 images'
+    )
     training.add_argument('--momentum', type=fraction, default=0.9, help='momentum of SGD')
     training.add_argument('--weight_decay', type=number(float, 0), default=1e-5, help='weight decay')
     training.add_argument(
@@ -482,7 +510,10 @@ def add_recipe_args(parser: Parser) -> None:
     training.add_argument('--grad_accum', type=count(), default=1, help='batches per update, their gradients averaged')
     training.add_argument('--no_weight_decay_bn', action='store_true', help='no weight decay on batch norm')
     training.add_argument(
-        '--lr_scale', choices=('none', 'linear'), default='none', help='linear: --lr is for 512 images per update'
+        '--lr_scale',
+        choices=('none', 'linear'),
+        default='none',
+        help=f'linear: --lr is for {RECIPE_BATCH} images',
     )
     training.add_argument('--max_steps', type=count(), help='stop after this many updates, for trials')
 

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import put_weights, strip_module_prefix
+from tools.options import RECIPE_BATCH, RECIPE_LR
 from tools.precision import Precision
 from tools.rng import derive_seed
 from tools.run.checkpoint import Checkpointer
@@ -28,8 +29,6 @@ from tools.run.stop import ended_with
 
 WARMUP_EPOCHS = 5
 LARGE_BATCH = 256
-RECIPE_BATCH = 512
-"""The batch size that the default learning rate belongs to."""
 
 TRAINING = RunKind(
     'training',
@@ -165,6 +164,7 @@ class Tally:
 
     def __init__(self, device: torch.device, start: list[float] | None = None):
         self.sums = torch.tensor(start or [0.0] * 4, dtype=torch.float64, device=device)
+        self.classes = 0
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -175,6 +175,7 @@ class Tally:
             logits: [N, classes].
             labels: [N].
         """
+        self.classes = logits.shape[1]
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = top == labels[:, None]
         count = torch.full((), len(labels), device=loss.device)
@@ -186,10 +187,15 @@ class Tally:
         return world.sum(self.sums.clone()).tolist()
 
     def read(self, world: World | None = None) -> dict[str, float]:
-        """Return mean loss, top1 and top5 in %, and images; over all processes if `world` is given."""
+        """Return mean loss, top1 and top5 in % (no top5 of five classes or fewer), and images.
+
+        Args:
+            world: give it to read the sums over all processes.
+        """
         loss, top1, top5, images = self.total(world) if world else self.sums.tolist()
         images = max(images, 1)
-        return {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images, 'images': images}
+        five = {} if 0 < self.classes <= 5 else {'top5': 100 * top5 / images}
+        return {'loss': loss / images, 'top1': 100 * top1 / images, **five, 'images': images}
 
 
 class Rate:
@@ -242,7 +248,7 @@ def fit(
                 break
             plain = evaluate(state.net, val_loader, state.precision, world, layout) if state.ema else val
             is_best = val.numbers['top1'] > state.best[0] or state.epoch == 0
-            state.best = max(state.best, (val.numbers['top1'], val.numbers['top5']))
+            state.best = max(state.best, (val.numbers['top1'], val.numbers.get('top5', 100.0)))
             log_epoch(logger, state, train.numbers, val.numbers, plain.numbers)
             if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
@@ -316,7 +322,7 @@ def train_epoch(
 def log_step(logger: RunLogger, tally: Tally, rate: Rate, state: TrainState, step: int, end: int, batch: int) -> None:
     """Log the epoch so far. `batch`: images of a batch over all processes."""
     now = tally.read()
-    numbers = {'lr': state.lr} | {name: now[name] for name in ('loss', 'top1', 'top5')}
+    numbers = {'lr': state.lr} | {name: now[name] for name in ('loss', 'top1', 'top5') if name in now}
     logger.step(state.epoch, step + 1, end, **numbers, **{'images/s': rate.read(step + 1) * batch})
 
 
@@ -324,8 +330,7 @@ def log_epoch(logger: RunLogger, state: TrainState, train: dict, val: dict, plai
     """Log the end of an epoch. `plain`: as `val`, of the weights themselves if `val` is of their moving average."""
     logger.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
     average = f' (moving average; the weights themselves: {plain["top1"]:.2f})' if state.ema else ''
-    numbers = (state.epoch, val['top1'], val['top5'], state.best[0], average)
-    logger.log('epoch %d val_top1 %.2f val_top5 %.2f best_top1 %.2f%s', *numbers)
+    logger.log('epoch %d %s best_top1 %.2f%s', state.epoch, accuracies(val), state.best[0], average)
     logger.watch_loss(state.epoch, train['loss'])
     more = {'val_without_average': plain} if state.ema else {}
     logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0], **more)
@@ -344,6 +349,11 @@ def warn_of_chance(top1: float, images: int, num_classes: int) -> str:
         f'WARNING: the best top-1 of {top1:.2f} % is no better than chance ({100 * chance:.2f} %, {images} images):'
         ' look at learning rate, number of epochs, and labels'
     )
+
+
+def accuracies(val: Mapping[str, float]) -> str:
+    """Return the accuracies of a validation in words, such as 'val_top1 71.20 val_top5 90.10'."""
+    return ' '.join(f'val_{name} {val[name]:.2f}' for name in ('top1', 'top5') if name in val)
 
 
 @torch.inference_mode()
@@ -386,13 +396,26 @@ def lr_at(epoch: int, args) -> float:
     """Return the learning rate of an epoch: cosine, for large batches after a linear warm-up.
 
     Args:
-        args: lr, lr_scale, epochs, batch_size, grad_accum.
+        args: lr, lr_scale, lr_warmup_epochs, epochs, batch_size, grad_accum.
     """
     batch = args.batch_size * args.grad_accum
     lr = args.lr * batch / RECIPE_BATCH if args.lr_scale == 'linear' else args.lr
-    if batch > LARGE_BATCH and epoch < WARMUP_EPOCHS:
-        return lr * (epoch + 1) / WARMUP_EPOCHS
+    usual = WARMUP_EPOCHS if batch > LARGE_BATCH else 0
+    rising = usual if args.lr_warmup_epochs is None else args.lr_warmup_epochs
+    if epoch < rising:
+        return lr * (epoch + 1) / rising
     return cosine_lr(lr, epoch, args.epochs)
+
+
+def lr_note(args) -> str:
+    """Return a line for the log if the published learning rate is used with another batch size; else ''."""
+    batch = args.batch_size * args.grad_accum
+    if args.lr != RECIPE_LR or args.lr_scale == 'linear' or batch == RECIPE_BATCH:
+        return ''
+    scaled = args.lr * batch / RECIPE_BATCH
+    return (
+        f'--lr {args.lr} is for {RECIPE_BATCH} images an update, not {batch}: --lr_scale linear would take {scaled:g}'
+    )
 
 
 def cosine_lr(base: float, epoch: int, epochs: int) -> float:

@@ -19,6 +19,9 @@ from tools.run.metrics import METRICS
 
 CHECKPOINT = 'checkpoint.pth.tar'
 
+IMAGES = 'images'
+"""Key of the digest of a run's image lists in its checkpoints."""
+
 
 HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'val_workers', 'print_freq', 'save_freq', 'keep_checkpoints',
@@ -230,3 +233,23 @@ def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -
             f' {"; ".join(differ[name] for name in sorted(lost))}; give the former ones'
         )
     return f'the snapshot was made with other flags: {"; ".join(differ.values())}' if differ else ''
+
+
+def compare_images(snapshot: Snapshot, kind: RunKind, digest: str) -> str:
+    """Return a line if the images differ from those of the snapshot; else ''.
+
+    Args:
+        digest: of the images; the snapshot has that of its own under `IMAGES`.
+
+    Raises:
+        BadInput: they differ, and the snapshot is from within an epoch.
+    """
+    before = snapshot.checkpoint.get(IMAGES) if snapshot.checkpoint else None
+    if before in (None, digest):
+        return ''
+    if kind.position(snapshot.checkpoint)[1]:
+        raise BadInput(
+            f'--snapshot {snapshot.path} is from within an epoch, and its lists or folders of images have changed'
+            ' since; give the former ones'
+        )
+    return 'the lists or folders of images have changed since the snapshot'

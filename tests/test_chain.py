@@ -1,0 +1,419 @@
+"""What is stated once travels from step to step, and each script prints the command of the next one."""
+
+import json
+import shlex
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bad_files import run_here, write_searched
+from PIL import Image
+from training_runs import small_config
+
+import parsing_model
+from conftest import ROOT, make_table
+from dataset.lists import parse_list
+from dataset.loaders import fitting_batch
+from dataset.splits import (
+    Images,
+    evaluation_images,
+    find_roots,
+    is_imagenet,
+    search_images,
+    split_folder,
+    training_flags,
+    training_images,
+)
+from latency_pkl import timing
+from latency_pkl.sampling import log_network_latency, reference_config
+from latency_pkl.timing import Measured
+from models.config import dump_config, load_config, parse_config
+from models.latency import device_note, load_table, save_table
+from models.meta import Meta, checkpoint_meta
+from models.model_eval import NetworkEval
+from models.parsing import load_architecture
+from models.search_space import SPACE
+from models.training_run import compare_data, describe_data
+from tools.distributed import World
+from tools.environment import device_name
+from tools.errors import BadInput
+from tools.next_step import batch_for, command
+from tools.run.resume import Snapshot, compare_images
+from tools.settle import settle
+from tools.training import TRAINING, Tally, lr_note
+
+CPU = torch.device('cpu')
+NAMES = ["a's red", 'green', 'pale blue']
+
+
+def photographs(root, names=NAMES, count=12):
+    """Class folders of noisy images of one colour each."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(rng.normal(60 + 60 * label, 40, (36, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return photographs(tmp_path / 'my photos')
+
+
+def write_table(path, **meta):
+    """A table for 32 pixels."""
+    table = make_table(img_size=32)
+    save_table(table.base, table.curves, {'img_size': 32, 'num_classes': 3, **meta}, path)
+    return path
+
+
+def pasted(printed):
+    """The words of the command that a script has printed last, as a shell reads them: script, flags."""
+    _, _, after = printed.rpartition('next, ')
+    words = shlex.split(after.partition('\n')[2].replace('\\\n', ''))
+    return words[1].rpartition('/')[2], words[2:]
+
+
+# --- the chain
+
+
+def test_the_printed_commands_lead_from_photographs_to_an_exported_file(photos, tmp_path, monkeypatch, capsys):
+    table, save = write_table(tmp_path / 'table.pkl', unit='M MACs'), tmp_path / 'runs'
+    monkeypatch.chdir(tmp_path)
+    script = 'train_search.py'
+    words = ['--img_root', photos, '--lookup_path', table, '--target_lat', '40%', '--save', save, '--device', 'cpu']
+    words += ['--epochs', 1, '--warmup_epochs', 0, '--no-report', '--workers', 0]
+    printed, more = {}, {'train_eval.py': ['--epochs', '1', '--no-report', '--workers', '0'], 'test.py': []}
+    for step in ('search', 'parse', 'train', 'test', 'export'):
+        assert run_here(monkeypatch, script, [*words, *more.get(script, [])]) == 0
+        printed[step] = capsys.readouterr().out
+        script, words = pasted(printed[step]) if step != 'export' else ('', [])
+    search, training = (next(save.glob(f'{kind}-*')) for kind in ('search', 'eval'))
+
+    lists = {path.stem: {relative for relative, _ in parse_list(path)} for path in search.glob('*.txt')
+             if path.stem not in ('log', 'classes')}  # fmt: skip
+    assert {name: len(part) for name, part in lists.items()} == {
+        'train': 30, 'val': 6, 'search_train': 24, 'search_val': 6
+    }  # fmt: skip
+    assert not lists['train'] & lists['val'] and lists['search_train'] | lists['search_val'] == lists['train']
+    for line in ('--img_size 32: from', '--num_classes 3: from the class folders', '--batch_size 32: 6 instead'):
+        assert line in printed['search'], line
+    assert 'next, ' in (search / 'log.txt').read_text() and pasted((training / 'log.txt').read_text())[0] == 'test.py'
+
+    meta = load_config(search / 'model.config').meta
+    assert (meta.img_size, list(meta.class_names), meta.target_given) == (32, NAMES, '40%')
+    assert meta.table == str(table) and meta.predicted == pytest.approx(meta.target, rel=0.02)
+    assert f'Lat_LUT: {meta.predicted:.4f} M MACs, predicted by' in printed['parse']
+    assert '(given as 40%)' in printed['parse'] and '--lr_scale linear' in printed['parse']
+    assert '--batch_size 2 ' in printed['parse'].replace('\\\n', '')
+    best = torch.load(training / 'model_best.pth.tar', weights_only=True)
+    assert best['flags']['img_size'] == 32 and best['meta']['class_names'] == NAMES
+    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in printed['test'] and '--img_size 32: from' in printed['test']
+    (exported,) = (path for path in training.iterdir() if path.name in ('net.onnx', 'found.py'))
+    if exported.suffix == '.onnx':
+        import onnx
+
+        texts = {entry.key: json.loads(entry.value) for entry in onnx.load(exported).metadata_props}
+        assert (texts['img_size'], texts['class_names'], texts['mean'][0]) == (32, NAMES, 0.485)
+
+    # without a list, the images of the training's folder are those that it left for validation
+    words = ['--config_path', training / 'model.config', '--weights', training / 'model_best.pth.tar']
+    assert run_here(monkeypatch, 'test.py', [*words, '--val_root', photos]) == 0
+    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in (said := capsys.readouterr().out)
+    assert 'left for validation' in said
+    assert run_here(monkeypatch, 'test.py', [*words, '--val_root', photos, '--img_size', 48]) == 0
+    assert 'warning: --img_size is 48' in (said := capsys.readouterr().out) and said.count('warning') == 2
+
+
+def test_commands_are_quoted_and_broken_into_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = {'a': tmp_path / "it's $HOME", 'b': None, 'c': True, 'd': False, 'e': ['x y', 2], 'f': '50%'}
+    text = command('test.py', flags | {f'g{i}': 'v' * 40 for i in range(4)})
+    assert max(map(len, text.splitlines())) <= 122 and text.count('\\\n') == text.count('\n') > 0
+    words = shlex.split(text.replace('\\\n', ''))
+    assert words[1] == str(ROOT / 'test.py')
+    assert words[2:10] == ['--a', "it's $HOME", '--c', '--e', 'x y', '2', '--f', '50%']
+
+
+# --- stated once
+
+
+def test_a_given_flag_wins_and_each_other_value_is_a_line():
+    said = []
+    assert settle('--x', 1, [(2, 'a'), (None, 'b'), (1, 'c')], 9, said.append) == 1
+    assert said == ['warning: --x is 1, a has 2']
+    assert settle('--x', None, [(None, 'b'), (2, 'a'), (3, 'c')], 9, said.append) == 2
+    assert said[1:] == ['--x 2: from a', 'warning: --x is 2, c has 3']
+    assert settle('--x', None, [(None, 'b')], 9, said.append) == 9 and len(said) == 3
+
+
+BAD_META = [
+    ('text', 'meta is a str, should be an object'),
+    ({'img_size': '64'}, "img_size is '64', should be a whole number from 32 to 4096"),
+    ({'img_size': 10**9}, 'img_size is 1000000000, should be'),
+    ({'img_size': True}, 'img_size is True, should be'),
+    ({'mean': [0.5, 0.5]}, 'mean is [0.5, 0.5], should be three numbers'),
+    ({'std': [1, 1, 0]}, 'std is [1, 1, 0], should be three positive numbers'),
+    ({'std': [1, 1, float('nan')]}, 'std is [1, 1, nan], should be'),
+    ({'class_names': 'abc'}, "class_names is 'abc', should be a list"),
+    ({'class_names': ['a', 'b', {}]}, 'class_names is'),
+    ({'class_names': ['a', 'b']}, 'class_names has 2 names, the classifier 3 outputs'),
+    ({'table': ['x']}, 'table is'),
+    ({'table': 'x' * 5000}, 'table is'),
+    ({'target': -1}, 'target is -1, should be a positive number'),
+    ({'measured': '1'}, "measured is '1', should be a positive number"),
+]
+
+
+@pytest.mark.parametrize(('meta', 'message'), BAD_META)
+def test_a_bad_meta_is_refused_in_a_line(meta, message):
+    data = json.loads(dump_config(small_config())) | {'meta': meta}
+    with pytest.raises(BadInput, match='x.config') as error:
+        parse_config(json.dumps(data), 'x.config')
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
+
+
+def test_meta_survives_writing_and_published_configs_have_none():
+    published = ROOT / 'models' / 'zoo' / 'tf_nas_a.config'
+    assert load_config(published).meta == Meta() and dump_config(load_config(published)) == published.read_text()
+    meta = Meta(64, (0.5, 0, 0.5), (1, 1, 1), ('a', 'b', 'é'), target=3.5, target_given='50%', unit='ms', measured=3.1)
+    config = replace(small_config(), meta=meta)
+    assert parse_config(dump_config(config), 'text') == config
+    unknown = json.loads(dump_config(config))
+    unknown['meta'] |= {'of a later version': {'x': 1}, 'measured': None}
+    assert parse_config(json.dumps(unknown), 'text').meta == replace(meta, measured=None)
+    assert config.with_classes(3).meta == meta and config.with_classes(4).meta.class_names is None
+
+
+def test_checkpoints_of_other_times_and_programs():
+    assert checkpoint_meta({'flags': {'img_size': 64}, 'class_names': ['a', 'b']}, 'x') == Meta(
+        64, class_names=('a', 'b')
+    )
+    for foreign in ({'meta': 'text'}, {'meta': {'CLASSES': (1, 2)}}, {'flags': [3]}, {'flags': {'img_size': 'x'}}):
+        assert checkpoint_meta(foreign, 'x') == Meta()
+    with pytest.raises(BadInput, match='x: meta: img_size is'):
+        checkpoint_meta({'meta': {'img_size': 5}}, 'x')
+
+
+def test_classes_of_a_search_reach_the_config_and_published_ones_have_1000(tmp_path):
+    write_searched(tmp_path / 'old.pth.tar')
+    assert load_architecture(tmp_path / 'old.pth.tar', None, SPACE).classifier.out_features == 1000
+    checkpoint = torch.load(tmp_path / 'old.pth.tar', weights_only=True)
+    checkpoint |= {'flags': {'num_classes': 3}, 'meta': {'img_size': 64, 'class_names': NAMES}}
+    torch.save(checkpoint, tmp_path / 'new.pth.tar')
+    config = load_architecture(tmp_path / 'new.pth.tar', None, SPACE)
+    assert config.classifier.out_features == 3 and list(config.meta.class_names) == NAMES
+    assert load_architecture(tmp_path / 'new.pth.tar', 7, SPACE).meta == Meta(64)
+
+
+def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
+    samples = [(f'{name}/{i}.png', label) for label, name in enumerate(NAMES) for i in range(2)]
+    images = Images((samples, samples), ('r', 'r'), ('l', 'l'), 3)
+    meta = Meta(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), tuple(NAMES), target=3.0, measured=2.0)
+    config = replace(small_config(), meta=meta)
+    assert compare_data(config, 'c', images) == []
+    assert describe_data(config, 64, images).meta == meta
+    assert describe_data(config, 32, images).meta == Meta(32, meta.mean, meta.std, tuple(NAMES))
+    swapped = replace(meta, class_names=(NAMES[0], NAMES[2], NAMES[1]), mean=(0.5, 0.5, 0.5))
+    first, second = compare_data(replace(config, meta=swapped), 'c', images)
+    assert first == 'warning: label 1 is green in these images, pale blue in c' and 'normalised by' in second
+    (line,) = compare_data(config.with_classes(9), 'c', images)
+    assert line == 'c is for 9 classes; the network gets 3, as the images have'
+
+
+def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(tmp_path):
+    path, said = write_table(tmp_path / 't.pkl', device='Titan RTX'), []
+    note = device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
+    assert said == [] and 'a table of Titan RTX, not of this device (my CPU)' in note
+    assert 'make_lat_lut.py --img_size 32' in note
+    assert not device_note(load_table(path, 32, SPACE), path, 'Titan RTX')
+    table = make_table(img_size=32)
+    curves = table.curves | {f'MBInvertedResBlock_{i}': np.ones(3) for i in range(2)}
+    save_table(table.base, curves, {}, path)
+    load_table(path, 32, SPACE, said.append)
+    assert said == [f'{path}: 2 entries are unused: of no block of this search space at size 32']
+    assert not device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
+    with pytest.raises(BadInput, match='68 others are of no block of this search space and size'):
+        load_table(path, 512, SPACE)
+
+
+def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch):
+    reference = dump_config(reference_config(3, SPACE))
+    about = {'device': device_name(CPU), 'batch_size': 1, 'threads': 1, 'reference': reference, 'reference_ms': 5.0}
+    path = write_table(tmp_path / 't.pkl', unit='ms', **about)
+    config = reference_config(3, SPACE)
+    config = replace(config, meta=Meta(32, target=3.0, target_given='50%', unit='ms', table=str(path)))
+    given, said = [], []
+
+    def measure(build, batch_size, img_size, device, standard, launch):
+        given.append((batch_size, img_size, standard.ms if standard else None))
+        return Measured(2.5, 0.01, 1.0 if standard else None)
+
+    monkeypatch.setattr(timing, 'measure_latency', measure)
+    logger = Namespace(log=lambda text, *values: said.append(text % values), record=lambda *_, **__: None)
+    log_network_latency(logger, 1, config, CPU, 32, SPACE)
+    predicted = load_table(path, 32, SPACE).of_config(config)
+    assert (
+        given == [(1, 32, 5.0)] and 'measured latency 2.5000 ms' in said[0] and 'relative to the reference' in said[0]
+    )
+    assert f'target 3.0000 ms, given as 50%; predicted by the table {predicted:.4f} ms' in said[0]
+    path.unlink()
+    log_network_latency(logger, 1, config, CPU, 32, SPACE)
+    assert (
+        given[1] == (1, 32, None) and 'table of the config is not used' in said[1] and 'by the clock alone' in said[2]
+    )
+
+
+def test_names_and_size_are_read_from_safetensors(tmp_path, monkeypatch, capsys):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    torch.manual_seed(0)
+    texts = {'class_names': json.dumps(NAMES), 'img_size': '32', 'format': 'pt', 'broken': '{'}
+    save_file(NetworkEval(small_config()).state_dict(), tmp_path / 'net.safetensors', metadata=texts)
+    (tmp_path / 'net.config').write_text(dump_config(small_config()))
+    Image.new('RGB', (40, 40), 'red').save(tmp_path / 'x.png')
+    words = ['--weights', tmp_path / 'net.safetensors', '--config_path', tmp_path / 'net.config', '--device', 'cpu']
+    assert run_here(monkeypatch, 'test.py', [*words, '--image', tmp_path / 'x.png']) == 0
+    out = capsys.readouterr().out
+    assert '--img_size 32: from' in out and all(f'({name})' in out for name in NAMES)
+
+
+# --- folders
+
+
+def data_flags(**flags):
+    usual = dict.fromkeys(('img_root', 'train_root', 'val_root', 'train_list', 'val_list', 'num_classes', 'weights'))
+    return Namespace(**usual | {'seed': 2, 'batch_size': 4, 'lr': 0.2, 'lr_scale': 'none', 'grad_accum': 1} | flags)
+
+
+def test_search_and_training_split_a_folder_alike_whatever_their_seed(photos):
+    lists = split_folder(find_roots(photos)).samples
+    for seed in (2, 5):
+        found = search_images(data_flags(img_root=photos, seed=seed), World(CPU), None, lambda _: None)
+        trained = training_images(data_flags(train_root=photos, seed=seed), None, lambda _: None)
+        assert found.samples == (lists['search_train'], lists['search_val'])
+        assert trained.samples == (lists['train'], lists['val']) and trained.names == NAMES
+        assert trained.flags == {'num_classes': 3, 'train_list': None, 'val_list': None}
+
+
+def test_a_run_goes_on_with_its_own_lists_when_its_folder_has_grown(photos, tmp_path):
+    args, kept = data_flags(img_root=photos, train_root=photos), tmp_path / 'run'
+    kept.mkdir()
+    first = search_images(args, World(CPU), None, lambda _: None)
+    for name, text in first.files.items():
+        (kept / name).write_text(text)
+    Image.new('RGB', (40, 40)).save(photos / 'green' / 'new.png')
+    again, fresh = (search_images(args, World(CPU), folder, lambda _: None) for folder in (kept, None))
+    assert again.samples == first.samples and again.digest() == first.digest() != fresh.digest()
+    assert training_images(args, kept, lambda _: None).samples[0] == parse_list(kept / 'train.txt')
+
+
+def test_two_folders_share_the_labels_of_the_training_images(tmp_path):
+    train, val = photographs(tmp_path / 'a', count=3), photographs(tmp_path / 'b', NAMES[1:], count=2)
+    said = []
+    images = training_images(data_flags(train_root=train, val_root=val), None, said.append)
+    assert {label for _, label in images.samples[1]} == {1, 2} and images.num_classes == 3
+    assert any('lacks 1 of 3 classes' in line for line in said)
+    with pytest.raises(BadInput, match='3 class folders, --num_classes 2 is fewer'):
+        training_images(data_flags(train_root=train, val_root=val, num_classes=2), None, said.append)
+
+
+def test_a_test_folder_has_the_labels_of_the_weights(tmp_path):
+    root, said = photographs(tmp_path / 'b', NAMES[1:], count=2), []
+    args = data_flags(val_root=root, weights=tmp_path / 'w.pth.tar')
+    named = evaluation_images(args, 3, NAMES, {}, said.append)
+    assert {label for _, label in named.samples[0]} == {1, 2} and named.num_classes == 3
+    unnamed = evaluation_images(args, 3, None, {}, said.append)
+    assert {label for _, label in unnamed.samples[0]} == {0, 1} and 'labels by the sorted names' in said[-2]
+    with pytest.raises(BadInput, match='has none of the 2 class folders of the list'):
+        evaluation_images(args, 2, ['x', 'y'], {}, said.append)
+    with pytest.raises(BadInput, match='2 class folders, the weights are for 1'):
+        evaluation_images(args, 1, None, {}, said.append)
+
+
+def test_training_images_are_never_tested_on_unasked(photos, tmp_path):
+    args = data_flags(val_root=photos, weights=tmp_path / 'w.pth.tar')
+    trained = {'train_root': str(photos), 'train_list': str(tmp_path / 'train.txt'), 'val_list': 'gone.txt'}
+    with pytest.raises(BadInput, match='trained on images of this folder; name the others with --val_list'):
+        evaluation_images(args, 3, NAMES, trained, print)
+    (tmp_path / 'val.txt').write_text('green/0.png 1\n')
+    assert evaluation_images(args, 3, NAMES, trained, print).samples[0] == [('green/0.png', 1)]
+
+
+def test_the_default_lists_are_imagenets(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not is_imagenet(photos)
+    name = (ROOT / 'dataset' / 'imagenet100_classes.txt').read_text().split()[7]
+    (tmp_path / 'x' / name).mkdir(parents=True)
+    assert is_imagenet(tmp_path / 'x')
+    (tmp_path / 'dataset').mkdir()
+    (tmp_path / 'dataset' / 'ImageNet-100-effb0_train_cls_ratio0.8.txt').write_text('green/0.png 0\n')
+    assert is_imagenet(photos)
+
+
+def test_the_images_of_the_next_training(photos, tmp_path):
+    run = tmp_path / 'run'
+    run.mkdir()
+    assert training_flags({'img_root': str(tmp_path / 'gone')}, run) == training_flags({}, run) == {}
+    for name in ('train', 'val'):
+        (run / f'{name}.txt').write_text('green/0.png 1\n')
+    made = training_flags({'img_root': str(photos), 'train_list': None}, run)
+    assert (made['train_root'], made['val_root'], made['val_list']) == (photos, photos, run / 'val.txt')
+    lists = {'train_list': str(tmp_path / 's.txt'), 'val_list': str(tmp_path / 'v.txt')}
+    assert training_flags({'img_root': str(photos), **lists}, run)['val_list'] == tmp_path / 'v.txt'
+    photographs(tmp_path / 'pair' / 'train', count=2), photographs(tmp_path / 'pair' / 'valid', count=2)
+    beside = training_flags({'img_root': str(tmp_path / 'pair' / 'train'), **lists}, run)
+    assert beside == {'train_root': tmp_path / 'pair' / 'train', 'val_root': tmp_path / 'pair' / 'valid'}
+
+
+def test_changed_images_end_a_run_within_an_epoch_and_are_a_line_between_epochs():
+    within = Snapshot(checkpoint={'epoch': 1, 'step': 3, 'images': 'abc'})
+    between = Snapshot(checkpoint={'epoch': 1, 'step': 0, 'images': 'abc'})
+    old = Snapshot(checkpoint={'epoch': 1, 'step': 3})
+    assert compare_images(within, TRAINING, 'abc') == compare_images(old, TRAINING, 'x') == ''
+    assert 'have changed since the snapshot' in compare_images(between, TRAINING, 'x')
+    with pytest.raises(BadInput, match='within an epoch, and its lists or folders of images have changed'):
+        compare_images(within, TRAINING, 'x')
+
+
+# --- small data
+
+
+@pytest.mark.parametrize(
+    ('counts', 'processes', 'given', 'batch'),
+    [((100, 30), 1, 32, 30), ((100, 40), 1, 32, 32), ((25, 99), 2, 32, 24), ((3, 99), 2, 32, 32), ((9, 9), 1, 8, 8)],
+)
+def test_a_batch_is_at_most_what_there_is(counts, processes, given, batch):
+    samples, said = tuple([('x.png', 0)] * count for count in counts), []
+    images = Images(samples, ('r', 'r'), ('a.txt', 'b.txt'), 2)
+    world = World(CPU, size=processes)
+    assert fitting_batch(Namespace(batch_size=given), world, images, 2, said.append) == batch
+    assert len(said) == (batch != given) and all(f'--batch_size 32: {batch} instead' in line for line in said)
+
+
+def test_rates_and_batches_that_suit_few_images():
+    assert [batch_for(count) for count in (3, 30, 120, 1000, 5000, 10**6)] == [2, 2, 8, 64, 512, 512]
+    args = Namespace(batch_size=64, lr=0.2, lr_scale='none', grad_accum=2)
+    assert lr_note(args).endswith('an update, not 128: --lr_scale linear would take 0.05')
+    for other in ({'lr': 0.1}, {'lr_scale': 'linear'}, {'batch_size': 256}):
+        assert lr_note(Namespace(**vars(args) | other)) == ''
+
+
+@pytest.mark.parametrize(('classes', 'has_five'), [(5, False), (6, True)])
+def test_the_best_five_of_five_classes_are_left_out(classes, has_five):
+    tally = Tally(CPU)
+    tally.add(torch.tensor(1.0), torch.eye(classes), torch.arange(classes))
+    assert ('top5' in tally.read()) == has_five and tally.read()['top1'] == 100
+
+
+def test_configs_of_several_targets_have_plain_names_and_are_checked_first(tmp_path, monkeypatch, capsys):
+    paths = parsing_model.config_paths(tmp_path / 'model.config', ['20%', '3.5'])
+    assert [path.name for path in paths] == ['model_20pc.config', 'model_3.5.config']
+    paths[1].mkdir()
+    write_searched(tmp_path / 's.pth.tar')
+    words = ['--model_path', tmp_path / 's.pth.tar', '--target_lat', '20%', '3.5', '--lookup_path', tmp_path / 'none']
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, '--save_path', tmp_path / 'model.config']) == 2
+    assert 'model_3.5.config: cannot be written' in capsys.readouterr().err and not paths[0].exists()

@@ -1,0 +1,37 @@
+"""Values of flags that need not be given: earlier steps have written them into files."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Value = TypeVar('Value')
+
+
+def settle(
+    flag: str,
+    given: Value | None,
+    known: Iterable[tuple[Value | None, object]],
+    usual: Value,
+    note: Callable[[str], object],
+) -> Value:
+    """Return the value of a flag: the given one, else the first that a file has, else the usual one.
+
+    Args:
+        known: pairs of the value in a file, None for none, and the name of the file.
+        note: called with a line if a file gives the value, and if a file has another one than the value.
+    """
+    there = [(value, where) for value, where in known if value is not None]
+    if given is None and not there:
+        return usual
+    value = there[0][0] if given is None else given
+    if given is None:
+        note(f'{flag} {value}: from {there[0][1]}')
+    for other, where in there:
+        if other != value:
+            note(f'warning: {flag} is {value}, {where} has {other}')
+    return value
+
+
+def with_flags(args: argparse.Namespace, **values: object) -> argparse.Namespace:
+    """Return the flags with some values replaced; `args` stays as it is."""
+    return argparse.Namespace(**(vars(args) | values))
