@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.isolated import isolated_sum
 from latency_pkl.isolation import in_fresh_process
-from latency_pkl.sampling import build_network, launch_of, random_config, standard_of
+from latency_pkl.runtimes import engine_of, standard_of
+from latency_pkl.sampling import build_network, launch_of, random_config
 from latency_pkl.timing import measure_latency
 from models.latency import load_table
 from models.search_space import SPACE
@@ -65,7 +66,7 @@ def main(args):
     torch.set_num_threads(table.setting('threads', 1))
     batch_size = table.setting('batch_size', 1)
     launch = launch_of(table, device)
-    rng, standard = random.Random(args.seed), standard_of(table, batch_size, device, launch)
+    rng, standard = random.Random(args.seed), standard_of(table, batch_size, engine_of('torch', None, device), launch)
     methods, measured = {'in-context table': [], 'blocks timed alone': []}, []
     alone_seconds, parts = 0.0, 0
     for _ in range(args.networks):

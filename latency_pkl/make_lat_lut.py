@@ -23,7 +23,6 @@ Of another device: write networks to time there, and make a table from their tim
 import random
 import sys
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,10 +32,8 @@ import tools.needed  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from latency_pkl.estimate import CARDS, estimate
-from latency_pkl.fit import fit_table
 from latency_pkl.kit import (
     LEAST_NETWORKS,
     NETWORKS,
@@ -49,25 +46,14 @@ from latency_pkl.kit import (
     timed_table,
     write_kit,
 )
+from latency_pkl.measured import errors_of, measured_table
 from latency_pkl.runtimes import engine_of_table, standard_of
-from latency_pkl.sampling import launch_of, random_config, reference_config, sample_of, tf32_of
-from latency_pkl.timing import (
-    LAUNCHES,
-    ROUNDS,
-    Passes,
-    bench_apart,
-    fastest_probe,
-    host_ratio,
-    host_report,
-    measure_in_turns,
-    typical_parts,
-    undisturbed_share,
-)
-from latency_pkl.width_grid import MULTIPLES, on_grid, time_grid, with_penalties
-from models.config import NetworkConfig, dump_config, fixed_layers, load_config, op_spec
+from latency_pkl.sampling import launch_of, random_config, tf32_of
+from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
+from models.config import fixed_layers, load_config, op_spec
 from models.describe import count_mult_adds, count_params
 from models.elasticity import check_divisor
-from models.latency import LatencyTable, load_table, save_table, warn_of_errors
+from models.latency import load_table, save_table, warn_of_errors
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.search_space import SPACE
@@ -86,24 +72,6 @@ from tools.options import (
     number,
     run_script,
 )
-
-TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
-"""Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit needs."""
-
-ENOUGH = 0.5
-"""Share of the reference network's time that must be undisturbed in a turn for its speed to count."""
-
-SLACKS = (1, 1.25, 1.5, 2, 3, 10)
-"""Factors on the time of the fastest probes, tried in this order until no block shape is missing."""
-
-SHARING = 2
-"""Networks between two builds of the reference network."""
-
-PASSES, UNSEEN_PASSES = 8, 16
-"""Timed passes of each network, and of an unseen one."""
-
-PATIENCE = 4
-"""Multiple of the budget for a slow machine to show every block shape."""
 
 
 def get_args(argv=None):
@@ -161,185 +129,6 @@ def get_args(argv=None):
     kit.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
     kit.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
     return parser.parse_args(argv)
-
-
-@dataclass
-class Turn:
-    """Passes of some networks, of one that the fit does not use, and of the reference network between them."""
-
-    fitted: list[tuple[NetworkConfig, Passes]]
-    unseen: tuple[NetworkConfig, Passes]
-    reference: list[Passes]
-
-    @property
-    def passes(self) -> list[Passes]:
-        """Passes of all networks."""
-        return [*(passes for _, passes in [*self.fitted, self.unseen]), *self.reference]
-
-
-def time_turn(rng, unseen, args, engine, divisor=1):
-    """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often.
-
-    Widths are multiples of the divisor. Only those of the last network are not, if there is one.
-    """
-    setting, timed, of_reference = (args.img_size, args.batch_size), [], []
-    reference = engine.bench(reference_config(args.num_classes, SPACE), 0, *setting, launch=args.launch)
-    divisors = [divisor] * (TURN - 2) + [1]
-    drawn = [random_config(rng, i % 2 == 0, args.num_classes, SPACE, d) for i, d in enumerate(divisors)]
-    configs = [unseen, *drawn]
-    for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
-        with bench_apart(reference) as beside:
-            for config in some:
-                is_new = config is not unseen
-                bench = engine.bench(config, rng.getrandbits(32), *setting, by_part=is_new, launch=args.launch)
-                with bench_apart(bench) as timer:
-                    timed.append((config, timer(PASSES if is_new else UNSEEN_PASSES)))
-                of_reference.append(beside())
-    return Turn(timed[1:], timed[0], of_reference)
-
-
-def measure(args, engine, divisor, start):
-    """Time turns of networks until `args.budget` seconds after `start`, longer if undisturbed timings of block shapes
-    are missing.
-    """
-    rng, turns = random.Random(args.seed), []
-    unseen = [random_config(rng, False, args.num_classes, SPACE, divisor) for _ in range(UNSEEN)]
-    with tqdm(total=round(args.budget), unit='s', desc='timing networks', mininterval=1) as bar:
-        while True:
-            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor))
-            spent = time.monotonic() - start
-            bar.update(min(round(spent), bar.total) - bar.n)
-            if spent < args.budget:
-                continue
-            lacks = missing(samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size)
-            if not lacks or spent >= args.budget * PATIENCE:
-                return turns
-
-
-def fastest_of(turns):
-    """Return the `fastest_probe` of all turns, ms."""
-    return fastest_probe(passes for turn in turns for passes in turn.passes)
-
-
-def samples_of(turns, img_size, fastest, divisor, on=True):
-    """Return the samples of networks on the width grid, or off it, and the numbers of their turns.
-
-    Networks that were never undisturbed are left out.
-    """
-    timed = [(one, i) for i, turn in enumerate(turns) for one in turn.fitted if on_grid(one[0], divisor) == on]
-    pairs = [(sample_of(*one, img_size, fastest), i) for one, i in timed]
-    pairs = [(sample, i) for sample, i in pairs if sample.total > 0]
-    return [sample for sample, _ in pairs], [i for _, i in pairs]
-
-
-def speed_of(turns, fastest):
-    """Return the reference network's latency, ms, and its time in each turn as a multiple of it, [turns].
-
-    A turn counts by the parts that were undisturbed then. If they are less than `ENOUGH`, its value is interpolated
-    between the turns before and after.
-    """
-    passes = [Passes.joined(turn.reference) for turn in turns]
-    usual, seen = typical_parts(passes, fastest), np.array([one.seen(fastest) for one in passes])
-    if not seen.any():
-        seen[:] = True
-    own = np.array([typical_parts([one], fastest) for one in passes])
-    share = (usual * seen).sum(axis=1) / usual.sum()
-    known = np.flatnonzero(share >= min(ENOUGH, share.max()))
-    slowness = (own * seen).sum(axis=1)[known] / (usual * seen).sum(axis=1)[known]
-    return float(usual.sum()), np.interp(np.arange(len(turns)), known, slowness)
-
-
-def missing(samples, img_size):
-    """Return what a fit lacks, in words; empty if nothing."""
-    keys = SPACE.table_widths(img_size).keys()
-    seen = {key for sample in samples for key, _, _ in sample.blocks}
-    fixed = any(sample.fixed > 0 for sample in samples)
-    if len(samples) >= LEAST_SAMPLES and keys <= seen and fixed:
-        return ''
-    shapes = f'{len(samples)} networks showed {len(seen)} of {len(keys)} block shapes'
-    return shapes if fixed else f'{shapes} and no fixed layers'
-
-
-def errors_of(pairs):
-    """Return (mean, worst, bias) of errors in per cent, from pairs of predicted and measured latency."""
-    errors = np.array([100 * (predicted / measured - 1) for predicted, measured in pairs])
-    return float(np.abs(errors).mean()), float(np.abs(errors).max()), float(errors.mean())
-
-
-def unseen_pairs(fit, turns, slowness, img_size, fastest):
-    """Return (predicted, measured) of each unseen network: of the whole network, or of its undisturbed parts."""
-    table, pairs = LatencyTable(fit.base, fit.curves, {}, img_size), []
-    for i in range(min(UNSEEN, len(turns))):
-        config, passes = turns[i].unseen[0], Passes.joined([turn.unseen[1] for turn in turns[i::UNSEEN]])
-        usual = slowness[i::UNSEEN].mean()
-        if passes.parts.shape[1] == 1:
-            pairs.append((table.of_config(config), typical_parts([passes], fastest).sum() / usual))
-            continue
-        sample = sample_of(config, passes, img_size, fastest)
-        if sample.total > 0:
-            pairs.append((sample.predicted(fit.base, fit.curves), sample.total / usual))
-    return pairs
-
-
-def measured_table(args, engine):
-    """Measure a latency table of this machine: (base, curves, meta)."""
-    start = time.monotonic()
-    grid = time_grid(engine, args, SPACE)
-    print(grid)
-    divisor = grid.divisor
-    turns = measure(args, engine, divisor, start)
-    probe = fastest_of(turns)
-    for slack in SLACKS:
-        fastest = slack * probe
-        samples, numbers = samples_of(turns, args.img_size, fastest, divisor)
-        lack = missing(samples, args.img_size)
-        if not lack:
-            break
-    else:
-        raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
-    undisturbed = 100 * undisturbed_share([passes for turn in turns for passes in turn.passes])
-    reference_ms, slowness = speed_of(turns, fastest)
-    fit = fit_table(samples, slowness[numbers], args.img_size, SPACE)
-    unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
-    off_grid, off_numbers = samples_of(turns, args.img_size, fastest, divisor, on=False)
-    curves = with_penalties(fit.curves, off_grid, slowness[off_numbers], divisor, grid.price)
-    mean, worst, bias = errors_of(unseen)
-    low, high = np.quantile(slowness, (0.25, 0.75))
-    print(f'{len(samples)} networks timed; curves were multiplied by {fit.factor:.4f} to fit the mean network')
-    print(
-        f'Reference network: {reference_ms:.4f} ms, in half of {len(turns)} turns from '
-        f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
-    )
-    if engine.clock.type == 'cpu':
-        also = f'; probes up to {slack:g} times as slow counted too, for else shapes were missing' if slack > 1 else ''
-        print(f'Timings with an undisturbed core, which are those that count: {undisturbed:.0f} %{also}')
-    else:
-        ratios = [host_ratio([passes]) for turn in turns for _, passes in turn.fitted]
-        print(host_report(ratios, args.launch, undisturbed / 100))
-    print(f'Against {len(unseen)} unseen networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
-    meta = {
-        'unit': 'ms',
-        **engine.meta,
-        'batch_size': args.batch_size,
-        'threads': args.threads,
-        'dtype': 'float32',
-        'method': 'blocks timed inside running random networks, fitted to the times of the networks',
-        'reference': dump_config(reference_config(args.num_classes, SPACE)),
-        'reference_ms': reference_ms,
-        'samples': len(samples),
-        'unseen_networks': len(unseen),
-        'residual_mean_percent': round(mean, 3),
-        'residual_worst_percent': round(worst, 3),
-        'residual_bias_percent': round(bias, 3),
-        'undisturbed_percent': round(undisturbed, 1),
-        'probe_slack': slack,
-        'spread_percent': round(100 * float(high - low), 3),
-        'width_divisor': divisor,
-        'width_costs': dict(zip(map(str, MULTIPLES), grid.costs.round(4).tolist(), strict=True)),
-    }
-    if engine.clock.type == 'cuda':
-        meta |= {'launch': args.launch, 'tf32': args.tf32}
-    return fit.base, curves, meta
 
 
 def counted_table(args):

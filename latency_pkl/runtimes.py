@@ -27,6 +27,10 @@ from tools.run.folder import RunLogger
 WARM_UP = 3
 """Passes before the profiled ones."""
 
+MOST_PER_NODE, LEAST_SHARE = 0.01, 0.5
+"""Bounds on the time, in ms, that a profiler takes for a node, and on the share of a part's time that is not its own. A
+contended core makes the differences of two timings much larger."""
+
 
 class Session(nn.Module):
     """An ONNX model that a runtime has opened for one batch size. Called with images [N, 3, H, W] on the CPU.
@@ -289,8 +293,8 @@ class ProfiledBench(Bench):
         places = ['', *(place for place, _ in list(self.build.config.blocks())[1:])]
         sums, counts = zip(*(by_part(one, places) for one in nodes), strict=True)
         sums, counts = np.array(sums), np.array(counts)
-        excess = sums.sum(axis=1).min() - whole.parts.min()
-        parts = np.maximum(sums - excess / counts[0].sum() * counts, 0)
+        excess = (sums.sum(axis=1).min() - whole.parts.min()) / counts[0].sum()
+        parts = np.maximum(sums - np.clip(excess, -MOST_PER_NODE, MOST_PER_NODE) * counts, LEAST_SHARE * sums)
         return Passes(parts, np.repeat(profiled.beside, parts.shape[1] + 1, axis=1))
 
 

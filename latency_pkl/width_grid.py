@@ -38,13 +38,14 @@ class WidthGrid:
 
     @property
     def divisor(self) -> int:
-        """The least of `MULTIPLES` from which coarser ones gain at most `GAIN`."""
-        costs = self.costs
-        return next(
-            m
-            for m, own, i in zip(MULTIPLES, costs, range(len(costs)), strict=True)
-            if costs[i:].min() >= (1 - GAIN) * own
-        )
+        """The least of `MULTIPLES` over which coarser ones gain at most `GAIN`."""
+        return next(m for i, m in enumerate(MULTIPLES) if not any(self._gains(i, j) for j in range(i, len(MULTIPLES))))
+
+    def _gains(self, fine: int, coarse: int) -> bool:
+        """Return whether a multiple gains more than `GAIN` over a finer one, by two standard errors."""
+        logs = np.log(self.times[:, coarse] / self.times[:, fine])
+        error = logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+        return logs.mean() + 2 * error < np.log(1 - GAIN)
 
     @property
     def price(self) -> float:

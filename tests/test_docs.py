@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from conftest import make_table
-from latency_pkl.make_lat_lut import save_table
 from models.config import dump_config, load_config
+from models.latency import save_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'experiments/README.md'))]

@@ -17,7 +17,8 @@ import torch
 import parsing_model
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut
-from latency_pkl.make_lat_lut import (
+from latency_pkl import measured as measuring
+from latency_pkl.measured import (
     LEAST_SAMPLES,
     PASSES,
     SHARING,
@@ -28,8 +29,10 @@ from latency_pkl.make_lat_lut import (
     speed_of,
     time_turn,
 )
+from latency_pkl.runtimes import Engine
 from latency_pkl.sampling import Sample, random_config, reference_config
 from latency_pkl.timing import QUEUED, UNCONFIRMED, WAITED, Measured, Passes, bench_apart, pool_timings
+from latency_pkl.width_grid import MULTIPLES, WidthGrid
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
@@ -40,6 +43,8 @@ from tools.files import save_checkpoint
 
 MAKER = 'latency_pkl/make_lat_lut.py'
 SIZE = ['--img_size', '32']
+CPU = Engine('torch', None, torch.device('cpu'))
+NO_GRID = WidthGrid(np.ones((1, len(MULTIPLES))))
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +145,7 @@ def disturbed_turns(share, seed):
         disturbed = burst[:, :-1] | burst[:, 1:]
         return Passes(parts * np.where(disturbed, 1.5, 1), probes * np.where(burst, 1.9, 1))
 
-    def time_turn(rng, unseen, args, device):
+    def time_turn(rng, unseen, args, engine, divisor):
         configs = [random_config(rng, i % 2 == 0, 10, SPACE) for i in range(TURN - 1)]
         fitted = [(config, passes(config, PASSES)) for config in configs]
         return Turn(fitted, (unseen, passes(unseen, 16)), [passes(reference, 2) for _ in range(TURN)])
@@ -152,10 +157,11 @@ def table_of(share, monkeypatch, budget=1, patience=1000):
     """Make a table from `disturbed_turns` that take a second each: (base and mean of each curve over their true values,
     meta)."""
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=budget)
-    monkeypatch.setattr(make_lat_lut, 'time_turn', disturbed_turns(share, seed=0))
-    monkeypatch.setattr(make_lat_lut, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
-    monkeypatch.setattr(make_lat_lut, 'PATIENCE', patience)
-    base, curves, meta = measured_table(args, torch.device('cpu'))
+    monkeypatch.setattr(measuring, 'time_turn', disturbed_turns(share, seed=0))
+    monkeypatch.setattr(measuring, 'time_grid', lambda *_: NO_GRID)
+    monkeypatch.setattr(measuring, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
+    monkeypatch.setattr(measuring, 'PATIENCE', patience)
+    base, curves, meta = measured_table(args, CPU)
     truth, widths = physical_curves(32), SPACE.table_widths(32)
     ratios = [np.mean(curves[key][low - 1 :] / truth[key][low - 1 :]) for key, (low, _) in widths.items()]
     return base / 0.2, np.array(ratios), meta
@@ -209,8 +215,8 @@ def test_a_turn_times_the_reference_after_each_network(monkeypatch):
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='queued')  # which a CPU ignores
     unseen = random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
     built = []
-    monkeypatch.setattr(make_lat_lut, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
-    turn = time_turn(random.Random(0), unseen, args, torch.device('cpu'))
+    monkeypatch.setattr(measuring, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
+    turn = time_turn(random.Random(0), unseen, args, CPU)
     assert len(built) == TURN + TURN // SHARING  # the reference was rebuilt for every two
     assert {bench.launch for bench in built} == {'queued'}
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
@@ -230,9 +236,9 @@ def card(monkeypatch):
     """
     asked = []
 
-    def time_turn(rng, unseen, args, device):
-        turn = disturbed_turns(0.0, rng.getrandbits(30))(rng, unseen, args, device)
-        asked.append((device.type, args.batch_size, args.launch))
+    def time_turn(rng, unseen, args, engine, divisor):
+        turn = disturbed_turns(0.0, rng.getrandbits(30))(rng, unseen, args, engine, divisor)
+        asked.append((engine.device.type, args.batch_size, args.launch))
 
         def on_card(one, ratio):
             held = rng.random() < 0.9
@@ -260,11 +266,13 @@ def card(monkeypatch):
     for script in (make_lat_lut, parsing_model):
         monkeypatch.setattr(script, 'pick_device', lambda choice: torch.device('cpu' if choice == 'cpu' else 'cuda'))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
-    monkeypatch.setattr(make_lat_lut, 'time_turn', time_turn)
+    monkeypatch.setattr(measuring, 'time_turn', time_turn)
+    monkeypatch.setattr(measuring, 'time_grid', lambda *_: NO_GRID)
     monkeypatch.setattr(make_lat_lut, 'measure_in_turns', measure_in_turns)
     monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
     clock = SimpleNamespace(monotonic=partial(next, itertools.count()), strftime=time.strftime)
-    monkeypatch.setattr(make_lat_lut, 'time', clock)
+    for module in (make_lat_lut, measuring):
+        monkeypatch.setattr(module, 'time', clock)
     return run
 
 
@@ -385,7 +393,7 @@ def fit_by(clock, searched, monkeypatch):
     state, masks = load_search_checkpoint(searched, SPACE)
     least, _, most = table.reach(SPACE)
     target = (least + most) / 2
-    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, 10, args, torch.device('cpu'))
+    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, 10, args, CPU)
     return table.of_config(config), target, [one.ms for one in measured]
 
 

@@ -16,7 +16,8 @@ from conftest import ROOT, SMALL_SPACE, make_table, physical_curves, random_arch
 from latency_pkl import timing as profiling
 from latency_pkl.estimate import CARDS, block_work, estimate
 from latency_pkl.fit import fit_table
-from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of, standard_of
+from latency_pkl.runtimes import Engine, standard_of
+from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of
 from latency_pkl.timing import (
     PRECISION,
     ROUNDS,
@@ -325,14 +326,19 @@ def test_standard_error_by_leaving_rounds_out():
 
 
 def test_a_table_gives_a_standard_on_its_own_device_alone():
-    cpu = torch.device('cpu')
-    meta = {'device': device_name(cpu), 'batch_size': 2, 'threads': torch.get_num_threads(), 'reference_ms': 9.0}
+    cpu = Engine('torch', None, torch.device('cpu'))
+    meta = {'device': device_name(cpu.device), 'batch_size': 2, 'threads': torch.get_num_threads(), 'reference_ms': 9.0}
     meta['reference'] = dump_config(reference_config(10, SMALL_SPACE))
     table = LatencyTable(1.0, {}, meta, 64)
     standard = standard_of(table, 2, cpu)
     assert standard.ms == 9.0 and standard.build().config == reference_config(10, SMALL_SPACE)
     assert standard_of(table, 1, cpu) is None
-    for changed in ({'device': 'another'}, {'batch_size': 1}, {'threads': 77}):
+    for changed in (
+        {'device': 'another'},
+        {'batch_size': 1},
+        {'threads': 77},
+        {'runtime': 'openvino', 'provider': 'CPU'},
+    ):
         assert standard_of(replace(table, meta=meta | changed), 2, cpu) is None
     assert standard_of(replace(table, meta=meta | {'threads': None}), 2, cpu) is None
     for bad in ('9', None, 0, -1.0, float('nan'), float('inf'), [9.0]):

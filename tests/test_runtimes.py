@@ -1,0 +1,289 @@
+"""Runtimes other than torch: tables and timings of ONNX models by block, the width grid, and what is missing."""
+
+import itertools
+import random
+import sys
+from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import parsing_model
+from conftest import make_table, physical_curves
+from latency_pkl import make_lat_lut, measured
+from latency_pkl.measured import Turn
+from latency_pkl.runtimes import RUNTIMES, Engine, ProfiledBench, by_part, engine_of, engine_of_table, standard_of
+from latency_pkl.sampling import Sample, random_config, reference_config
+from latency_pkl.timing import Measured, Passes, measure_latency
+from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
+from models.config import dump_config, load_config
+from models.latency import load_table, save_table
+from models.search_space import SPACE
+from tools.errors import BadInput
+
+CPU = torch.device('cpu')
+pytest.importorskip('onnx')
+HERE = [name for name in RUNTIMES if find_spec(name)]
+
+
+@pytest.fixture
+def config():
+    return random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
+
+
+@pytest.mark.parametrize('runtime', HERE)
+def test_a_session_gives_the_logits_of_its_model(runtime, config):
+    build = engine_of(runtime, None, CPU).build(config, 3, 32, 2)
+    other = engine_of('onnxruntime' if runtime != 'onnxruntime' else 'openvino', None, CPU).build(config, 3, 32, 2)
+    images = torch.randn(2, 3, 32, 32)
+    logits = np.asarray(build()(images))
+    assert logits.shape == (2, 10) and logits.std() > 1e-3
+    np.testing.assert_allclose(logits, np.asarray(other()(images)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('runtime', HERE)
+def test_blocks_are_timed_inside_the_network(runtime, config):
+    bench = engine_of(runtime, None, CPU).bench(config, 0, 64, 1, by_part=True)
+    passes = bench(6)
+    blocks = sum(map(len, config.stages.values()))
+    assert passes.parts.shape == (6, blocks + 2) and passes.probes.shape == (6, blocks + 3)
+    assert (passes.parts > 0).all() and (passes.probes > 0).all()
+    assert engine_of(runtime, None, CPU).bench(config, 0, 64, 1)(4).parts.shape == (4, 1)
+
+
+def test_nodes_belong_to_the_block_that_names_them_and_reorders_to_the_next():
+    nodes = [
+        ('first_stem/Relu_nchwc_kernel_time', 1.0),
+        ('second_stem/point_linear/Conv_kernel_time', 2.0),
+        ('ReorderOutput_token_1_kernel_time', 4.0),
+        ('stage1.0/depth_conv/Conv_kernel_time', 8.0),
+        ('stage1.10/Add', 16.0),
+        ('images_abcd_acdb_stage1.1/inverted_bottleneck/Conv', 32.0),
+        ('feature_mix_layer/Conv', 64.0),
+        ('classifier/Gemm', 128.0),
+        ('ReorderOutput', 256.0),
+    ]
+    sums, counts = by_part(nodes, ['', 'stage1.0', 'stage1.1', 'stage1.10'])
+    assert sums == [3.0, 12.0, 32.0, 16.0, 64 + 128 + 256] and counts == [2, 2, 1, 1, 3]
+
+
+@pytest.mark.parametrize(('profiled', 'whole'), [(1.004, 0.004), (0.996, -0.004), (1.5, 0.01), (0.5, -0.01)])
+def test_the_profilers_time_is_taken_off_each_node(profiled, whole, config, monkeypatch):
+    """The whole network takes 1 ms a node. Differences that no profiler makes are not believed."""
+    places = ['first_stem', *(place for place, _ in config.blocks()), 'classifier']
+
+    class Session:
+        def parts(self):
+            return [lambda images: images]
+
+        def node_times(self):
+            return [[(f'{place}/Conv', profiled) for place in places]] * 9
+
+    bench = ProfiledBench(SimpleNamespace(config=config), 1, 32, CPU, True)
+    monkeypatch.setattr(bench, 'build', lambda profiled: Session(), raising=False)
+    bench.build.config = config
+    passes = Passes(np.full((6, 1), float(len(places))), np.ones((6, 2)))
+    monkeypatch.setattr('latency_pkl.timing.Bench.__call__', lambda self, count: passes)
+    parts = bench(6).parts
+    assert parts == pytest.approx((profiled - whole) * np.array([[2, *[1] * (len(places) - 3), 1]] * 6))
+
+
+@pytest.mark.parametrize('runtime', HERE)
+def test_a_latency_beside_the_tables_reference_network(runtime, config):
+    torch.set_num_threads(1)
+    engine = engine_of(runtime, None, CPU)
+    meta = engine.meta | {'batch_size': 1, 'threads': 1, 'reference': dump_config(config), 'reference_ms': 7.0}
+    table = SimpleNamespace(meta=meta, img_size=64)
+    standard = standard_of(table, 1, engine)
+    assert standard.ms == 7.0 and standard.build == engine.build(config, 0, 64, 1)
+    latency = measure_latency(engine.build(config, 5, 64, 1), 1, 64, engine.clock, standard, rounds=1)
+    assert latency.slowness > 0 and latency.ms > 0 and latency.error == np.inf  # of a single round
+    for changed in ({'provider': 'Another'}, {'runtime': 'torch'}):
+        assert standard_of(SimpleNamespace(meta=meta | changed, img_size=64), 1, engine) is None
+    assert standard_of(SimpleNamespace(meta=meta | {'runtime_version': '0'}, img_size=64), 1, engine).ms == 7.0
+
+
+def grid_of(*costs, noise=0.0):
+    generator = np.random.default_rng(0)
+    return WidthGrid(np.array(costs) * generator.normal(1, noise, (4, len(MULTIPLES))))
+
+
+def test_the_divisor_is_the_least_over_which_coarser_multiples_gain_little():
+    published = grid_of(25.7, 20.1, 16.4, 16.6, 16.3, 16.5)
+    assert published.divisor == 4 and published.price == pytest.approx(25.7 / 16.4)
+    assert 'width_divisor 4; ignoring it costs 56.7 %' in str(published)
+    assert grid_of(25.7, 20.1, 16.4, 16.4, 15.9, 16.5).divisor == 16
+    even = grid_of(18.1, 17.9, 17.9, 17.8, 17.9, 18.0)
+    assert even.divisor == 1 and even.price == 1 and 'all widths are equally good' in str(even)
+    assert grid_of(*[10.0] * 6, noise=0.2).divisor == 1
+
+
+def test_no_width_off_the_grid_is_promised_less_than_it_took(tmp_path):
+    table = make_table(img_size=32)
+    key, other = next((a, b) for a, b in itertools.pairwise(table.curves) if 'k3_s2' in a and 'k3_s2' in b)
+    curves = {name: curve.copy() for name, curve in table.curves.items()}
+    width = SPACE.table_widths(32)[key][0] + 3
+    took = 1.7 * curves[key][width - 1 + 8]
+    samples = [Sample(1.0, [(key, width, 2 * took)]), Sample(1.0, [(key, width + 8, 0.01)])]
+    raised = with_penalties(curves, samples, np.array([2.0, 1.0]), 8, price=1.2)
+    save_table(table.base, raised, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
+    lines = []
+    read = load_table(tmp_path / 'table.pkl', 32, SPACE, lines.append)
+    assert read.width_divisor == 8 and not any('moved' in line for line in lines)
+    assert read.curves[key][width - 1] >= took * (1 - 1e-9)
+    for name, curve in read.curves.items():
+        on = curve[7::8]
+        assert (np.diff(on) >= 0).all() and np.allclose(on, table.curves[name][7::8])
+        widths = np.arange(1, len(curve) + 1)
+        following = curve[np.minimum(-(-widths // 8) * 8, len(curve)) - 1]
+        assert (curve >= following).all()
+        off = widths % 8 > 0
+        assert (curve[off] >= 1.2 * following[off] * (1 - 1e-9)).all()
+    high = raised[other][width - 1] / curves[other][-(-width // 8) * 8 - 1]
+    assert high == pytest.approx(took / curves[key][-(-width // 8) * 8 - 1])  # as of its kernel and stride
+
+
+def test_a_sparse_table_promises_the_next_width_of_its_grid(tmp_path):
+    table = make_table(img_size=32)
+    curves = {name: curve for name, curve in table.curves.items()}
+    lines = ['base,,1.0', 'meta,width_divisor,8']
+    lines += [f'{name},{w},{curve[w - 1]}' for name, curve in curves.items() for w in range(8, len(curve) + 1, 8)]
+    (tmp_path / 'table.csv').write_text('\n'.join(lines))
+    read = load_table(tmp_path / 'table.csv', 32, SPACE, lambda line: None)
+    for name, (low, _) in SPACE.table_widths(32).items():
+        above = low // 8 * 8 + 8
+        assert read.curves[name][above - 8 :][:8] == pytest.approx(curves[name][above - 1])
+
+
+def test_drawn_widths_are_on_the_grid_and_rounding_up_keeps_them():
+    rng = random.Random(0)
+    for divisor in MULTIPLES:
+        config = random_config(rng, True, 10, SPACE, divisor)
+        assert on_grid(config, divisor) and config.rounded_up(1) == config
+    odd = random_config(random.Random(3), False, 10, SPACE)
+    up = odd.rounded_up(16)
+    pairs = [(a, b) for name in odd.stages for a, b in zip(odd.stages[name], up.stages[name], strict=True)]
+    assert not on_grid(odd, 16) and on_grid(up, 16)
+    assert all(0 <= b.mid_channels - a.mid_channels < 16 and b.mid_channels % 16 == 0 for a, b in pairs)
+
+
+def test_a_config_is_rounded_up_and_both_latencies_are_printed(tmp_path, monkeypatch, capsys):
+    table = make_table(img_size=32)
+    save_table(table.base, table.curves, {'unit': 'ms'}, tmp_path / 'table.pkl')
+    odd = random_config(random.Random(3), False, 10, SPACE)
+    (tmp_path / 'odd.config').write_text(dump_config(odd))
+    words = ['--config_path', tmp_path / 'odd.config', '--width_divisor', '8', '--save_path', tmp_path / 'up.config']
+    words += ['--lookup_path', tmp_path / 'table.pkl', '--img_size', '32', '--device', 'cpu']
+    parsing_model.main(parsing_model.get_args(list(map(str, words))))
+    assert load_config(tmp_path / 'up.config') == odd.rounded_up(8)
+    table = load_table(tmp_path / 'table.pkl', 32, SPACE)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('Lat_LUT')]
+    assert printed == [f'Lat_LUT: {table.of_config(one):.4f} ms' for one in (odd, odd.rounded_up(8))]
+
+
+@pytest.mark.parametrize('runtime', HERE)
+def test_a_turn_has_the_blocks_of_networks_on_the_grid_and_one_off_it(runtime, config):
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='eager')
+    unseen = config.rounded_up(8)
+    turn = measured.time_turn(random.Random(0), unseen, args, engine_of(runtime, None, CPU), 8)
+    assert [on_grid(one, 8) for one, _ in turn.fitted] == [True] * 6 + [False]
+    for one, passes in turn.fitted:
+        assert passes.parts.shape == (measured.PASSES, sum(map(len, one.stages.values())) + 2)
+    assert turn.unseen[0] is unseen and turn.unseen[1].parts.shape == (measured.UNSEEN_PASSES, 1)
+    assert {one.parts.shape for one in turn.reference} == {(2, 1)}
+
+
+def fake_turns(by_block, penalty):
+    """A fake `time_turn`: blocks take their time in `physical_curves`, those off the grid `penalty` times as long."""
+    truth, generator, reference = physical_curves(32), np.random.default_rng(0), reference_config(10, SPACE)
+
+    def passes(config, count, by_part):
+        blocks = [
+            truth[key][spec.mid_channels - 1] * (penalty if spec.mid_channels % 8 else 1)
+            for _, spec, key in config.table_keys(32)
+        ]
+        parts = np.array([[0.1, *blocks, 0.1]] * count) * generator.normal(1, 0.01, (count, 1))
+        parts = parts if by_part else parts.sum(axis=1, keepdims=True)
+        return Passes(parts, np.full((count, parts.shape[1] + 1), 0.03))
+
+    def time_turn(rng, unseen, args, engine, divisor):
+        configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor if i else 1) for i in range(7)]
+        fitted = [(config, passes(config, 8, by_block)) for config in configs]
+        return Turn(fitted, (unseen, passes(unseen, 16, False)), [passes(reference, 2, False) for _ in range(8)])
+
+    return time_turn
+
+
+@pytest.mark.parametrize('provider', ['CPUExecutionProvider', 'CUDAExecutionProvider'])
+def test_a_table_of_blocks_or_whole_networks_on_the_grid(provider, monkeypatch, tmp_path):
+    """Off the grid, networks take twice as long, and the table never gives less."""
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=25)
+    by_block = provider == 'CPUExecutionProvider'
+    monkeypatch.setattr(measured, 'time_turn', fake_turns(by_block, penalty=2.0))
+    monkeypatch.setattr(measured, 'time_grid', lambda *_: grid_of(2, 2, 2, 1, 1, 1))
+    monkeypatch.setattr(measured, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
+    engine = Engine('onnxruntime', provider, CPU)
+    base, curves, meta = measured.measured_table(args, engine)
+    assert meta['width_divisor'] == 8 and meta['provider'] == provider and meta['runtime'] == 'onnxruntime'
+    assert meta['residual_mean_percent'] < (2 if by_block else 4) and ('whole' in meta['method']) != by_block
+    save_table(base, curves, meta, tmp_path / 'table.pkl')
+    table, rng, truth = load_table(tmp_path / 'table.pkl', 32, SPACE), random.Random(5), physical_curves(32)
+    for divisor in [8, 1] * 10:
+        config = random_config(rng, False, 10, SPACE, divisor)
+        took = [(truth[key][spec.mid_channels - 1], spec.mid_channels % 8) for _, spec, key in config.table_keys(32)]
+        ms = 0.2 + sum(ms * (2 if off else 1) for ms, off in took)
+        assert (
+            table.of_config(config) == pytest.approx(ms, rel=0.12)
+            if divisor == 8
+            else table.of_config(config) > 0.95 * ms
+        )
+
+
+def test_check_draws_networks_on_the_grid_and_names_the_runtime(monkeypatch, tmp_path, capsys):
+    table, drawn = make_table(img_size=32), []
+
+    def measure_in_turns(builds, batch_size, img_size, device, standard, rounds, launch):
+        drawn.extend(build.config for build in builds)
+        return [Measured(table.of_config(build.config), 0.001) for build in builds], 1.0
+
+    monkeypatch.setattr(make_lat_lut, 'measure_in_turns', measure_in_turns)
+    meta = {'unit': 'ms', 'width_divisor': 16, 'runtime': 'onnxruntime', 'provider': 'CPUExecutionProvider'}
+    save_table(table.base, table.curves, meta, tmp_path / 'table.pkl')
+    words = ['--check', tmp_path / 'table.pkl', '--device', 'cpu', '--img_size', '32', '--networks', '4']
+    make_lat_lut.main(make_lat_lut.get_args(list(map(str, words))))
+    out = capsys.readouterr().out
+    assert len(drawn) == 4 and all(on_grid(config, 16) for config in drawn)
+    assert 'onnxruntime' in out and 'widths: multiples of 16' in out and 'mean error 0.00 %' in out
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--runtime', 'onnxruntime', '--provider', 'NoProvider'], '--provider NoProvider: the installed onnxruntime'),
+        (['--provider', 'CPUExecutionProvider'], '--provider CPUExecutionProvider: only for --runtime'),
+        (['--runtime', 'openvino', '--metric', 'flops'], '--runtime openvino: only for a table that is measured'),
+    ],
+)
+def test_what_a_runtime_lacks_is_one_line_before_any_work(words, message, monkeypatch):
+    monkeypatch.setattr(measured, 'time_turn', lambda *_: pytest.fail('worked'))
+    with pytest.raises(BadInput, match=message):
+        make_lat_lut.main(make_lat_lut.get_args([*words, '--device', 'cpu']))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(BadInput, match='--runtime openvino needs a package that is not here: pip install openvino'):
+        engine_of('openvino', None, CPU)
+
+
+def test_the_runtime_is_the_tables_unless_a_flag_names_another():
+    meta = {'runtime': 'onnxruntime', 'provider': 'CPUExecutionProvider'}
+    assert engine_of_table(meta, None, None, CPU) == Engine('onnxruntime', 'CPUExecutionProvider', CPU)
+    assert (
+        engine_of_table(meta, 'torch', None, CPU) == Engine('torch', None, CPU) == engine_of_table({}, None, None, CPU)
+    )
+    with pytest.raises(BadInput, match="runtime is 'tflite', should be one of torch, onnxruntime, openvino"):
+        engine_of_table({'runtime': 'tflite'}, None, None, CPU)
