@@ -232,10 +232,11 @@ def operators_figure(run: Run) -> Figure:
         for y, ops in enumerate(line['ops']):  # blocks may lack the last operator
             values[x, y, : len(ops)] = ops
     blocks = run.header['space']['blocks']
-    columns = 6
-    figure = Figure(figsize=(9.6, 1.3 * -(-len(blocks) // columns) + 2.6))
-    top, bottom = figure.subfigures(2, 1, height_ratios=[-(-len(blocks) // columns) * 1.3, 1.9])
-    grid = np.atleast_2d(top.subplots(-(-len(blocks) // columns), columns, sharex=True, sharey=True))
+    columns = min(6, len(blocks))
+    rows = -(-len(blocks) // columns)
+    figure = Figure(figsize=(9.6, 1.3 * rows + 2.6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.3 * rows, 1.9])
+    grid = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     even = 1 / len(labels)  # in the middle shade; up to twice that, shades are as steep on both sides
     norm = TwoSlopeNorm(even, 0, max(values.max(), 2 * even))
     epochs, ends = [line['epoch'] + 1 for line in lines], (lines[0]['epoch'] + 0.5, lines[-1]['epoch'] + 1.5)
@@ -262,8 +263,8 @@ def operators_figure(run: Run) -> Figure:
         axis.spines[:].set_visible(False)
         axis.tick_params(length=2)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    bar = top.colorbar(image, ax=grid, shrink=0.6, pad=0.01, aspect=30)
-    bar.set_label('probability (line: the most probable)')
+    bar = top.colorbar(image, ax=grid, shrink=0.6 if rows > 1 else 1, pad=0.01, aspect=10 * rows)
+    bar.set_label('probability (line: the most probable)' if rows > 1 else 'probability')
     ticks = [0, even / 2, even, *np.linspace(even, norm.vmax, 4)[1:]]
     bar.set_ticks(ticks, labels=[f'{tick:.2g}' if tick != even else f'1/{len(labels)}' for tick in ticks])
     _draw_entropy(bottom.subplots(), lines, values, run)

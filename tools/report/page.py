@@ -79,7 +79,9 @@ def _summary(run: Run) -> str:
         best = max(epochs, key=lambda line: line['val']['top1'] or 0)
         rows.append(('best top-1', f'{best["val"]["top1"]:.2f} % (epoch {best["epoch"]})'))
     if 'latency' in run.header:
-        rows.append(('target', f'{run.header["latency"]["target"]:.4f} {run.header["latency"]["unit"]}'))
+        about = run.header['latency']
+        given = f' ({about["given"]})' if str(about.get('given', '')).endswith('%') else ''
+        rows.append(('target', f'{about["target"]:.4f} {about["unit"]}{given}'))
     if scaled := [line['latency'] for line in run.of('epoch') if line.get('latency')]:
         rows.append(('current architecture', f'{scaled[-1]["after"]:.4f} {run.header["latency"]["unit"]} by the table'))
     for line in run.of('latency'):
