@@ -46,10 +46,10 @@ if [ -z "$imagenet" ]; then
     echo '== 2/6 latency table of this machine, at 32 pixels (40 s)'
     "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 40 --save_path $demo/latency.pkl
 
-    echo '== 3/6 search (5 minutes): 4 epochs train the largest operators, 2 all of them, 6 choose'
+    echo '== 3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
-        --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 12 --warmup_epochs 6 \
-        --largest_epochs 4 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 --print_freq 25 \
+        --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 10 --warmup_epochs 5 \
+        --largest_epochs 3 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 --print_freq 25 \
         --save $demo --note demo
 
     echo '== 4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'

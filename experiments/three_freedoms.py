@@ -342,6 +342,7 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
         write_text(folder / f'{name}.txt', ''.join(f'{path} {label}\n' for path, label in few))
     timed = Run('timing', 0, args.target_lat)
     more = ['--train_list', folder / 'train.txt', '--val_list', folder / 'val.txt', '--epochs', 2, '--warmup_epochs', 1]
+    more += ['--largest_epochs', 0]
     scripts.once(folder, 'search', [*search_words(timed, folder, args), *more, '--print_freq', 1], 'searched model: ')
     draw_network(Run('timing', 0, args.target_lat, None), folder, table, args)
     words = train_words(folder / 'drawn.config', folder / 'train', 0, args)

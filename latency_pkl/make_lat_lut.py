@@ -48,7 +48,7 @@ from latency_pkl.kit import (
 )
 from latency_pkl.measured import errors_of, measured_table
 from latency_pkl.runtimes import engine_of_table, standard_of
-from latency_pkl.sampling import launch_of, random_config, tf32_of
+from latency_pkl.sampling import launch_of, random_config, reference_config, tf32_of
 from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
 from models.config import fixed_layers, load_config, op_spec
 from models.describe import count_mult_adds, count_params

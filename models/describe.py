@@ -174,9 +174,9 @@ def mean_entropy(ops: Sequence[Sequence[float]]) -> float:
     Args:
         ops: probabilities [blocks][ops].
     """
-    probabilities = torch.tensor(ops, dtype=torch.float64)
-    most = math.log(probabilities.shape[1]) or 1.0  # a single operator has all
-    return torch.special.entr(probabilities).sum(1).mean().item() / most
+    most = [math.log(len(row)) or 1.0 for row in ops]  # a single operator has all
+    entropies = [torch.special.entr(torch.tensor(row, dtype=torch.float64)).sum().item() for row in ops]
+    return sum(entropy / limit for entropy, limit in zip(entropies, most, strict=True)) / len(ops)
 
 
 def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:

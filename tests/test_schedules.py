@@ -17,7 +17,7 @@ def test_entropy_by_hand():
     assert mean_entropy([[0.0, 1.0], [0.5, 0.5]]) == pytest.approx(0.5)
     one = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / math.log(3)
     assert mean_entropy([[0.9, 0.1, 0.0]]) == pytest.approx(one)
-    assert mean_entropy([[1.0], [1.0]]) == 0
+    assert mean_entropy([[1.0], [0.5, 0.5], [0.25] * 4]) == pytest.approx(2 / 3)
 
 
 def arguments(**changes):
@@ -45,9 +45,9 @@ def test_the_temperature_falls_as_far_in_any_number_of_epochs(epochs):
 
 def test_the_rate_of_the_architecture_falls_with_the_number_of_steps():
     rates = [default_a_lr(steps) for steps in (0, 200, 1_000, 10_000, 60_000, 127_760, 10**6)]
-    assert rates[:2] == [0.05, 0.05] and rates[-2:] == [0.01, 0.01]
+    assert rates[:2] == [0.2, 0.2] and rates[-2:] == [0.01, 0.01]
     assert sorted(rates, reverse=True) == rates and len(set(rates)) == 5
-    assert default_a_lr(127_760 // 16) == 0.02  # the fourth root of 16
+    assert default_a_lr(127_760 // 16) == 0.04  # the square root of 16
 
 
 def test_values_that_are_given_win_and_are_kept():
@@ -73,7 +73,7 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 0.05 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 0.2 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
