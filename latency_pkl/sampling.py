@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -145,7 +146,9 @@ def log_network_latency(
     """
     meta, standard, batch_size, launch = config.meta, None, None, 'eager'
     torch.set_num_threads(1)
-    if meta.table:
+    if meta.table and not Path(meta.table).is_file():
+        logger.log('%s, the table of the config, is not there: the latency is not relative to it', meta.table)
+    elif meta.table:
         try:
             table = load_table(meta.table, img_size, space, lambda _: None)
             if table.unit == 'ms' and table.is_of(device_name(device)):

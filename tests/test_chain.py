@@ -120,6 +120,11 @@ def test_the_printed_commands_lead_from_photographs_to_an_exported_file(photos, 
         texts = {entry.key: json.loads(entry.value) for entry in onnx.load(exported).metadata_props}
         assert (texts['img_size'], texts['class_names'], texts['mean'][0]) == (32, NAMES, 0.485)
 
+    table.unlink()
+    words = ['--config_path', search / 'model.config', '--print_lat']
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 2
+    assert f'{table}, the latency table of {search / "model.config"}, is not there' in capsys.readouterr().err
+
     # without a list, the images of the training's folder are those that it left for validation
     words = ['--config_path', training / 'model.config', '--weights', training / 'model_best.pth.tar']
     assert run_here(monkeypatch, 'test.py', [*words, '--val_root', photos]) == 0
@@ -264,7 +269,7 @@ def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tm
     path.unlink()
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     assert (
-        given[1] == (1, 32, None) and 'table of the config is not used' in said[1] and 'by the clock alone' in said[2]
+        given[1] == (1, 32, None) and 'table of the config, is not there' in said[1] and 'by the clock alone' in said[2]
     )
 
 
