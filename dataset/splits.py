@@ -355,8 +355,9 @@ def _check_pair(args) -> None:
 
 
 def is_imagenet(root: str | Path) -> bool:
-    """Return whether the default lists of a search are of this folder: it has some of their classes or images."""
-    if any((Path(root) / name).is_dir() for name in read_classes(CLASSES)):
+    """Return whether the default lists of a search are of this folder: it has half of their classes, or their images."""
+    names = read_classes(CLASSES)
+    if 2 * sum((Path(root) / name).is_dir() for name in names) >= len(names):
         return True
     return Path(TRAIN_LIST).is_file() and (Path(root) / parse_list(TRAIN_LIST)[0][0]).is_file()
 

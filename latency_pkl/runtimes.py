@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -355,7 +356,9 @@ def log_network_latency(
     """
     meta, engine, standard, launch = config.meta, Engine('torch', None, device), None, 'eager'
     batch_size, threads = 32 if device.type == 'cuda' else 1, 1
-    if meta.table:
+    if meta.table and not Path(meta.table).is_file():
+        logger.log('%s, the table of the config, is not there: the latency is not relative to it', meta.table)
+    elif meta.table:
         try:
             table = load_table(meta.table, img_size, space, lambda _: None)
             if table.unit == 'ms':

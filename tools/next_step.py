@@ -1,6 +1,5 @@
 """The command of the next step (search, parse, train, test, export), for the end of each script."""
 
-import os
 import shlex
 import shutil
 import sys
@@ -45,7 +44,7 @@ def command(script: str, flags: Mapping[str, Any]) -> str:
 
 def suggest(what: str, script: str, flags: Mapping[str, Any], log: Callable[[str], object] = print) -> None:
     """Log the command of the next step, on lines of its own. `what`: the step."""
-    log(f'next, {what}:{os.linesep}{command(script, flags)}')
+    log(f'next, {what}:\n{command(script, flags)}')
 
 
 def changed(args, *names: str, **usual: Any) -> dict[str, Any]:
