@@ -8,6 +8,7 @@ The most probable network of a search that meets a target; several targets; and 
 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 12 15 18
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
+    python parsing_model.py --model_path searched.pth.tar --lookup_path phone.pkl --target_lat 15 --timings found.csv
 """
 
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from latency_pkl.kit import fit_to_timings, found_networks, read_timings
 from latency_pkl.sampling import build_network, launch_of, standard_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
@@ -53,6 +55,9 @@ def get_args(argv=None):
     parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
+    parser.add_argument(
+        '--timings', metavar='CSV', help='with --target_lat: correct the fit by times of found networks on their device'
+    )
     parser.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
     parser.add_argument(
         '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
@@ -131,10 +136,14 @@ def fitted_configs(args, save_path, num_classes, table, device):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     state, masks = load_search_checkpoint(args.model_path, SPACE)
     path, widths, targets = Path(save_path), mask_widths(masks), [table.target(text, SPACE) for text in args.target_lat]
+    found = found_networks(read_timings(args.timings), table) if args.timings else []
     for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
-        if args.fit_measured:
+        if args.timings:
+            fit_at = partial(fit, state, widths, table, num_classes=num_classes, divisor=args.width_divisor)
+            yield one, fit_to_timings(fit_at, table, SPACE, target, found)
+        elif args.fit_measured:
             yield one, fit_to_clock(state, widths, table, target, num_classes, args, device)
         else:
             yield one, fit(state, widths, table, target, num_classes, args.width_divisor)[1]
@@ -174,6 +183,8 @@ def main(args):
         raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
+    if args.timings and (not args.target_lat or args.fit_measured or table.unit != 'ms'):
+        raise BadInput('--timings needs a --target_lat and a table in ms, and no --fit_measured')
     if args.fit_measured and table.unit != 'ms':
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
