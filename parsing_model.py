@@ -14,6 +14,8 @@ The most probable network of a search that meets a target; several targets; and 
         --lookup_path table.pkl --target_lat 12 15 18
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path table.pkl --target_lat 60% --fit_measured
+    python parsing_model.py --model_path searched.pth.tar \\
+        --lookup_path phone.pkl --target_lat 15 --timings found.csv
 
 A random network of the same latency, to compare it with:
 
@@ -23,6 +25,7 @@ A random network of the same latency, to compare it with:
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import tools.needed  # noqa: F401  # isort: skip
@@ -32,6 +35,7 @@ from dataset.images import MEAN, STD
 from dataset.lists import parse_list
 from dataset.loaders import USUAL_SIZE
 from dataset.splits import training_flags
+from latency_pkl.kit import fit_to_timings, found_networks, read_timings
 from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, random_probabilities, reference_config, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
@@ -110,6 +114,9 @@ def get_args(argv=None):
         help="widths are multiples of it, those of a --config_path rounded up; default with --target_lat: the table's",
     )
     latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
+    latency.add_argument(
+        '--timings', metavar='CSV', help='with --target_lat: correct the fit by times of found networks on their device'
+    )
     parser.groups['hardware'].add_argument(
         '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
     )
@@ -196,9 +203,13 @@ def fitted_configs(args, paths, found, table, engine):
         state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
     targets = [table.target(text, SPACE) for text in args.target_lat]
     num_classes, divisor = found.classifier.out_features, args.width_divisor or table.width_divisor
+    timed = found_networks(read_timings(args.timings), table) if args.timings else []
     for path, text, target in zip(paths, args.target_lat, targets, strict=True):
         print(f'Target: {target:.4f} {table.unit}')
-        if args.fit_measured:
+        if args.timings:
+            fit_at = partial(fit, state, widths, table, num_classes=num_classes, divisor=divisor)
+            config = fit_to_timings(fit_at, table, SPACE, target, timed)
+        elif args.fit_measured:
             config = fit_to_clock(state, widths, table, target, num_classes, args, engine)
         else:
             config = fit(state, widths, table, target, num_classes, divisor)[1]
@@ -307,8 +318,11 @@ def main(args):
         check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])
     args, table, meta = settle_flags(args, found, is_config)
     found = replace(found, meta=meta)
-    if args.fit_measured and table.unit != 'ms':
-        raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
+    if args.timings and (not args.target_lat or args.fit_measured):
+        raise BadInput('--timings needs a --target_lat and no --fit_measured')
+    if (args.fit_measured or args.timings) and table.unit != 'ms':
+        flag = '--timings' if args.timings else '--fit_measured'
+        raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
     if table and (note := device_note(table, args.lookup_path, device_name(device))):
         print(note)
     measures = args.print_lat or args.fit_measured

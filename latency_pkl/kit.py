@@ -6,15 +6,16 @@ import math
 import random
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from latency_pkl.fit import Fit
-from latency_pkl.fit_whole import fit_whole, wild_timings
+from latency_pkl.fit_whole import FAR, fit_whole, wild_timings
 from latency_pkl.sampling import reference_config
-from models.config import NetworkConfig, build_config, unique_keys
+from models.config import NetworkConfig, build_config, load_config, unique_keys
 from models.latency import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS, LatencyTable
 from models.onnx_graph import save_onnx, to_onnx
 from models.search_space import Arch, SearchSpace
@@ -76,10 +77,11 @@ def kit_networks(
     """Return networks by name: the reference, those for the fit, then those that are held back from it.
 
     In those for the fit, each block has each operator about equally often, in all parts of its range of widths; half
-    of the stages have full depth. Those that are held back are uniform draws. All widths are multiples of `divisor`.
+    of the stages have full depth. Those that are held back are uniform draws. Widths are multiples of `divisor`, except
+    in the reference, which is not fitted either.
     """
     decks = _Decks(rng)
-    networks = {REFERENCE: _aligned(reference_config(num_classes, space), divisor)}
+    networks = {REFERENCE: reference_config(num_classes, space)}
     for number in range(count):
         arch: Arch = {}
         held_back = number >= count - held_back_of(count)
@@ -115,15 +117,6 @@ class _Decks:
         if not deck:
             deck += self.rng.sample(items, len(items))
         return deck.pop()
-
-
-def _aligned(config: NetworkConfig, divisor: int) -> NetworkConfig:
-    """Return a config with widths rounded up to multiples."""
-
-    def up(spec):
-        return replace(spec, mid_channels=-(-spec.mid_channels // divisor) * divisor)
-
-    return replace(config, stages={name: list(map(up, specs)) for name, specs in config.stages.items()})
 
 
 def _multiple(width: float, low: int, high: int, divisor: int) -> int:
@@ -206,6 +199,17 @@ def _zip(folder: Path, file) -> None:
             archive.write(path, path.relative_to(folder.parent))
 
 
+class Row(NamedTuple):
+    """A line of timings."""
+
+    line: int
+    name: str
+    """The network's file without folder and suffix."""
+    ms: float
+    file: str
+    """The name as written."""
+
+
 @dataclass(frozen=True)
 class Timings:
     """A file of timings."""
@@ -213,12 +217,11 @@ class Timings:
     path: Path
     meta: dict[str, str]
     """Its lines '# name: value'."""
-    rows: list[tuple[int, str, float]]
-    """(number of the line, name of the network, ms)"""
+    rows: list[Row]
 
-    def where(self, line: int) -> str:
-        """Return the place of a line."""
-        return f'{self.path}, line {line}'
+    def where(self, row: Row) -> str:
+        """Return the place of a row, and its network."""
+        return f'{self.path}, line {row.line}: {row.name}'
 
     def setting(self, name: str, usual: int) -> int:
         """Return a whole number of its meta lines.
@@ -265,7 +268,7 @@ def read_timings(path: str | Path, log: Callable[[str], object] = print) -> Timi
         elif name in seen:
             log(f'{path}, line {number}: {name} is there already, in line {seen[name]}; left out')
         else:
-            rows.append((number, name, ms))
+            rows.append(Row(number, name, ms, cells[0]))
             seen[name] = number
     return Timings(path, meta, rows)
 
@@ -325,22 +328,22 @@ def timed_table(
     if timings.meta.get('kit', kit.settings['kit']) != kit.settings['kit']:
         raise BadInput(f'{timings.path}: timings of another kit; --kit names the folder of their networks.json')
     img_size, divisor = kit.settings['img_size'], kit.settings['width_divisor']
-    known = [row for row in timings.rows if row[1] in kit.networks]
-    for line, name, _ in timings.rows:
-        if name not in kit.networks:
-            log(f'{timings.where(line)}: no network of the kit is named {name}; left out')
-    if absent := sorted(kit.networks.keys() - {name for _, name, _ in known}):
+    known = [row for row in timings.rows if row.name in kit.networks]
+    for row in timings.rows:
+        if row.name not in kit.networks:
+            log(f'{timings.where(row)} is no network of the kit; left out')
+    if absent := sorted(kit.networks.keys() - {row.name for row in known}):
         some = f'{", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}'
         log(f'{timings.path}: {len(absent)} networks have no timing: {some}')
     check_unit(timings, known, img_size)
-    timed = [(kit.networks[name], ms) for _, name, ms in known]
+    timed = [(kit.networks[row.name], row.ms) for row in known]
     wild = wild_timings(timed, img_size, space) if len(timed) >= LEAST_FITTED else {}
     for i, expected in wild.items():
-        line, name, ms = known[i]
-        unit = '; is it in seconds?' if 300 < expected / ms < 3000 else ''
-        log(f'{timings.where(line)}: {name} took {ms:.5g} ms, {expected:.5g} by all others{unit}; left out')
-    good = [(name, *timed[i]) for i, (_, name, _) in enumerate(known) if i not in wild]
-    fitted, unseen = ([one[1:] for one in good if (one[0] in kit.held_back) == held] for held in (False, True))
+        unit = '; is it in seconds?' if 300 < expected / known[i].ms < 3000 else ''
+        log(f'{timings.where(known[i])} took {known[i].ms:.5g} ms, by all others {expected:.5g}{unit}; left out')
+    good = {row.name: timed[i] for i, row in enumerate(known) if i not in wild}
+    unseen = [one for name, one in good.items() if name in kit.held_back]
+    fitted = [one for name, one in good.items() if name not in kit.held_back and name != REFERENCE]
     if len(fitted) < LEAST_FITTED or len(unseen) < LEAST_HELD_BACK:
         raise BadInput(
             f'{timings.path}: {len(fitted)} good timings for the fit and {len(unseen)} of networks that are held back;'
@@ -352,7 +355,6 @@ def timed_table(
     mean, worst, bias = float(np.abs(errors).mean()), float(np.abs(errors).max()), float(errors.mean())
     log(f'{len(fitted)} networks fitted; {len(known) - len(good)} wild timings left out')
     log(f'Against {len(unseen)} held-back networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
-    reference = {name: ms for name, _, ms in good}.get(REFERENCE)
     meta = {
         'unit': 'ms',
         'device': note or timings.meta.get('device', 'unknown'),
@@ -370,15 +372,109 @@ def timed_table(
         'seed': kit.settings['seed'],
     }
     meta |= {'threads': timings.setting('threads', 1)} if 'threads' in timings.meta else {}
-    return fit, meta | ({'kit_reference_ms': reference} if reference else {})
+    return fit, meta | ({'kit_reference_ms': good[REFERENCE][1]} if REFERENCE in good else {})
 
 
-def check_unit(timings: Timings, rows: Sequence[tuple[int, str, float]], img_size: int) -> None:
+def check_unit(timings: Timings, rows: Sequence[Row], img_size: int) -> None:
     """Raise BadInput if most timings are not plausible in ms."""
     if not rows:
         raise BadInput(f'{timings.path}: has no timing of a network of the kit; expected lines such as net_000,14.2')
-    usual = float(np.median([ms for _, _, ms in rows]))
+    usual = float(np.median([row.ms for row in rows]))
     slowest = MOST_PLAUSIBLE_MS * max(img_size / 224, 1) ** 2
     if not LEAST_PLAUSIBLE_MS / 2 <= usual <= slowest:
         unit = 'microseconds' if usual > slowest else 'seconds'
         raise BadInput(f'{timings.path}: a usual network takes {usual:.5g} ms; are these {unit}? Timings are in ms')
+
+
+SAME_SETTING = ('batch_size', 'threads', 'img_size', 'num_classes')
+"""Settings that timings must share with a table for the reference networks of both to be compared."""
+
+CLOSE = 1e-3
+"""Change of a correction, as a share of it, at which a fit to timings ends."""
+
+
+class Found(NamedTuple):
+    """A found network that was timed."""
+
+    config: NetworkConfig
+    predicted: float
+    """Its latency in the table, ms."""
+    ms: float
+
+
+def found_networks(timings: Timings, table: LatencyTable, log: Callable[[str], object] = print) -> list[Found]:
+    """Return the networks of timings with their latencies in a table.
+
+    A line names a network of the kit beside it, or a config file: relative to the timings, or to the current folder. If
+    the reference network was timed too, in the setting of the table, times are at its speed when the table was made.
+
+    Raises:
+        BadInput: no line names a network, or a file is no config of the table's space.
+    """
+    beside = timings.path.parent
+    networks = read_kit(beside).networks if (beside / 'networks.json').exists() else {}
+    slowness, found = _slowness(timings, table), []
+    if slowness != 1:
+        log(f'The device takes {slowness:.3f} times as long as when its table was made; corrected for')
+    for row in timings.rows:
+        if row.name == REFERENCE:
+            continue
+        files = [folder / Path(row.file).with_name(f'{row.name}.config') for folder in (beside, Path())]
+        file = next((file for file in files if file.exists()), None)
+        if row.name not in networks and not file:
+            log(f'{timings.where(row)}: no such config, neither {files[0]} nor {files[1]}; left out')
+            continue
+        config = networks.get(row.name) or load_config(file)
+        predicted = table.of_config(config)
+        if not 1 / FAR < row.ms / slowness / predicted < FAR:
+            log(f'{timings.where(row)} took {row.ms:.5g} ms, by the table {predicted:.5g}; left out')
+            continue
+        found.append(Found(config, predicted, row.ms / slowness))
+    if not found:
+        raise BadInput(f'{timings.path}: has no timing of a found network; expected lines such as found.config,14.2')
+    return found
+
+
+def _slowness(timings: Timings, table: LatencyTable) -> float:
+    """Return the time of the reference network over that in a table; 1 if one of them is unknown."""
+    now = next((row.ms for row in timings.rows if row.name == REFERENCE), None)
+    then = table.meta.get('kit_reference_ms')
+    same = all(timings.meta.get(name) == str(table.meta.get(name)) for name in SAME_SETTING)
+    return now / then if now and same and isinstance(then, (int, float)) and 0 < then < math.inf else 1.0
+
+
+def fit_to_timings(
+    fit: Callable[[float], tuple[Arch, NetworkConfig, float]],
+    table: LatencyTable,
+    space: SearchSpace,
+    target: float,
+    found: Sequence[Found],
+    log: Callable[[str], object] = print,
+) -> NetworkConfig:
+    """Fit a network to a target, corrected by the times of networks that were found before.
+
+    Networks of one architecture take the same time relative to the table. So their mean ratio corrects the aim; that of
+    all timed networks does if none of them has the architecture.
+
+    Args:
+        fit: from a latency in the table to the network that meets it, as (architecture, config, latency).
+    """
+    ratios: dict[tuple, list[float]] = {}
+    for one in found:
+        ratios.setdefault(_architecture(one.config, table.img_size), []).append(one.ms / one.predicted)
+    usual = float(np.mean([one.ms / one.predicted for one in found]))
+    least, _, most = table.reach(space)
+    ratio = usual
+    for _ in range(len(ratios) + 1):
+        _, config, predicted = fit(min(max(target / ratio, least), most))
+        own = ratios.get(_architecture(config, table.img_size))
+        before, ratio = ratio, float(np.mean(own)) if own else usual
+        if abs(ratio / before - 1) <= CLOSE:
+            break
+    count = f'{len(own)} timings of this architecture' if own else f'{len(found)} timings, none of this architecture'
+    log(f'Corrected by {count}: {predicted:.4f} ms in the table, {ratio * predicted:.4f} ms expected')
+    return config
+
+
+def _architecture(config: NetworkConfig, img_size: int) -> tuple[str, ...]:
+    return tuple(key for _, _, key in config.table_keys(img_size))

@@ -228,6 +228,7 @@ def main(args):
         'threads': args.threads,
         'batch_size': args.batch_size or kit['batch_size'],
         'img_size': kit['img_size'],
+        'num_classes': kit['num_classes'],
         'kit': kit['kit'],
     }
     turns = load_turns(args, settings)

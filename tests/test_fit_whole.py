@@ -11,7 +11,7 @@ from latency_pkl.sampling import random_config
 from models.latency import LatencyTable
 from models.search_space import SPACE
 
-TRUTH = LatencyTable(1.0, physical_curves(32), {}, 32)
+TRUTH = LatencyTable(0.1, physical_curves(32), {}, 32)
 
 
 def timed(count, noise, seed=0, ends=True):
@@ -26,7 +26,7 @@ def errors(fit, networks):
     return np.array([table.of_config(config) / ms - 1 for config, ms in networks])
 
 
-@pytest.mark.parametrize(('noise', 'mean', 'worst'), [(0.0, 0.002, 0.006), (0.01, 0.006, 0.02), (0.03, 0.015, 0.05)])
+@pytest.mark.parametrize(('noise', 'mean', 'worst'), [(0.0, 0.004, 0.012), (0.01, 0.011, 0.035), (0.03, 0.02, 0.07)])
 def test_unseen_networks_are_predicted_from_a_hundred_whole_times(noise, mean, worst):
     fit = fit_whole(timed(100, noise), 32, SPACE)
     off = errors(fit, timed(40, 0.0, seed=1, ends=False))
