@@ -204,9 +204,7 @@ def scale_to_target(state, table, target, limits, args, log):
             least, most = latency_range(first, table, SPACE, args.width_divisor)
             within = ' within the limits' if limits and least <= target <= most else ''
             log('The most probable architecture reaches %.4f to %.4f: not the target lat%s.', least, most, within)
-            log(
-                'The most probable one that can meet it is current; given up in log-probability: %.4f', more['given_up']
-            )
+            log('The most probable one that can meet it is current; given up in log-probability: %.4f', *more.values())
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
@@ -228,9 +226,7 @@ def read_table(args, world):
         print(notes[-1], flush=True)
     check_divisor(args.width_divisor, SPACE)
     if args.limit and 'width' not in args.freedoms:
-        raise BadInput(
-            f'--limit {args.limit[0]}: widths must be free to keep it; leave it out, or give --freedoms width'
-        )
+        raise BadInput(f'--limit {args.limit[0]}: fixed widths cannot keep it; leave it out, or give --freedoms width')
     return table, table.target(args.target_lat, SPACE), notes
 
 

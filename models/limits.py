@@ -1,18 +1,20 @@
 """Limits beside the target: `--limit TABLE=VALUE`, counted tables, and whether target and limits can be met."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.config import ConvSpec, MBSpec, fixed_layers, op_spec
+from models.config import ConvSpec, MBSpec, NetworkConfig, fixed_layers, op_spec
 from models.describe import count_mult_adds, count_params, describe_table
 from models.latency import LatencyTable, Limit, load_table
 from models.layers import ConvLayer, MBInvertedResBlock
+from models.parsing import parse_architecture
 from models.search_space import Arch, Block, Op, SearchSpace, Widths, after_stride
-from models.targeting import is_reachable, target_range
+from models.targeting import is_reachable, log_probability, target_range
 from tools.errors import BadInput
 
 COUNTED = {'macs': 'M MACs', 'params': 'M parameters'}
@@ -159,6 +161,29 @@ def log_limits(
         for when, total in zip(('Before', 'After'), totals, strict=True):
             log('%s, the current %s: %.4f, at most: %.4f', when, limit.name, total, limit.value)
     return found
+
+
+def describe_fit(
+    arch: Arch,
+    config: NetworkConfig,
+    state: Mapping[str, Tensor],
+    table: LatencyTable,
+    target: float,
+    limits: Sequence[Limit],
+    space: SearchSpace,
+) -> dict:
+    """Return what a target costs.
+
+    Args:
+        state: has log_alphas and betas, names without `module.`.
+
+    Returns:
+        'target' and 'latency' in the table's unit, the log-probability 'given_up', and by name the share of each limit
+        that is 'used'.
+    """
+    lost = log_probability(parse_architecture(state, space), state, space) - log_probability(arch, state, space)
+    used = {limit.name: limit.table.of_config(config) / limit.value for limit in limits}
+    return {'target': target, 'latency': table.of_config(config), 'given_up': lost, 'used': used}
 
 
 def describe_limits(limits: Sequence[Limit], space: SearchSpace) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def scaled(state, table, target, freedoms=('operator', 'width'), divisor=1):
     args = argparse.Namespace(freedoms=freedoms, width_divisor=divisor)
     searched = argparse.Namespace(full=state, masks=start_masks(SMALL_SPACE))
     found = train_search.scale_to_target(
-        searched, table, target, args, lambda text, *values: lines.append(text % values)
+        searched, table, target, (), args, lambda text, *values: lines.append(text % values)
     )
     return found, lines
 
