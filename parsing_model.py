@@ -17,13 +17,17 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path phone.pkl --target_lat 15 --timings found.csv
 
+Within limits in other tables; several targets then also draw what each costs:
+
+    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl \\
+        --target_lat 20% 40% 60% --limit params=5 --limit phone.pkl=40
+
 A random network of the same latency, to compare it with:
 
     python parsing_model.py --random 1 --lookup_path table.pkl \\
         --target_lat 60% --fit_measured
 """
 
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,14 +39,15 @@ from dataset.images import MEAN, STD
 from dataset.lists import parse_list
 from dataset.loaders import USUAL_SIZE
 from dataset.splits import training_flags
-from latency_pkl.kit import fit_to_timings, found_networks, read_timings
+from latency_pkl.closed_loop import Fitter, fit_to_clock, fit_to_timings
+from latency_pkl.kit import found_networks, read_timings
 from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, random_probabilities, reference_config, tf32_of
-from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
-from models.config import build_config, dump_config
+from latency_pkl.timing import ROUNDS, host_note, measure_latency
+from models.config import dump_config
 from models.describe import count_mult_adds, count_params
-from models.elasticity import fit_widths
 from models.latency import device_note, load_table
+from models.limits import check_reachable, describe_fit, read_limits
 from models.model_eval import NetworkEval
 from models.parsing import (
     USUAL_CLASSES,
@@ -54,7 +59,6 @@ from models.parsing import (
 )
 from models.search_space import SPACE
 from models.table_files import table_size
-from models.targeting import most_probable
 from tools.distributed import pick_device
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
@@ -66,6 +70,7 @@ from tools.options import (
     Parser,
     add_arch_args,
     add_device_arg,
+    add_limit_arg,
     add_runtime_args,
     add_size_arg,
     class_count,
@@ -73,10 +78,8 @@ from tools.options import (
     project_file,
     run_script,
 )
+from tools.report.draw import save_figure
 from tools.settle import settle, with_flags
-
-MEASURED_ROUNDS = 4
-MEASURED_CLOSE = 0.005
 
 
 def get_args(argv=None):
@@ -113,6 +116,7 @@ def get_args(argv=None):
         type=count(),
         help="widths are multiples of it, those of a --config_path rounded up; default with --target_lat: the table's",
     )
+    add_limit_arg(parser)
     latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
     latency.add_argument(
         '--timings', metavar='CSV', help='with --target_lat: correct the fit by times of found networks on their device'
@@ -131,6 +135,15 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.rounds and not (args.print_lat or args.fit_measured):
         parser.error(f'--rounds {args.rounds} is of measured latencies: give --print_lat or --fit_measured too')
+    fits = {'--random': args.random is not None, '--fit_measured': args.fit_measured, '--timings': args.timings}
+    for flag in (flag for flag, given in fits.items() if given and not args.target_lat):
+        parser.error(f'{flag} needs a --target_lat')
+    if args.timings and args.fit_measured:
+        parser.error('--timings corrects the fit by times that are there: leave out --fit_measured')
+    if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
+        parser.error(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
+    if args.target_lat and names_config(args):
+        parser.error('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     return args
 
 
@@ -139,81 +152,41 @@ def names_config(args):
     return bool(args.config_path) or args.random is None and is_config_file(args.model_path)
 
 
-def fit(state, widths, table, target, num_classes, divisor):
-    """Return the most probable network that meets a latency in the table: (architecture, config, that latency)."""
-    arch = most_probable(state, table, SPACE, target, divisor)
-    config = build_config(arch, fit_widths(arch, widths, table, SPACE, target, divisor), num_classes, SPACE)
-    return arch, config, table.of_config(config)
-
-
-def fit_to_clock(state, widths, table, target, num_classes, args, engine):
-    """`fit`, corrected by the measured time of the network until that meets the target; prints each round.
-
-    Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
-    after a timing that does not fit with its pool, the network is timed again. Returns the network whose pooled latency
-    is nearest to the target, standard error included.
-    """
-    batch_size = table.setting('batch_size', 32 if engine.device.type == 'cuda' else 1)
-    launch = launch_of(table, engine.clock)
-    standard = standard_of(table, batch_size, engine, launch)
-    least, _, most = table.reach(SPACE)
-    aim, timed, seconds = target, {}, 0.0
-    for number in range(1, 2 * MEASURED_ROUNDS + 1):
-        divisor = args.width_divisor or table.width_divisor
-        arch, config, predicted = fit(state, widths, table, aim, num_classes, divisor)
-        build = engine.build(config, number, args.img_size, batch_size)
-        usual = f'about {seconds:.0f} s' if seconds else 'usually 15 to 40 s'
-        print(f'Round {number}: a network of predicted {predicted:.4f} ms is timed, {usual}', flush=True)
-        start = time.monotonic()
-        measured = measure_latency(build, batch_size, args.img_size, engine.clock, standard, args.rounds, launch)
-        seconds = time.monotonic() - start
-        timed.setdefault(str(arch), []).append((config, predicted, measured))
-        pools = {arch: pool_timings([timing[1:] for timing in timings]) for arch, timings in timed.items()}
-        own = pools[str(arch)]
-        outlier = '' if own.fits[-1] else ', does not fit with the others'
-        note = host_note(measured, launch)
-        print(f'Round {number}: predicted {predicted:.4f}, measured {measured}{note}, target {target:.4f} ms{outlier}')
-        choices = [
-            (abs(pools[arch].ratio * ms / target - 1), arch, one) for arch in timed for one, ms, _ in timed[arch]
-        ]
-        off, nearest, config = min(choices, key=lambda choice: choice[0] + pools[choice[1]].error)
-        pool = pools[nearest]
-        rounds = MEASURED_ROUNDS + sum((~one.fits).sum() for one in pools.values())
-        if not outlier:
-            if pool.fits.sum() > 1 and (off <= MEASURED_CLOSE or number >= rounds):
-                break
-            aim = min(max(target / own.ratio, least), most)
-    print(
-        f'Measured latency is within {100 * off:.2f} % of the target, standard error {100 * pool.error:.2f} % '
-        f'(mean over {pool.fits.sum() or len(pool.fits)} of {number} rounds)'
-    )
-    if max(off, pool.error) > MEASURED_CLOSE:
-        print(f'This misses the goal of {100 * MEASURED_CLOSE:g} %: timings differed too much, or no width is nearer')
-    return config
-
-
-def fitted_configs(args, paths, found, table, engine):
-    """Yield (path, config) for each target, with the meta of `found`."""
-    if names_config(args):
-        raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
+def fitted_configs(args, paths, found, table, engine, limits):
+    """Yield (path, config) for each target, with the meta of `found`. Several targets within limits are drawn."""
     if args.random is None:
         state, masks = load_search_checkpoint(args.model_path, SPACE)
         widths = mask_widths(masks)
     else:
         state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
     targets = [table.target(text, SPACE) for text in args.target_lat]
-    num_classes, divisor = found.classifier.out_features, args.width_divisor or table.width_divisor
-    timed = found_networks(read_timings(args.timings), table) if args.timings else []
+    divisor = args.width_divisor or table.width_divisor
+    for target in targets:
+        check_reachable(table, SPACE, target, divisor, limits)
+    fit = Fitter(state, widths, table, SPACE, found.classifier.out_features, divisor, limits)
+    timed, fits = found_networks(read_timings(args.timings), table) if args.timings else [], []
     for path, text, target in zip(paths, args.target_lat, targets, strict=True):
         print(f'Target: {target:.4f} {table.unit}')
         if args.timings:
-            fit_at = partial(fit, state, widths, table, num_classes=num_classes, divisor=divisor)
-            config = fit_to_timings(fit_at, table, SPACE, target, timed)
+            config = fit_to_timings(fit, target, timed)
         elif args.fit_measured:
-            config = fit_to_clock(state, widths, table, target, num_classes, args, engine)
+            config = fit_to_clock(fit, target, engine, args.rounds)
         else:
-            config = fit(state, widths, table, target, num_classes, divisor)[1]
+            arch, config, _ = fit(target)
+            fits.append(describe_fit(arch, config, state, table, target, limits, SPACE))
+            print(f'Given up in log-probability: {fits[-1]["given_up"]:.4f}')
         yield path, replace(config, meta=replace(found.meta, target=target, target_given=text, unit=table.unit))
+    if limits and len(fits) > 1:
+        draw_targets(fits, table.unit, Path(paths[0]))
+
+
+def draw_targets(fits, unit, path):
+    """Draw what each target costs, beside the configs."""
+    from tools.report.targets import targets_figure  # matplotlib takes a second to import
+
+    stem = path.stem.rpartition('_')[0]
+    pictures, _ = save_figure(partial(targets_figure, fits, unit), path.with_name(f'{stem}_targets'))
+    print(f'Pictures: {" ".join(map(str, pictures))}')
 
 
 def config_paths(save_path, targets):
@@ -224,7 +197,7 @@ def config_paths(save_path, targets):
     return [path.with_name(f'{path.stem}_{text.replace("%", "pc")}{path.suffix}') for text in targets]
 
 
-def report(path, config, table, args, engine):
+def report(path, config, table, args, engine, limits):
     """Write one config if there is a path for it, and print its size and latencies."""
     if table:
         config = replace(config, meta=replace(config.meta, predicted=table.of_config(config), unit=table.unit))
@@ -238,6 +211,10 @@ def report(path, config, table, args, engine):
         given = f' (given as {meta.target_given})' if meta.target_given else ''
         target = f'; target {meta.target:.4f} {table.unit}{given}' if meta.target else ''
         print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {args.lookup_path}{target}')
+    for limit in limits:
+        total = limit.table.of_config(config)
+        verdict = 'at most' if limit.holds(total) else 'above the limit of'
+        print(f'Limit {limit.name}: {total:.4f} {limit.table.unit} by the table, {verdict} {limit.value:.4f}')
     if args.print_lat:
         places = [('GPU', engine, 32), ('GPU', engine, 1)] if engine.device.type == 'cuda' else []
         if engine.runtime == 'torch' or not places:
@@ -302,12 +279,6 @@ def main(args):
     device = pick_device(args.device)
     is_config = names_config(args)
     save_path = args.save_path or (None if is_config else 'model.config')
-    if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
-        raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
-    if args.random is not None and not args.target_lat:
-        raise BadInput('--random needs a --target_lat')
-    if args.fit_measured and not args.target_lat:
-        raise BadInput('--fit_measured needs a --target_lat')
     paths = config_paths(save_path, args.target_lat)
     if args.random is None:
         found = load_architecture(args.model_path or args.config_path, args.num_classes, SPACE)
@@ -318,8 +289,6 @@ def main(args):
         check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])
     args, table, meta = settle_flags(args, found, is_config)
     found = replace(found, meta=meta)
-    if args.timings and (not args.target_lat or args.fit_measured):
-        raise BadInput('--timings needs a --target_lat and no --fit_measured')
     if (args.fit_measured or args.timings) and table.unit != 'ms':
         flag = '--timings' if args.timings else '--fit_measured'
         raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
@@ -329,14 +298,17 @@ def main(args):
     engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
     set_tf32(tf32_of(table) if table else True)
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
-    configs = fitted_configs(args, paths, found, table, engine) if args.target_lat else [(save_path, found)]
-    if args.width_divisor and not args.target_lat:
+    limits = read_limits(args.limit, args.img_size, found.classifier.out_features, SPACE)
+    configs = [(save_path, found)]
+    if args.target_lat:
+        configs = fitted_configs(args, paths, found, table, engine, limits)
+    elif args.width_divisor:
         print('Widths as given:')
-        report(None, found, table, args, engine)
+        report(None, found, table, args, engine, limits)
         print(f'Widths rounded up to multiples of {args.width_divisor}:')
         configs = [(save_path, found.rounded_up(args.width_divisor))]
     for path, config in configs:
-        report(path, config, table, args, engine)
+        report(path, config, table, args, engine, limits)
     if save_path:
         suggest_training(paths[0], args)
 

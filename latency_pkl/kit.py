@@ -389,9 +389,6 @@ def check_unit(timings: Timings, rows: Sequence[Row], img_size: int) -> None:
 SAME_SETTING = ('batch_size', 'threads', 'img_size', 'num_classes')
 """Settings that timings must share with a table for the reference networks of both to be compared."""
 
-CLOSE = 1e-3
-"""Change of a correction, as a share of it, at which a fit to timings ends."""
-
 
 class Found(NamedTuple):
     """A found network that was timed."""
@@ -441,40 +438,3 @@ def _slowness(timings: Timings, table: LatencyTable) -> float:
     then = table.meta.get('kit_reference_ms')
     same = all(timings.meta.get(name) == str(table.meta.get(name)) for name in SAME_SETTING)
     return now / then if now and same and isinstance(then, (int, float)) and 0 < then < math.inf else 1.0
-
-
-def fit_to_timings(
-    fit: Callable[[float], tuple[Arch, NetworkConfig, float]],
-    table: LatencyTable,
-    space: SearchSpace,
-    target: float,
-    found: Sequence[Found],
-    log: Callable[[str], object] = print,
-) -> NetworkConfig:
-    """Fit a network to a target, corrected by the times of networks that were found before.
-
-    Networks of one architecture take the same time relative to the table. So their mean ratio corrects the aim; that of
-    all timed networks does if none of them has the architecture.
-
-    Args:
-        fit: from a latency in the table to the network that meets it, as (architecture, config, latency).
-    """
-    ratios: dict[tuple, list[float]] = {}
-    for one in found:
-        ratios.setdefault(_architecture(one.config, table.img_size), []).append(one.ms / one.predicted)
-    usual = float(np.mean([one.ms / one.predicted for one in found]))
-    least, _, most = table.reach(space)
-    ratio = usual
-    for _ in range(len(ratios) + 1):
-        _, config, predicted = fit(min(max(target / ratio, least), most))
-        own = ratios.get(_architecture(config, table.img_size))
-        before, ratio = ratio, float(np.mean(own)) if own else usual
-        if abs(ratio / before - 1) <= CLOSE:
-            break
-    count = f'{len(own)} timings of this architecture' if own else f'{len(found)} timings, none of this architecture'
-    log(f'Corrected by {count}: {predicted:.4f} ms in the table, {ratio * predicted:.4f} ms expected')
-    return config
-
-
-def _architecture(config: NetworkConfig, img_size: int) -> tuple[str, ...]:
-    return tuple(key for _, _, key in config.table_keys(img_size))

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import SMALL_SPACE, physical_curves
 from latency_pkl import make_lat_lut, time_networks
+from latency_pkl.closed_loop import Fitter, fit_to_timings
 from latency_pkl.kit import (
     REFERENCE,
     Found,
-    fit_to_timings,
     found_networks,
     kit_networks,
     random_weights,
@@ -25,8 +26,7 @@ from latency_pkl.kit import (
     timed_table,
     write_kit,
 )
-from models.config import build_config, dump_config
-from models.elasticity import fit_widths
+from models.config import dump_config
 from models.latency import LatencyTable, load_table
 from models.search_space import SPACE
 from tools.errors import BadInput
@@ -361,18 +361,17 @@ def test_the_maker_writes_kits_and_tables(kit, tmp_path, capsys):
 
 
 def test_times_of_found_networks_correct_the_next_fit():
-    arch, log = {name: [2] * stage.depth for name, stage in zip(SPACE.stage_names, SPACE.stages, strict=True)}, []
-    table = LatencyTable(TRUTH.base, {key: 0.8 * curve for key, curve in TRUTH.curves.items()}, {}, 32)
+    log, table = [], LatencyTable(TRUTH.base, {key: 0.8 * curve for key, curve in TRUTH.curves.items()}, {}, 32)
 
-    def fit(aim):
-        config = build_config(arch, fit_widths(arch, SPACE.start_widths(), table, SPACE, aim), 10, SPACE)
-        return arch, config, table.of_config(config)
-
+    state = {f'{block.stage}.{block.name}.log_alphas': torch.eye(8)[2].log() for block in SPACE.blocks()}
+    for name, stage in zip(SPACE.stage_names, SPACE.stages, strict=True):
+        state[f'{name}.betas'] = torch.arange(float(len(stage.exit_depths)))
+    fit = Fitter(state, SPACE.start_widths(), table, SPACE, 10)
     target = 0.9 * table.of_config(fit(9.0)[1])
     first = fit(target)[1]
     assert TRUTH.of_config(first) > 1.05 * target
     found = [Found(first, table.of_config(first), TRUTH.of_config(first))]
-    config = fit_to_timings(fit, table, SPACE, target, found, log.append)
+    config = fit_to_timings(fit, target, found, log.append)
     assert TRUTH.of_config(config) == pytest.approx(target, rel=0.01)
     assert re.fullmatch(r'Corrected by 1 timings of this architecture: .* ms expected', log[0])
 

@@ -16,7 +16,7 @@ import torch
 
 import parsing_model
 from conftest import make_table, physical_curves
-from latency_pkl import make_lat_lut
+from latency_pkl import closed_loop, make_lat_lut
 from latency_pkl import measured as measuring
 from latency_pkl.measured import (
     LEAST_SAMPLES,
@@ -269,7 +269,8 @@ def card(monkeypatch):
     monkeypatch.setattr(measuring, 'time_turn', time_turn)
     monkeypatch.setattr(measuring, 'time_grid', lambda *_: NO_GRID)
     monkeypatch.setattr(make_lat_lut, 'measure_in_turns', measure_in_turns)
-    monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
+    for module in (parsing_model, closed_loop):
+        monkeypatch.setattr(module, 'measure_latency', measure_latency)
     clock = SimpleNamespace(monotonic=partial(next, itertools.count()), strftime=time.strftime)
     for module in (make_lat_lut, measuring):
         monkeypatch.setattr(module, 'time', clock)
@@ -365,8 +366,8 @@ def test_several_targets_give_several_configs(measured, searched, tmp_path, run_
     ).stdout
     targets = [float(t) for t in re.findall(r'Target: (\d+\.\d+) ms', out)]
     predicted = [float(t) for t in re.findall(r'Lat_LUT: (\d+\.\d+) ms', out)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['net_20%.config', 'net_45%.config']
-    for target, latency, share in zip(targets, predicted, ('20%', '45%'), strict=True):
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['net_20pc.config', 'net_45pc.config']
+    for target, latency, share in zip(targets, predicted, ('20pc', '45pc'), strict=True):
         assert 0.97 * target <= latency <= target + 1e-4
         config = load_config(tmp_path / f'net_{share}.config')
         assert all(s.mid_channels % 8 == 0 for blocks in config.stages.values() for s in blocks)
@@ -382,18 +383,18 @@ def fit_by(clock, searched, monkeypatch):
     Returns:
         The table's latency of the fitted network, the target, and the measured latencies.
     """
-    table, args = make_table(img_size=32), SimpleNamespace(width_divisor=1, img_size=32, rounds=1)
-    measured = []
+    table, measured = make_table(img_size=32), []
 
     def measure_latency(build, *_):
         measured.append(clock(len(measured), table.of_config(build.args[0])))
         return measured[-1]
 
-    monkeypatch.setattr(parsing_model, 'measure_latency', measure_latency)
+    monkeypatch.setattr(closed_loop, 'measure_latency', measure_latency)
     state, masks = load_search_checkpoint(searched, SPACE)
     least, _, most = table.reach(SPACE)
     target = (least + most) / 2
-    config = parsing_model.fit_to_clock(state, mask_widths(masks), table, target, 10, args, CPU)
+    fit = closed_loop.Fitter(state, mask_widths(masks), table, SPACE, 10)
+    config = closed_loop.fit_to_clock(fit, target, Engine('torch', None, CPU), 1)
     return table.of_config(config), target, [one.ms for one in measured]
 
 

@@ -249,6 +249,19 @@ def add_device_arg(parser: Parser) -> None:
     )
 
 
+def add_limit_arg(parser: Parser) -> None:
+    """Add --limit."""
+    parser.groups['latency'].add_argument(
+        '--limit',
+        action='extend',
+        nargs='+',
+        default=[],
+        metavar='TABLE=VALUE',
+        help='the network stays at or below VALUE in TABLE, another latency table, or params or macs (in millions); '
+        'VALUE may be a share such as 40%%; repeatable',
+    )
+
+
 def add_bad_images_arg(parser: Parser) -> None:
     """Add --bad_images."""
     parser.groups['data'].add_argument(
@@ -364,6 +377,7 @@ def add_search_args(parser: Parser) -> None:
     latency.add_argument(
         '--target_lat', metavar='MS', default='15.0', help='in ms; or a share of the reachable range, such as 60%%'
     )
+    add_limit_arg(parser)
     latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     latency.add_argument(
         '--width_divisor', type=count(), help="all widths stay multiples of it; default: the table's, or 1"
