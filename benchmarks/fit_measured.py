@@ -68,7 +68,7 @@ def main(args):
                 again = run('parsing_model.py', '--config_path', config, '--print_lat', '--save_path', config, *shared)
                 predicted = float(re.search(r'Lat_LUT: ([\d.]+)', again).group(1))
                 kind = 'GPU bs=32' if 'Lat_GPU' in again else 'CPU bs=1'
-                measured = float(re.search(rf'Lat_{kind}: ([\d.]+)', again).group(1))
+                measured = float(re.search(rf'Lat_{kind}[^:]*: ([\d.]+)', again).group(1))
                 error = 100 * (measured / target - 1)
                 good, total = good + (abs(error) <= args.within), total + 1
                 print(

@@ -153,6 +153,7 @@ MORE_SCRIPTS = [
     'dataset/make_lists.py',
     'benchmarks/fit_measured.py',
     'benchmarks/latency_methods.py',
+    'benchmarks/runtimes.py',
     'experiments/join.py',
     'tools/plots.py',
 ]

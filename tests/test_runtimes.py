@@ -100,7 +100,7 @@ def test_a_latency_beside_the_tables_reference_network(runtime, config):
     standard = standard_of(table, 1, engine)
     assert standard.ms == 7.0 and standard.build == engine.build(config, 0, 64, 1)
     latency = measure_latency(engine.build(config, 5, 64, 1), 1, 64, engine.clock, standard, rounds=1)
-    assert latency.slowness > 0 and latency.ms > 0 and latency.error == np.inf  # of a single round
+    assert latency.slowness > 0 and latency.ms > 0 and latency.error > 0
     for changed in ({'provider': 'Another'}, {'runtime': 'torch'}):
         assert standard_of(SimpleNamespace(meta=meta | changed, img_size=64), 1, engine) is None
     assert standard_of(SimpleNamespace(meta=meta | {'runtime_version': '0'}, img_size=64), 1, engine).ms == 7.0
