@@ -194,7 +194,7 @@ def _share_weights(model) -> int:
 
 
 def _zip(folder: Path, file) -> None:
-    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for path in sorted(folder.rglob('*')):
             archive.write(path, path.relative_to(folder.parent))
 

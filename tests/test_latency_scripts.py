@@ -481,3 +481,22 @@ def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_pat
     shared = ['--lookup_path', measured[0], *SIZE, '--save_path', tmp_path / 'n.config']
     done = run_script('parsing_model.py', *network, *words, *shared, code=2)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_times_of_found_networks_correct_the_next_fit(searched, tmp_path, capsys):
+    table, path = make_table(img_size=32, seed=1), tmp_path / 'found.config'
+    save_table(table.base, table.curves, {'unit': 'ms'}, tmp_path / 'table.pkl')
+    words = ['--model_path', str(searched), '--lookup_path', str(tmp_path / 'table.pkl'), *SIZE, '--device', 'cpu']
+    words += ['--num_classes', '10', '--target_lat', '50%']
+
+    def latency_of(*more):
+        parsing_model.main(parsing_model.get_args([*words, *more]))
+        return float(re.search(r'Lat_LUT: ([\d.]+) ms', capsys.readouterr().out)[1])
+
+    first = latency_of('--save_path', str(path))
+    (tmp_path / 'found.csv').write_text(f'network,ms\n{path.name},{1.1 * first}\n')
+    timings = ['--timings', str(tmp_path / 'found.csv'), '--save_path', str(tmp_path / 'again.config')]
+    assert latency_of(*timings) == pytest.approx(first / 1.1, rel=0.005)
+    assert load_config(tmp_path / 'again.config') != load_config(path)
+    with pytest.raises(BadInput, match='--timings needs a --target_lat'):
+        parsing_model.main(parsing_model.get_args([*words[:-2], *timings]))
