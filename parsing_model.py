@@ -35,7 +35,7 @@ from tools.distributed import pick_device
 from tools.environment import device_name
 from tools.errors import BadInput
 from tools.files import check_target, write_text
-from tools.next_step import batch_for, changed, suggest
+from tools.next_step import batch_for, changed, shown, suggest
 from tools.options import (
     DEFAULT_TABLE,
     RECIPE_BATCH,
@@ -176,7 +176,7 @@ def report(path, config, table, args, device):
     if table:
         given = f' (given as {meta.target_given})' if meta.target_given else ''
         target = f'; target {meta.target:.4f} {table.unit}{given}' if meta.target else ''
-        print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {args.lookup_path}{target}')
+        print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {shown(args.lookup_path)}{target}')
     if args.print_lat:
         places = [('GPU', device, 32), ('GPU', device, 1)] if device.type == 'cuda' else []
         for number, (name, place, batch_size) in enumerate([*places, ('CPU', torch.device('cpu'), 1)]):
