@@ -63,7 +63,7 @@ from tools.distributed import pick_device
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.files import check_target, write_text
-from tools.next_step import batch_for, changed, suggest
+from tools.next_step import batch_for, changed, shown, suggest
 from tools.options import (
     DEFAULT_TABLE,
     RECIPE_BATCH,
@@ -210,7 +210,7 @@ def report(path, config, table, args, engine, limits):
     if table:
         given = f' (given as {meta.target_given})' if meta.target_given else ''
         target = f'; target {meta.target:.4f} {table.unit}{given}' if meta.target else ''
-        print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {args.lookup_path}{target}')
+        print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {shown(args.lookup_path)}{target}')
     for limit in limits:
         total = limit.table.of_config(config)
         verdict = 'at most' if limit.holds(total) else 'above the limit of'

@@ -355,7 +355,7 @@ def _check_pair(args) -> None:
 
 
 def is_imagenet(root: str | Path) -> bool:
-    """Return whether the default lists of a search are of this folder: it has half of their classes or images."""
+    """Return whether the default lists of a search fit a folder: it has half of their classes, or their images."""
     names = read_classes(CLASSES)
     if 2 * sum((Path(root) / name).is_dir() for name in names) >= len(names):
         return True
