@@ -54,7 +54,8 @@ if [ -z "$imagenet" ]; then
 
     echo '== 4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
     parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
-    parse random --random 1
+    "$python" experiments/random_model.py --num_classes 10 --save_path $demo/random.pth.tar
+    parse random --model_path $demo/random.pth.tar
 
     echo '== 5/6 training and test of the found network (1 minute)'
     train_and_test searched

@@ -8,10 +8,6 @@ The most probable network of a search that meets a target; several targets; and 
 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 12 15 18
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
-
-A random network of the same latency, to compare it with:
-
-    python parsing_model.py --random 1 --lookup_path table.pkl --target_lat 60% --fit_measured
 """
 
 from functools import partial
@@ -19,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from latency_pkl.sampling import build_network, launch_of, random_probabilities, standard_of
+from latency_pkl.sampling import build_network, launch_of, standard_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
 from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
@@ -52,13 +48,7 @@ MEASURED_CLOSE = 0.005
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    network = add_arch_args(parser)
-    network.add_argument(
-        '--random',
-        type=count(0),
-        metavar='SEED',
-        help='a random network of the --target_lat, to compare a searched one with',
-    )
+    add_arch_args(parser)
     parser.add_argument('--save_path', help='config file to write; default: model.config, none for a --config_path')
     parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
@@ -84,7 +74,7 @@ def get_args(argv=None):
 
 def names_config(args):
     """Return whether the network is given as a config, not as a searched model."""
-    return bool(args.config_path) or args.random is None and is_config_file(args.model_path)
+    return bool(args.config_path) or is_config_file(args.model_path)
 
 
 def fit(state, widths, table, target, num_classes, divisor):
@@ -139,12 +129,8 @@ def fitted_configs(args, save_path, num_classes, table, device):
     """Yield (path, config) for each target."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
-    if args.random is None:
-        state, masks = load_search_checkpoint(args.model_path, SPACE)
-        widths = mask_widths(masks)
-    else:
-        state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
-    path, targets = Path(save_path), [table.target(text, SPACE) for text in args.target_lat]
+    state, masks = load_search_checkpoint(args.model_path, SPACE)
+    path, widths, targets = Path(save_path), mask_widths(masks), [table.target(text, SPACE) for text in args.target_lat]
     for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
@@ -186,8 +172,6 @@ def main(args):
     table = load_table(lookup_path, args.img_size, SPACE) if args.print_lat or args.target_lat else None
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
         raise BadInput(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
-    if args.random is not None and not args.target_lat:
-        raise BadInput('--random needs a --target_lat')
     if args.fit_measured and not args.target_lat:
         raise BadInput('--fit_measured needs a --target_lat')
     if args.fit_measured and table.unit != 'ms':

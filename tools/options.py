@@ -162,12 +162,11 @@ def add_image_args(parser: Parser) -> None:
     )
 
 
-def add_arch_args(parser: Parser) -> argparse._MutuallyExclusiveGroup:
-    """Add --model_path and --config_path, exactly one of which names the network. Return their group."""
+def add_arch_args(parser: Parser) -> None:
+    """Add --model_path and --config_path, exactly one of which names the network."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument('--model_path', help='a searched model (searched_model_NN.pth.tar) or a model.config')
     group.add_argument('--config_path', help='a model.config')
-    return group
 
 
 def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: bool = True) -> None:
