@@ -8,6 +8,11 @@ The most probable network of a search that meets a target; several targets; and 
 
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 12 15 18
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 60% --fit_measured
+
+Within limits in other tables; several targets then also draw what each costs:
+
+    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl --target_lat 20% 40% 60% \\
+        --limit params=5 --limit phone.pkl=40
 """
 
 from functools import partial
@@ -21,10 +26,11 @@ from models.config import build_config, dump_config
 from models.describe import count_mult_adds, count_params
 from models.elasticity import fit_widths
 from models.latency import load_table
+from models.limits import check_reachable, describe_fit, read_limits
 from models.model_eval import NetworkEval
 from models.parsing import is_config_file, load_architecture, load_search_checkpoint, mask_widths
 from models.search_space import SPACE
-from models.targeting import most_probable
+from models.targeting import most_probable, target_range
 from tools.distributed import pick_device
 from tools.errors import BadInput
 from tools.files import check_target, write_text
@@ -33,12 +39,14 @@ from tools.options import (
     Parser,
     add_arch_args,
     add_device_arg,
+    add_limit_arg,
     class_count,
     count,
     image_size,
     project_file,
     run_script,
 )
+from tools.report.draw import save_figure
 
 USUAL_CLASSES = 1000
 MEASURED_ROUNDS = 4
@@ -53,6 +61,7 @@ def get_args(argv=None):
     parser.add_argument('--lookup_path', default=DEFAULT_TABLE, help='latency table')
     parser.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
     parser.add_argument('--target_lat', nargs='+', help='in ms, or shares such as 60%%; one config for each')
+    add_limit_arg(parser)
     parser.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
     parser.add_argument(
         '--width_divisor', type=count(), default=1, help='with --target_lat: widths are multiples of it'
@@ -77,14 +86,15 @@ def names_config(args):
     return bool(args.config_path) or is_config_file(args.model_path)
 
 
-def fit(state, widths, table, target, num_classes, divisor):
+def fit(state, widths, table, target, num_classes, divisor, limits=()):
     """Return the most probable network that meets a latency in the table: (architecture, config, that latency)."""
-    arch = most_probable(state, table, SPACE, target, divisor)
-    config = build_config(arch, fit_widths(arch, widths, table, SPACE, target, divisor), num_classes, SPACE)
+    arch = most_probable(state, table, SPACE, target, divisor, limits)
+    fitted = fit_widths(arch, widths, table, SPACE, target, divisor, limits)
+    config = build_config(arch, fitted, num_classes, SPACE)
     return arch, config, table.of_config(config)
 
 
-def fit_to_clock(state, widths, table, target, num_classes, args, device):
+def fit_to_clock(state, widths, table, target, num_classes, args, device, limits=()):
     """`fit`, corrected by the measured time of the network until that meets the target; prints each round.
 
     Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
@@ -94,10 +104,10 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
     batch_size = table.setting('batch_size', 32 if device.type == 'cuda' else 1)
     launch = launch_of(table, device)
     standard = standard_of(table, batch_size, device, launch)
-    least, _, most = table.reach(SPACE)
+    least, most = target_range(table, SPACE, args.width_divisor, limits) if limits else table.reach(SPACE)[::2]
     aim, timed = target, {}
     for number in range(1, 2 * MEASURED_ROUNDS + 1):
-        arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor)
+        arch, config, predicted = fit(state, widths, table, aim, num_classes, args.width_divisor, limits)
         build = partial(build_network, config, device, number)
         measured = measure_latency(build, batch_size, args.img_size, device, standard, args.rounds, launch)
         timed.setdefault(str(arch), []).append((config, predicted, measured))
@@ -125,22 +135,33 @@ def fit_to_clock(state, widths, table, target, num_classes, args, device):
     return config
 
 
-def fitted_configs(args, save_path, num_classes, table, device):
-    """Yield (path, config) for each target."""
+def fitted_configs(args, save_path, num_classes, table, device, limits):
+    """Yield (path, config) for each target. Several targets within limits are drawn."""
     if names_config(args):
         raise BadInput('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
+    targets = [table.target(text, SPACE) for text in args.target_lat]
+    for target in targets:
+        check_reachable(table, SPACE, target, args.width_divisor, limits)
     state, masks = load_search_checkpoint(args.model_path, SPACE)
-    path, widths, targets = Path(save_path), mask_widths(masks), [table.target(text, SPACE) for text in args.target_lat]
+    path, widths, fits = Path(save_path), mask_widths(masks), []
     for text, target in zip(args.target_lat, targets, strict=True):
         one = path if len(args.target_lat) == 1 else path.with_name(f'{path.stem}_{text}{path.suffix}')
         print(f'Target: {target:.4f} {table.unit}')
         if args.fit_measured:
-            yield one, fit_to_clock(state, widths, table, target, num_classes, args, device)
+            config = fit_to_clock(state, widths, table, target, num_classes, args, device, limits)
         else:
-            yield one, fit(state, widths, table, target, num_classes, args.width_divisor)[1]
+            arch, config, _ = fit(state, widths, table, target, num_classes, args.width_divisor, limits)
+            fits.append(describe_fit(arch, config, state, table, target, limits, SPACE))
+            print(f'Given up in log-probability: {fits[-1]["given_up"]:.4f}')
+        yield one, config
+    if limits and len(fits) > 1:
+        from tools.report.targets import targets_figure
+
+        paths, _ = save_figure(partial(targets_figure, fits, table.unit), path.with_name(f'{path.stem}_targets'))
+        print(f'Pictures: {" ".join(map(str, paths))}')
 
 
-def report(path, config, table, args, device):
+def report(path, config, table, args, device, limits):
     """Write one config if there is a path for it, and print its size and latencies."""
     if path:
         write_text(path, dump_config(config))
@@ -150,6 +171,10 @@ def report(path, config, table, args, device):
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
     if table:
         print(f'Lat_LUT: {table.of_config(config):.4f} {table.unit}')
+    for limit in limits:
+        total = limit.table.of_config(config)
+        verdict = 'at most' if limit.holds(total) else 'above the limit of'
+        print(f'Limit {limit.name}: {total:.4f} {limit.table.unit} by the table, {verdict} {limit.value:.4f}')
     if args.print_lat:
         places = [('GPU', device, 32), ('GPU', device, 1)] if device.type == 'cuda' else []
         for name, place, batch_size in [*places, ('CPU', torch.device('cpu'), 1)]:
@@ -178,12 +203,14 @@ def main(args):
         raise BadInput(f'--fit_measured: {args.lookup_path} counts {table.unit}, not ms')
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
     if args.target_lat:
-        configs = fitted_configs(args, save_path, num_classes, table, device)
+        limits = read_limits(args.limit, args.img_size, num_classes, SPACE)
+        configs = fitted_configs(args, save_path, num_classes, table, device, limits)
     else:
         config = load_architecture(args.model_path or args.config_path, num_classes, SPACE)
+        limits = read_limits(args.limit, args.img_size, num_classes or config.classifier.out_features, SPACE)
         configs = [(save_path, config.with_classes(num_classes) if num_classes else config)]
     for path, config in configs:
-        report(path, config, table, args, device)
+        report(path, config, table, args, device, limits)
 
 
 if __name__ == '__main__':

@@ -34,8 +34,16 @@ from models.describe import (
     warn_not_decided,
     warn_not_learned,
 )
-from models.elasticity import align_operators, check_divisor, latency_range, scale_widths, update_masks
+from models.elasticity import (
+    align_operators,
+    check_divisor,
+    fit_widths,
+    latency_range,
+    scale_widths,
+    update_masks,
+)
 from models.latency import LatencyLoss, load_table
+from models.limits import check_reachable, describe_limits, limit_names, log_limits, read_limits
 from models.model_search import HostCopy
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import FREEDOMS, SPACE
@@ -56,7 +64,7 @@ from models.search_steps import (
     rehearse_architecture_step,
     train_only,
 )
-from models.targeting import check_reachable, log_probability, most_probable
+from models.targeting import log_probability, most_probable
 from tools.distributed import join_world, leave_world
 from tools.environment import fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
@@ -134,7 +142,8 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
             a_tally.add(loss, logits, labels)
 
         if step % args.print_freq == 0 or step == steps - 1:
-            logger.step(epoch, step + 1, steps, **read_numbers(w_tally, a_tally, state.latency, warming_up, world))
+            numbers = read_numbers(w_tally, a_tally, state.latency, warming_up, world, args)
+            logger.step(epoch, step + 1, steps, **numbers)
         state.step = step + 1
         if checkpointer.is_due():
             state.sums = [*w_tally.total(world), *a_tally.total(world)]
@@ -143,7 +152,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
         if checkpointer.signal:
             return PassResult({}, stopped=True)
     state.sums = [*w_tally.total(world), *a_tally.total(world)]
-    return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world))
+    return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world, args))
 
 
 def learn_with_noise(state, latency_loss, args, images, labels, noise):
@@ -152,11 +161,17 @@ def learn_with_noise(state, latency_loss, args, images, labels, noise):
     return backward_on_mixture(state.net, images, labels, op_weights, latency_loss, state.a_precision)
 
 
-def read_numbers(w_tally, a_tally, latency, warming_up, world):
-    """Return loss and top-1 of the epoch so far, of weights and architecture, and the last latency of the mixture."""
+def read_numbers(w_tally, a_tally, latency, warming_up, world, args):
+    """Return loss and top-1 of the epoch so far, of weights and architecture, and the last latency of the mixture.
+
+    With limits, the mixture has one in each table.
+    """
     tallies = {'w': w_tally.read(world)} | ({} if warming_up else {'a': a_tally.read(world)})
     numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
-    return numbers if warming_up else numbers | {'mixture_latency': latency.item()}
+    if warming_up:
+        return numbers
+    names = [f'mixture_{name}' for name in ('latency', *limit_names(args.limit))]
+    return numbers | dict(zip(names, latency.reshape(-1).tolist(), strict=False))
 
 
 @torch.no_grad()
@@ -189,29 +204,32 @@ def log_architecture(net, log):
         log('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
 
-def scale_to_target(state, table, target, args, log):
+def scale_to_target(state, table, target, limits, args, log):
     """Elasticity-scaling of the current architecture: the most probable one that can meet the target.
 
     Returns:
         The architecture, the new widths, and the latencies for the metrics.
     """
     arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
-    scaled, given_up = widths, {}
+    scaled, more = widths, {}
     if 'width' in args.freedoms:
-        first, arch = arch, most_probable(state.full, table, SPACE, target, args.width_divisor)
-        scaled = scale_widths(arch, widths, table, SPACE, target, args.width_divisor)
+        first, arch = arch, most_probable(state.full, table, SPACE, target, args.width_divisor, limits)
+        scale = fit_widths if limits else scale_widths  # proportional steps stop at the first limit
+        scaled = scale(arch, widths, table, SPACE, target, args.width_divisor, limits)
         if arch != first:
+            more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
             least, most = latency_range(first, table, SPACE, args.width_divisor)
-            lost = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
-            log('The most probable architecture reaches %.4f to %.4f: not the target lat.', least, most)
-            log('The most probable one that can meet it is current; given up in log-probability: %.4f', lost)
-            given_up = {'given_up': lost}
+            within = ' within the limits' if limits and least <= target <= most else ''
+            log('The most probable architecture reaches %.4f to %.4f: not the target lat%s.', least, most, within)
+            log('The most probable one that can meet it is current; given up in log-probability: %.4f', *more.values())
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
+    if limits:
+        more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log)
     least, most = latency_range(arch, table, SPACE, args.width_divisor)
     latency = {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
-    return arch, scaled, latency | given_up
+    return arch, scaled, latency | more
 
 
 def read_table(args, world):
@@ -224,16 +242,35 @@ def read_table(args, world):
     if world.is_first:
         print(notes[-1], flush=True)
     check_divisor(args.width_divisor, SPACE)
-    target = table.target(args.target_lat, SPACE)
+    if args.limit and 'width' not in args.freedoms:
+        raise BadInput(f'--limit {args.limit[0]}: fixed widths cannot keep it; leave it out, or give --freedoms width')
+    return table, table.target(args.target_lat, SPACE), notes
+
+
+def read_bounds(table, target, num_classes, notes, args):
+    """Return the limits, after a check that target and limits can be met; adds lines for the log."""
+    limits = read_limits(args.limit, args.img_size, num_classes, SPACE, notes.append)
     if 'width' in args.freedoms:
-        check_reachable(table, SPACE, target, args.width_divisor)
-    return table, target, notes
+        check_reachable(table, SPACE, target, args.width_divisor, limits, notes.append)
+    return limits
 
 
-def make_header(flags, table, target, world, args, steps):
+def check_lengths(args):
+    """Raise BadInput if the parts of the search are longer than the whole."""
+    if args.warmup_epochs > args.epochs:
+        raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
+    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
+        raise BadInput(
+            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
+        )
+
+
+def make_header(flags, table, target, limits, world, args, steps):
     """Return the first line of metrics.jsonl."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
     latency = {'table': args.lookup_path, 'target': target, **describe_table(table, SPACE)}
+    if limits:
+        latency['limits'] = describe_limits(limits, SPACE)
     about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', flags, world.device, **about)
     header['environment'] |= {'processes': world.size, 'table': fingerprint(path)}
@@ -246,13 +283,9 @@ def main(args):
     check_format(args.amp, '--amp', world.device)
     check_step_args(args, world.device)
     table, target, notes = read_table(args, world)
-    if args.warmup_epochs > args.epochs:
-        raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
-        raise BadInput(
-            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
-        )
+    check_lengths(args)
     loaders, num_classes = make_search_loaders(args, world, notes.append)
+    limits = read_bounds(table, target, num_classes, notes, args)
     flags, steps = vars(args) | {'target_lat': target, 'num_classes': num_classes}, len(loaders[0])
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
@@ -266,10 +299,10 @@ def main(args):
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
-        latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device)
+        latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device, limits)
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
     names = class_names(loaders[0].dataset.samples)
-    header = make_header(flags, table, target, world, args, steps)
+    header = make_header(flags, table, target, limits, world, args, steps)
     about, files = {'environment': header['environment'], CLASS_NAMES: names}, class_file(names)
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, files)
     graphs = Graphs(args.cuda_graph, logger.log)
@@ -287,7 +320,8 @@ def main(args):
                 state.begin_epoch(args)
             numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
-            latency_loss = LatencyLoss(table, state.net.widths(), SPACE, target, args.lambda_lat, world.device)
+            widths, lambda_lat = state.net.widths(), args.lambda_lat
+            latency_loss = LatencyLoss(table, widths, SPACE, target, lambda_lat, world.device, limits)
             learn = graphs.wrap(partial(learn_with_noise, state, latency_loss, args), state.net.arch_parameters())
             trained = train_epoch(state, loaders, learn, world, args, checkpointer, logger)
             if trained.stopped:
@@ -308,7 +342,7 @@ def main(args):
                     warn_not_learned(top1, num_classes, logger.log)
             if not warming_up:
                 log_architecture(state.net, logger.log)
-                scale = partial(scale_to_target, state, table, target, args, logger.log)
+                scale = partial(scale_to_target, state, table, target, limits, args, logger.log)
                 state.arch, widths, numbers['latency'] = world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)

@@ -37,10 +37,9 @@ from latency_pkl.timing import (
     typical_parts,
     undisturbed_share,
 )
-from models.config import NetworkConfig, dump_config, fixed_layers, op_spec
-from models.describe import count_mult_adds, count_params
+from models.config import NetworkConfig, dump_config
 from models.latency import LatencyTable, load_table, save_table
-from models.layers import ConvLayer, MBInvertedResBlock
+from models.limits import counted_table
 from models.search_space import SPACE
 from tools.distributed import pick_device
 from tools.environment import device_name
@@ -263,31 +262,11 @@ def measured_table(args, device):
     return fit.base, fit.curves, meta
 
 
-def counted_table(args):
-    """Make a table of MACs or parameters in millions, which are linear in the width: (base, curves, meta)."""
-    fixed = fixed_layers(args.num_classes, SPACE)
-    sizes = {block.key(op): (block, op) for block, _, op in SPACE.positions(args.img_size)}
-
-    def amount(layer, in_ch, size):
-        return count_params(layer) if args.metric == 'params' else count_mult_adds(layer, size, in_ch)
-
-    curves = {}
-    for key, (_, high) in SPACE.table_widths(args.img_size).items():
-        block, op = sizes[key]
-        ends = block.in_ch + 1, high
-        at = [amount(MBInvertedResBlock(op_spec(block, op, w)), block.in_ch, block.in_size) for w in ends]
-        slope = (at[1] - at[0]) / (ends[1] - ends[0])
-        curves[key] = at[1] + slope * (np.arange(1, high + 1) - high)
-    stem_size = SPACE.blocks(args.img_size)[0].in_size
-    last = SPACE.blocks(args.img_size)[-1]
-    base = amount(ConvLayer(fixed['first_stem']), 3, args.img_size)
-    base += amount(MBInvertedResBlock(fixed['second_stem']), fixed['second_stem'].in_channels, stem_size)
-    base += amount(ConvLayer(fixed['feature_mix_layer']), last.out_ch, -(-last.in_size // last.stride))
-    base += fixed['classifier'].in_features * args.num_classes / 1e6
-    if args.metric == 'params':
-        base += args.num_classes / 1e6
-    unit = 'M MACs' if args.metric == 'flops' else 'M parameters'
-    return base, curves, {'unit': unit, 'device': 'any', 'method': 'counted'}
+def counted(args):
+    """Make a table of MACs or parameters in millions: (base, curves, meta)."""
+    what = 'macs' if args.metric == 'flops' else args.metric
+    table = counted_table(what, args.img_size, args.num_classes, SPACE)
+    return table.base, table.curves, table.meta
 
 
 def estimated_table(args):
@@ -359,7 +338,7 @@ def main(args):
     if args.estimate:
         base, curves, meta = estimated_table(args)
     else:
-        base, curves, meta = measured_table(args, device) if measures else counted_table(args)
+        base, curves, meta = measured_table(args, device) if measures else counted(args)
     meta |= {
         'metric': args.metric,
         'img_size': args.img_size,

@@ -4,34 +4,46 @@ Paper: width level, section 3.4 and algorithm 1.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.latency import LatencyTable
+from models.latency import TOLERANCE, LatencyTable, Limit
 from models.layers import MID_DIMS
 from models.model_search import Network
 from models.parsing import Masks, mask_widths
 from models.search_space import Arch, Op, SearchSpace, Widths
+from models.width_program import Reach, reach_within
 from tools.errors import BadInput
 
 CLOSE_ENOUGH = 1e-4
 """Gap to the target, as a share of it, at which `fit_widths` stops."""
+
+PATH_STEPS = 256
+"""Steps in which `fit_widths` walks to widths that reach the target within all limits."""
 
 FILL_STEPS = 32
 """Most steps by which `fit_widths` moves one block at a time."""
 
 
 def scale_widths(
-    arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+    arch: Arch,
+    widths: Widths,
+    table: LatencyTable,
+    space: SearchSpace,
+    target: float,
+    divisor: int = 1,
+    limits: Sequence[Limit] = (),
 ) -> Widths:
     """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
 
     If it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n. If it is too fast, expand
     over stages 1 to n, 2 to n, ..., n. No step moves away from the target. The result is slower than the target only if
     the least widths are.
+
+    With limits, shrinking goes on until the target and all limits hold, and expanding stops before any is broken.
 
     Args:
         arch: the current architecture.
@@ -40,26 +52,47 @@ def scale_widths(
         space: the search space of `arch`.
         target: ms.
         divisor: all widths are multiples of it; 1 in the paper.
+        limits: in other tables; none in the paper.
 
     Returns:
         New widths; the argument is not changed.
     """
-    scaler = _Scaler(arch, widths, table, space, target, divisor)
+    scaler = _Scaler(arch, widths, table, space, target, divisor, limits)
     scaler.scale()
     return scaler.result()
 
 
 def fit_widths(
-    arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+    arch: Arch,
+    widths: Widths,
+    table: LatencyTable,
+    space: SearchSpace,
+    target: float,
+    divisor: int = 1,
+    limits: Sequence[Limit] = (),
 ) -> Widths:
     """Scale widths as `scale_widths` does, then close the remaining gap by moving one block, or two against each other.
 
-    Arguments and result as for `scale_widths`. The result exceeds the target only if the least widths do.
+    Arguments and result as for `scale_widths`. The result exceeds the target or a limit only if the least widths do. If
+    limits keep such moves from the target, the widths are taken from the way to widths that reach it within the limits.
     """
-    scaler = _Scaler(arch, widths, table, space, target, divisor)
+    scaler = _Scaler(arch, widths, table, space, target, divisor, limits)
     scaler.scale()
     scaler.fill()
+    if limits and scaler.misses():
+        scaler.detour()
     return scaler.result()
+
+
+def reach_of(
+    arch: Arch, table: LatencyTable, space: SearchSpace, need: float, divisor: int, limits: Sequence[Limit]
+) -> Reach:
+    """Return how far the widths of an architecture reach in `table` within the limits, without the table's base.
+
+    Args:
+        need: latency in `table` that is far enough; inf for the most that there is.
+    """
+    return _Scaler(arch, space.start_widths(), table, space, 0.0, divisor, limits).reach(need)
 
 
 def check_divisor(divisor: int, space: SearchSpace) -> None:
@@ -88,7 +121,14 @@ class _Scaler:
     """Widths, bounds and latency curves of one architecture's blocks, as lists over blocks."""
 
     def __init__(
-        self, arch: Arch, widths: Widths, table: LatencyTable, space: SearchSpace, target: float, divisor: int = 1
+        self,
+        arch: Arch,
+        widths: Widths,
+        table: LatencyTable,
+        space: SearchSpace,
+        target: float,
+        divisor: int = 1,
+        limits: Sequence[Limit] = (),
     ):
         self.start, self.target, self.divisor, self.last_stage = widths, target, divisor, len(space.stages)
         self.picks = space.chosen(arch, table.img_size)
@@ -98,8 +138,9 @@ class _Scaler:
         self.low, self.high = [low for low, _ in ends], [high for _, high in ends]
         if any(low > high for low, high in zip(self.low, self.high, strict=True)):
             raise BadInput(f'width divisor {divisor}: some blocks have no such width; use a smaller one')
-        self.curves = [table.curves[block.key(op)] for (block, _), op in zip(self.picks, ops, strict=True)]
-        self.base = table.base
+        keys = [block.key(op) for (block, _), op in zip(self.picks, ops, strict=True)]
+        self.curves, self.base = [table.curves[key] for key in keys], table.base
+        self.limits = [(limit, [limit.table.curves[key] for key in keys]) for limit in limits]
         self.widths = [
             min(max(round(widths[block.stage][block.name][index] / divisor) * divisor, low), high)
             for (block, index), low, high in zip(self.picks, self.low, self.high, strict=True)
@@ -110,9 +151,17 @@ class _Scaler:
         """Return the latency in ms with these widths, one per block."""
         return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
 
+    def keeps_limits(self, widths: list[int]) -> bool:
+        """Return whether these widths, one per block, keep all limits."""
+        return all(limit.holds(self.total(limit, curves, widths)) for limit, curves in self.limits)
+
+    def misses(self) -> bool:
+        """Return whether the target is further than `fit_widths` allows, and not exceeded."""
+        return self.target - self.latency > CLOSE_ENOUGH * self.target
+
     def scale(self) -> None:
         """Run all passes of the paper's algorithm 1."""
-        if self.latency > self.target:
+        if self.latency > self.target or not self.keeps_limits(self.widths):
             self.shrink(first_stage=1)
             starts = range(2, self.last_stage + 1)
         else:
@@ -121,21 +170,21 @@ class _Scaler:
             self.expand(first_stage=first)
 
     def shrink(self, first_stage: int) -> None:
-        """Step down to the first widths that meet the target, or to the least widths of the range."""
+        """Step down to the first widths that meet the target and limits, or to the least widths of the range."""
         ratios = self.ratios(first_stage)
-        while self.latency > self.target:
+        while self.latency > self.target or not self.keeps_limits(self.widths):
             stepped = self.stepped(ratios, -1)
             if stepped == self.widths:
                 break
             self.widths, self.latency = stepped, self.measure(stepped)
 
     def expand(self, first_stage: int) -> None:
-        """Step up to the last widths that meet the target, or to the most widths of the range."""
+        """Step up to the last widths that meet the target and limits, or to the most widths of the range."""
         ratios = self.ratios(first_stage)
         while True:
             stepped = self.stepped(ratios, +1)
             latency = self.measure(stepped)
-            if stepped == self.widths or latency > self.target:
+            if stepped == self.widths or latency > self.target or not self.keeps_limits(stepped):
                 break
             self.widths, self.latency = stepped, latency
 
@@ -144,28 +193,87 @@ class _Scaler:
         move fills more of it. Two blocks can trade channels if single moves are too coarse."""
         while (gap := self.target - self.latency) > CLOSE_ENOUGH * self.target:
             moves = [self.moves(i) for i in range(len(self.widths))]
+            totals = [self.total(limit, curves, self.widths) for limit, curves in self.limits]
+            most = [limit.value * (1 + TOLERANCE) for limit, _ in self.limits]
+            room = np.array(most) - np.array(totals)
             best = (0.0, self.widths)
-            for i, (widths_i, gains_i) in enumerate(moves):
+            for i, (widths_i, gains_i, costs_i) in enumerate(moves):
                 for j in range(i + 1, len(moves)):
-                    widths_j, gains_j = moves[j]
-                    partner = np.searchsorted(gains_j, gap - gains_i, side='right') - 1
-                    gains = np.where(partner >= 0, gains_i + gains_j[partner], -np.inf)
+                    widths_j, gains_j, costs_j = moves[j]
+                    if self.limits:
+                        gains = gains_i[:, None] + gains_j
+                        kept = (costs_i[:, :, None] + costs_j[:, None] <= room[:, None, None]).all(axis=0)
+                        gains = np.where(kept & (gains <= gap), gains, -np.inf)
+                        partner = gains.argmax(axis=1)
+                        gains = gains.max(axis=1)
+                    else:
+                        partner = np.searchsorted(gains_j, gap - gains_i, side='right') - 1
+                        gains = np.where(partner >= 0, gains_i + gains_j[partner], -np.inf)
                     at = int(gains.argmax())
                     if best[0] < gains[at] <= gap:
                         stepped = list(self.widths)
                         stepped[i], stepped[j] = int(widths_i[at]), int(widths_j[partner[at]])
                         best = (float(gains[at]), stepped)
             latency = self.measure(best[1])
-            if not self.latency < latency <= self.target:
+            if not self.latency < latency <= self.target or not self.keeps_limits(best[1]):
                 break
             self.widths, self.latency = best[1], latency
 
-    def moves(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the widths that `fill` may give a block, the current one included, and the latency that each adds."""
+    def moves(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the widths that `fill` may give a block, the current one included, the latency that each adds, and
+        what each adds in the tables of the limits [limits, widths].
+        """
         reach = FILL_STEPS * self.divisor
         low, high = max(self.widths[i] - reach, self.low[i]), min(self.widths[i] + reach, self.high[i])
         widths = np.arange(low, high + 1, self.divisor)
-        return widths, self.curves[i][widths - 1] - self.curves[i][self.widths[i] - 1]
+        added = [
+            curves[i][widths - 1] - curves[i][self.widths[i] - 1]
+            for curves in [self.curves, *(curves for _, curves in self.limits)]
+        ]
+        return widths, added[0], np.array(added[1:])
+
+    def reach(self, need: float) -> Reach:
+        """Return how far the widths reach within the limits, see `reach_of`."""
+        of_tables = [self.curves, *(curves for _, curves in self.limits)]
+        gains, *costs = (
+            [curve[low - 1 : high : self.divisor] for curve, low, high in zip(curves, self.low, self.high, strict=True)]
+            for curves in of_tables
+        )
+        return reach_within(
+            gains, costs, [limit.value - limit.table.base for limit, _ in self.limits], need - self.base
+        )
+
+    def detour(self) -> None:
+        """Take the widths from the way to some that reach the target within the limits, nearest to it from below, and
+        fill again; keep the present ones if those are not nearer.
+
+        Such a way leads from the present widths, or if it breaks limits, from the least widths, where it cannot.
+        """
+        reach = self.reach(self.target)
+        goal = np.array([low + at * self.divisor for low, at in zip(self.low, reach.choice, strict=True)])
+        found = self.widths, self.latency
+        for start in (np.array(self.widths), np.array(self.low)):
+            self.widths, self.latency = self.along(start, goal)
+            self.fill()
+            if self.latency > found[1] and self.keeps_limits(self.widths):
+                found = self.widths, self.latency
+            self.widths, self.latency = found
+            if not self.misses():
+                break
+
+    def along(self, start: np.ndarray, goal: np.ndarray) -> tuple[list[int], float]:
+        """Return the widths between two, and their latency, that are slowest within the target and the limits."""
+        found = start.tolist(), self.measure(start.tolist())
+        for share in np.linspace(0, 1, PATH_STEPS + 1):
+            widths = (start + np.rint((goal - start) * share / self.divisor).astype(int) * self.divisor).tolist()
+            latency = self.measure(widths)
+            if found[1] < latency <= self.target and self.keeps_limits(widths):
+                found = widths, latency
+        return found
+
+    def total(self, limit: Limit, curves: list[np.ndarray], widths: list[int]) -> float:
+        """Return the total with these widths in the table of a limit."""
+        return limit.table.base + sum(float(curve[w - 1]) for curve, w in zip(curves, widths, strict=True))
 
     def ratios(self, first_stage: int) -> dict[int, int]:
         """Return block position -> channels per step for a range of stages, in proportion to their widths."""

@@ -9,12 +9,13 @@ formats see `models.table_files`.
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.optimize import isotonic_regression
 from torch import Tensor
@@ -27,6 +28,9 @@ from tools.files import write_atomic
 
 ROUNDING = 5e-5
 """Rounding of the ends of the reachable range when they are printed."""
+
+TOLERANCE = 1e-9
+"""Tolerance for rounding in sums of latencies, as a share of what they are compared with."""
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Bounds on table entries above 0."""
@@ -114,18 +118,22 @@ class LatencyTable:
             BadInput: not a number, or out of reach for every network of the space.
         """
         least, shallow, most = self.reach(space)
-        try:
-            share = text.endswith('%')
-            target = float(text.removesuffix('%'))
-            target = least + (most - least) * target / 100 if share else target
-        except ValueError:
-            target = math.nan
+        target = self.amount(text, space)
         if not least - ROUNDING <= target <= most + ROUNDING:
             raise BadInput(
                 f'--target_lat {text}: should be from {least:.4f} to {most:.4f} {self.unit}, or a share such as 60%; '
                 f'at full depth networks start at {shallow:.4f} {self.unit}'
             )
         return min(max(target, least), most)
+
+    def amount(self, text: str, space: SearchSpace) -> float:
+        """Return the number in a text, or a share such as '60%' of the way from least to most; NaN if it is neither."""
+        least, _, most = self.reach(space)
+        try:
+            value = float(text.removesuffix('%'))
+        except ValueError:
+            return math.nan
+        return least + (most - least) * value / 100 if text.endswith('%') else value
 
     def matrix(self, widths: Widths, space: SearchSpace) -> Tensor:
         """Return the latency of every operator at its present width, [blocks, ops] float32."""
@@ -137,37 +145,56 @@ class LatencyTable:
         )
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Upper bound on a network's total in a table, beside the target in another one."""
+
+    name: str
+    table: LatencyTable
+    value: float
+    """In the table's unit."""
+
+    def holds(self, total: float) -> bool:
+        """Return whether a network of this total keeps the limit."""
+        return total <= self.value * (1 + TOLERANCE)
+
+
 def expected_latency(
-    base: float, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace
+    base: float | Tensor, matrix: Tensor, op_weights: Tensor, depth_weights: list[Tensor], space: SearchSpace
 ) -> Tensor:
-    """Return the latency of the mixture (paper, section 3.3), a scalar tensor, differentiable in both kinds of weights.
+    """Return the latency of the mixture (paper, section 3.3), differentiable in both kinds of weights.
+
+    It is a scalar tensor, or for several tables a tensor [tables].
 
     The latency of an exit is that of all blocks before it; a stage's is the sum of its exits' latencies weighted
     by softmax(betas).
 
     Args:
-        base: of the fixed layers.
-        matrix: of each operator, [blocks, ops].
+        base: of the fixed layers; for several tables [tables].
+        matrix: of each operator, [blocks, ops]; for several tables [tables, blocks, ops].
         op_weights: mixture weights, [blocks, ops].
         depth_weights: of each stage, [exits].
     """
-    per_block = (op_weights * matrix).sum(dim=1)
-    total = per_block.new_full((), base)
+    per_block = (op_weights * matrix).sum(dim=-1)
+    total = per_block.new_zeros(per_block.shape[:-1]) + base
     for blocks, stage, weights in zip(
-        per_block.split([stage.depth for stage in space.stages]), space.stages, depth_weights, strict=True
+        per_block.split([stage.depth for stage in space.stages], -1), space.stages, depth_weights, strict=True
     ):
-        at_depth = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
-        total = total + weights @ at_depth[stage.exit_depths.start :]
+        at_depth = F.pad(blocks.cumsum(-1), (1, 0))
+        total = total + at_depth[..., stage.exit_depths.start :] @ weights
     return total
 
 
 class LatencyLoss:
-    """Loss of a mixture's latency: weight * |latency / target - 1| (paper, section 3.1), for the widths of one epoch.
+    """Loss of a mixture's latency, for the widths of one epoch: weight * |latency / target - 1| (paper, section 3.1).
+
+    Limits add weight * max(0, latency / limit - 1) each, with the latency in their table.
 
     Args:
         widths: mid channels of every operator.
         target: in the table's unit.
         weight: lambda of the paper.
+        limits: not in the paper.
     """
 
     def __init__(
@@ -178,14 +205,24 @@ class LatencyLoss:
         target: float,
         weight: float,
         device: torch.device,
+        limits: Sequence[Limit] = (),
     ):
-        self.matrix = table.matrix(widths, space).to(device)
-        self.base, self.space, self.target, self.weight = table.base, space, target, weight
+        self.space, self.target, self.weight = space, target, weight
+        self.base, self.matrix, self.limits = table.base, table.matrix(widths, space).to(device), None
+        if limits:
+            tables = [table, *(limit.table for limit in limits)]
+            self.base = torch.tensor([one.base for one in tables], device=device)
+            self.matrix = torch.stack([one.matrix(widths, space) for one in tables]).to(device)
+            self.limits = torch.tensor([limit.value for limit in limits], device=device)
 
     def __call__(self, op_weights: Tensor, depth_weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss and the latency, scalar tensors. Arguments: see `expected_latency`."""
+        """Return the loss, a scalar tensor, and the latency: a scalar, or with limits that in each table, the target's
+        first. Arguments: see `expected_latency`."""
         latency = expected_latency(self.base, self.matrix, op_weights, depth_weights, self.space)
-        return self.weight * (latency / self.target - 1).abs(), latency
+        if self.limits is None:
+            return self.weight * (latency / self.target - 1).abs(), latency
+        excess = F.relu(latency[1:] / self.limits - 1).sum()
+        return self.weight * ((latency[0] / self.target - 1).abs() + excess), latency
 
 
 def load_table(

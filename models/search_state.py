@@ -161,8 +161,9 @@ class SearchState:
     Steps train `net`, which has the widths that `masks` keep. `full` has all weights at full width. Batch `step` of
     `epoch` is the next one to train. `sums` are the sums of both `Tally`s (weights, architecture) over the epoch so far
     and over all processes; only the first process has them. `latency` is that of the mixture at the last architecture
-    step, in ms. Both optimizers are new in each epoch; each has a `Precision`, which holds its gradient scale.
-    `arch` is the current architecture, whose widths in `masks` were scaled to the target; None during the warm-up.
+    step, in ms, or with limits [tables]. Both optimizers are new in each epoch; each has a `Precision`, which holds its
+    gradient scale. `arch` is the current architecture, whose widths in `masks` were scaled to the target; None during
+    the warm-up.
     """
 
     net: Network

@@ -18,9 +18,10 @@ from models.config import load_config
 from models.describe import describe_architecture
 from models.elasticity import full_weights, latency_range, scale_widths, start_masks
 from models.latency import load_table
+from models.limits import check_reachable
 from models.parsing import ARCH_KEY, MASKS_KEY, load_architecture, mask_widths, parse_architecture
 from models.search_state import SEARCH, start_search
-from models.targeting import check_reachable, log_probability, most_probable
+from models.targeting import log_probability, most_probable
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.report.figures import _current
@@ -36,7 +37,7 @@ def scaled(state, table, target, freedoms=('operator', 'width'), divisor=1):
     args = argparse.Namespace(freedoms=freedoms, width_divisor=divisor)
     searched = argparse.Namespace(full=state, masks=start_masks(SMALL_SPACE))
     found = train_search.scale_to_target(
-        searched, table, target, args, lambda text, *values: lines.append(text % values)
+        searched, table, target, (), args, lambda text, *values: lines.append(text % values)
     )
     return found, lines
 
@@ -116,7 +117,7 @@ def test_a_target_in_a_gap_of_the_table_is_refused_before_the_search():
         if any(low <= target <= high for low, high in ranges):
             check_reachable(table, SMALL_SPACE, target)
         else:
-            with pytest.raises(BadInput, match=f'target {target:g}: no architecture'):
+            with pytest.raises(BadInput, match='no architecture of the space can meet it; the nearest targets'):
                 check_reachable(table, SMALL_SPACE, target)
 
 

@@ -144,6 +144,18 @@ def add_device_arg(parser: Parser) -> None:
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='auto: a GPU if available')
 
 
+def add_limit_arg(parser: Parser) -> None:
+    """Add --limit."""
+    parser.add_argument(
+        '--limit',
+        action='append',
+        default=[],
+        metavar='TABLE=VALUE',
+        help='the network stays at or below VALUE in TABLE, another latency table, or params or macs (in millions); '
+        'VALUE may be a share such as 40%%; repeatable',
+    )
+
+
 def add_bad_images_arg(parser: Parser) -> None:
     """Add --bad_images."""
     parser.add_argument(
@@ -229,6 +241,7 @@ def add_search_args(parser: Parser) -> None:
     parser.add_argument('--seed', type=count(0), default=2)
     parser.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     parser.add_argument('--target_lat', default='15.0', help='in ms; or a share of the reachable range, such as 60%%')
+    add_limit_arg(parser)
     parser.add_argument('--width_divisor', type=count(), default=1, help='all widths stay multiples of it')
     parser.add_argument(
         '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'

@@ -205,7 +205,9 @@ class RunLogger:
         """Log the epoch so far, after `step` of its `steps`."""
         shown = {name: f'{value:.4g}' for name, value in numbers.items() if name[-2:] not in ('lr', 'p5')}
         self.bar.set_postfix(shown, refresh=False)
-        words = ' '.join(f'{name} {value:{FORMATS[name.rpartition("_")[2]]}}' for name, value in numbers.items())
+        words = ' '.join(
+            f'{name} {value:{FORMATS.get(name.rpartition("_")[2], ".4f")}}' for name, value in numbers.items()
+        )
         self.log('epoch %d step %d/%d %s eta %s', epoch, step, steps, words, self.time_left())
         self.record('step', epoch, step, steps=steps, **numbers)
 

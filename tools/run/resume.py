@@ -197,7 +197,7 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items())
         and all(isinstance(number, NUMBER) for number in checkpoint.get('sums', ()))
         and len(checkpoint.get('sums', [0] * kind.sums)) == kind.sums
-        and checkpoint.get('latency', NO_LATENCY).ndim == 0
+        and checkpoint.get('latency', NO_LATENCY).ndim <= 1
     )
 
 
