@@ -136,19 +136,23 @@ def _mark_stages(axes: list[Axes], rows: list[dict]) -> None:
 
 def search_figure(run: Run) -> Figure:
     """Draw latency of the current architecture before and after scaling, loss and accuracy, over epochs."""
-    figure = Figure(figsize=(7.2, 6.6))
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.5, 1, 1])
+    limits = run.header['latency'].get('limits', {})
+    figure = Figure(figsize=(7.2, 6.6 + 1.3 * len(limits)))
+    axes = figure.subplots(3 + len(limits), 1, sharex=True, height_ratios=[1.5, *[0.8] * len(limits), 1, 1])
     _draw_latency(axes[0], run)
+    for axis, name in zip(axes[1:], limits, strict=False):
+        _draw_limit(axis, run, name)
+    loss, accuracy = axes[-2:]
     steps = run.of('step')
-    _draw_curves(axes[1], steps, {'w_loss': 'weights', 'a_loss': 'architecture'})
-    axes[1].set_ylabel('loss')
-    _draw_curves(axes[2], steps, {'w_top1': 'weights', 'a_top1': 'architecture'})
+    _draw_curves(loss, steps, {'w_loss': 'weights', 'a_loss': 'architecture'})
+    loss.set_ylabel('loss')
+    _draw_curves(accuracy, steps, {'w_top1': 'weights', 'a_top1': 'architecture'})
     validated = [line for line in run.of('epoch') if line.get('val')]
     points = [line['epoch'] + 1 for line in validated], [line['val']['top1'] for line in validated]
-    axes[2].plot(*points, 'D', color=BLACK, markersize=4, label='validation, Gumbel paths')
-    axes[2].set_ylabel('top-1 in %')
-    axes[2].set_xlabel('epochs done')
-    for axis in axes[1:]:
+    accuracy.plot(*points, 'D', color=BLACK, markersize=4, label='validation, Gumbel paths')
+    accuracy.set_ylabel('top-1 in %')
+    accuracy.set_xlabel('epochs done')
+    for axis in (loss, accuracy):
         axis.legend(loc='best', ncols=3)
     _mark_warmup(axes, run)
     return figure
@@ -171,6 +175,21 @@ def _draw_latency(axis: Axes, run: Run) -> None:
     axis.margins(y=0.12)
     axis.set_title(f'The current architecture ({_table_name(about)})', pad=36)
     axis.legend(loc='lower left', ncols=3, bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+def _draw_limit(axis: Axes, run: Run, name: str) -> None:
+    """Draw the total of the current architecture in a limit's table, and the limit."""
+    about, lines = run.header['latency']['limits'][name], [line for line in run.of('epoch') if line.get('latency')]
+    epochs = [line['epoch'] + 1 for line in lines]
+    values = {when: [line['latency']['limits'][name][when] for line in lines] for when in ('before', 'after')}
+    mixed = [line for line in run.of('step') if line.get(f'mixture_{name}')]
+    axis.plot(*_over(mixed, f'mixture_{name}'), color=ORANGE, linewidth=1.2)
+    axis.axhline(about['limit'], color=BLACK, linewidth=1.4, linestyle='--', label=f'limit {about["limit"]:.4g}')
+    axis.plot(epochs, values['before'], 'o', markerfacecolor='white', color=BLUE, markersize=5)
+    axis.plot(epochs, values['after'], 'o-', color=BLUE, linewidth=0.8, markersize=3.2)
+    axis.set_ylabel(f'{name} in ms' if about['unit'] == 'ms' else about['unit'])
+    axis.margins(y=0.12)
+    axis.legend(loc='best')
 
 
 def _table_name(about: dict) -> str:

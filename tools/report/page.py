@@ -50,6 +50,9 @@ def _summary(run: Run) -> str:
         rows.append(('target', f'{run.header["latency"]["target"]:.4f} {run.header["latency"]["unit"]}'))
     if scaled := [line['latency'] for line in run.of('epoch') if line.get('latency')]:
         rows.append(('current architecture', f'{scaled[-1]["after"]:.4f} {run.header["latency"]["unit"]} by the table'))
+        for name, limit in scaled[-1].get('limits', {}).items():
+            unit = run.header['latency']['limits'][name]['unit']
+            rows.append((f'limit {name}', f'{limit["after"]:.4f} of at most {limit["limit"]:.4f} {unit} by the table'))
     for line in run.of('latency'):
         rows.append(('measured latency', f'{line["ms"]:.4f} ms on {line["device"]}, batch {line["batch_size"]}'))
     return _table(('', ''), rows)
