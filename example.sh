@@ -39,30 +39,33 @@ if [ -z "$imagenet" ]; then
             --weights "$(newest "$demo/eval-*-$1/model_best.pth.tar")" --workers 2 | tee -a "$demo/$1.txt"
     }
 
-    echo '== The demo takes about 10 minutes on 2 cores'
-    echo '== 1/6 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
+    stage() { echo "== $SECONDS s: $1"; }
+
+    echo '== The demo takes about 10 minutes on 2 cores; a line such as this begins each stage and has the time'
+    stage '1/6 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
     "$python" dataset/demo/unpack.py --to $images
 
-    echo '== 2/6 latency table of this machine, at 32 pixels (40 s)'
+    stage '2/6 latency table of this machine, at 32 pixels (40 s)'
     "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 40 --save_path $demo/latency.pkl
 
-    echo '== 3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
+    stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
         --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 10 --warmup_epochs 5 \
         --largest_epochs 3 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 --print_freq 25 \
         --save $demo --note demo
 
-    echo '== 4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
+    stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
     parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
-    parse random --random 1
+    "$python" experiments/random_model.py --num_classes 10 --save_path $demo/random.pth.tar
+    parse random --model_path $demo/random.pth.tar
 
-    echo '== 5/6 training and test of the found network (1 minute)'
+    stage '5/6 training and test of the found network (1 minute)'
     train_and_test searched
 
-    echo '== 6/6 training and test of the random network (1 minute)'
+    stage '6/6 training and test of the random network (1 minute)'
     train_and_test random
 
-    echo
+    stage 'the end'
     for run in "$(newest $demo/search-)" "$(newest "$demo/eval-*-searched")"; do
         echo "Report: $run/report.html with its pictures:" "$run"/plots/*.png
     done

@@ -22,10 +22,6 @@ Within limits in other tables; several targets then also draw what each costs:
     python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl \\
         --target_lat 20% 40% 60% --limit params=5 --limit phone.pkl=40
 
-A random network of the same latency, to compare it with:
-
-    python parsing_model.py --random 1 --lookup_path table.pkl \\
-        --target_lat 60% --fit_measured
 """
 
 from dataclasses import replace
@@ -42,7 +38,7 @@ from dataset.splits import training_flags
 from latency_pkl.closed_loop import Fitter, fit_to_clock, fit_to_timings
 from latency_pkl.kit import found_networks, read_timings
 from latency_pkl.runtimes import engine_of_table, standard_of
-from latency_pkl.sampling import launch_of, random_probabilities, reference_config, tf32_of
+from latency_pkl.sampling import launch_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency
 from models.config import dump_config
 from models.describe import count_mult_adds, count_params
@@ -50,7 +46,6 @@ from models.latency import device_note, load_table
 from models.limits import check_reachable, describe_fit, read_limits
 from models.model_eval import NetworkEval
 from models.parsing import (
-    USUAL_CLASSES,
     is_config_file,
     load_architecture,
     load_search_checkpoint,
@@ -85,13 +80,7 @@ from tools.settle import settle, with_flags
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    given = add_arch_args(parser)
-    given.add_argument(
-        '--random',
-        type=count(0),
-        metavar='SEED',
-        help='a random network of the --target_lat, to compare a searched one with',
-    )
+    add_arch_args(parser)
     network, latency = parser.groups['network'], parser.groups['latency']
     network.add_argument(
         '--num_classes',
@@ -135,9 +124,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.rounds and not (args.print_lat or args.fit_measured):
         parser.error(f'--rounds {args.rounds} is of measured latencies: give --print_lat or --fit_measured too')
-    fits = {'--random': args.random is not None, '--fit_measured': args.fit_measured, '--timings': args.timings}
-    for flag in (flag for flag, given in fits.items() if given and not args.target_lat):
-        parser.error(f'{flag} needs a --target_lat')
+    if (args.fit_measured or args.timings) and not args.target_lat:
+        parser.error(f'{"--timings" if args.timings else "--fit_measured"} needs a --target_lat')
     if args.timings and args.fit_measured:
         parser.error('--timings corrects the fit by times that are there: leave out --fit_measured')
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
@@ -149,21 +137,17 @@ def get_args(argv=None):
 
 def names_config(args):
     """Return whether the network is given as a config, not as a searched model."""
-    return bool(args.config_path) or args.random is None and is_config_file(args.model_path)
+    return bool(args.config_path) or is_config_file(args.model_path)
 
 
 def fitted_configs(args, paths, found, table, engine, limits):
     """Yield (path, config) for each target, with the meta of `found`. Several targets within limits are drawn."""
-    if args.random is None:
-        state, masks = load_search_checkpoint(args.model_path, SPACE)
-        widths = mask_widths(masks)
-    else:
-        state, widths = random_probabilities(args.random, SPACE), SPACE.start_widths()
+    state, masks = load_search_checkpoint(args.model_path, SPACE)
     targets = [table.target(text, SPACE) for text in args.target_lat]
     divisor = args.width_divisor or table.width_divisor
     for target in targets:
         check_reachable(table, SPACE, target, divisor, limits)
-    fit = Fitter(state, widths, table, SPACE, found.classifier.out_features, divisor, limits)
+    fit = Fitter(state, mask_widths(masks), table, SPACE, found.classifier.out_features, divisor, limits)
     timed, fits = found_networks(read_timings(args.timings), table) if args.timings else [], []
     for path, text, target in zip(paths, args.target_lat, targets, strict=True):
         print(f'Target: {target:.4f} {table.unit}')
@@ -249,7 +233,7 @@ def settle_flags(args, found, is_config):
     img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
     if is_known:
         meta = replace(meta, img_size=img_size, mean=meta.mean or MEAN, std=meta.std or STD)
-    if args.model_path and not is_config and not args.num_classes:
+    if not is_config and not args.num_classes:
         print(f'--num_classes {found.classifier.out_features}: from {source}')
     args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
     table = load_table(path, img_size, SPACE) if needed else None
@@ -258,7 +242,7 @@ def settle_flags(args, found, is_config):
 
 def suggest_training(path, args):
     """Print the command that trains the network of a config, if the search's images are still there."""
-    if names_config(args) or args.random is not None:
+    if names_config(args):
         return
     folder = Path(args.model_path).absolute().parent
     flags = search_flags(args.model_path)
@@ -280,10 +264,7 @@ def main(args):
     is_config = names_config(args)
     save_path = args.save_path or (None if is_config else 'model.config')
     paths = config_paths(save_path, args.target_lat)
-    if args.random is None:
-        found = load_architecture(args.model_path or args.config_path, args.num_classes, SPACE)
-    else:
-        found = reference_config(args.num_classes or USUAL_CLASSES, SPACE)  # only its classes and meta count
+    found = load_architecture(args.model_path or args.config_path, args.num_classes, SPACE)
     found = found.with_classes(args.num_classes) if args.num_classes else found
     for path in filter(None, paths):
         check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])

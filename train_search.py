@@ -290,6 +290,16 @@ def suggest_parsing(model, table, args, log):
     suggest('make the config of the found network', 'parsing_model.py', flags, log)
 
 
+def check_lengths(args):
+    """Raise BadInput if the parts of the search are longer than the whole."""
+    if args.warmup_epochs > args.epochs:
+        raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
+    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
+        raise BadInput(
+            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
+        )
+
+
 def make_header(flags, table, target, limits, world, args, steps):
     """Return the first line of metrics.jsonl."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
@@ -309,12 +319,7 @@ def main(args):
     check_step_args(args, world.device)
     args, snapshot, images, data_notes = load_search_data(args, world)
     table, target, notes = read_table(args, world)
-    if args.warmup_epochs > args.epochs:
-        raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
-        raise BadInput(
-            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
-        )
+    check_lengths(args)
     num_classes = images.num_classes
     notes += [*data_notes, classes_note(table, args.lookup_path, num_classes)]
     limits = read_bounds(table, target, num_classes, notes, args)

@@ -66,16 +66,6 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace, divisor: 
     return arch, widths
 
 
-def random_probabilities(seed: int, space: SearchSpace) -> dict[str, torch.Tensor]:
-    """Return random log_alphas and betas, as a searched model has them: by them all architectures are equally likely to
-    be the most probable."""
-    draw = torch.Generator().manual_seed(seed)
-    state = {f'{block.stage}.{block.name}.log_alphas': len(space.ops) for block in space.blocks()}
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
-        state[f'{name}.betas'] = len(stage.exit_depths)
-    return {name: torch.rand(size, generator=draw).log_softmax(0) for name, size in state.items()}
-
-
 def random_config(
     rng: random.Random, ends: bool, num_classes: int, space: SearchSpace, divisor: int = 1
 ) -> NetworkConfig:

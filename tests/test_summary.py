@@ -7,7 +7,8 @@ import torch
 from bad_files import run_here, write_table
 
 from conftest import SMALL_SPACE, make_table
-from latency_pkl.sampling import random_probabilities
+from experiments import random_model
+from experiments.random_model import random_probabilities
 from models.config import load_config
 from models.parsing import parse_architecture
 from models.search_space import SPACE
@@ -44,7 +45,9 @@ def test_parsing_a_random_network_meets_the_target(monkeypatch, tmp_path, capsys
     table, found = make_table(img_size=32), []
     for seed in (1, 2):
         path = tmp_path / f'{seed}.config'
-        assert run_here(monkeypatch, 'parsing_model.py', ['--random', seed, '--save_path', path, *words]) == 0
+        model = tmp_path / f'{seed}.pth.tar'
+        random_model.main(random_model.get_args(['--seed', str(seed), '--num_classes', '3', '--save_path', str(model)]))
+        assert run_here(monkeypatch, 'parsing_model.py', ['--model_path', model, '--save_path', path, *words]) == 0
         found.append(load_config(path))
         numbers = dict(line.split(': ') for line in capsys.readouterr().out.splitlines() if line.endswith(' ms'))
         target, predicted = (float(numbers[name].split()[0]) for name in ('Target', 'Lat_LUT'))
@@ -53,18 +56,6 @@ def test_parsing_a_random_network_meets_the_target(monkeypatch, tmp_path, capsys
         kernels = [SPACE.ops[index].kernel for stage in arch.values() for index in stage]
         assert [spec.kernel_size for _, spec in found[-1].blocks()][-len(kernels) :] == kernels
     assert found[0] != found[1]
-
-
-@pytest.mark.parametrize(
-    ('words', 'message'),
-    [
-        (['--random', '1'], '--random needs a --target_lat'),
-        (['--random', '1', '--config_path', 'a.config'], 'not allowed with argument'),
-    ],
-)
-def test_a_random_network_without_a_target_is_refused(monkeypatch, capsys, words, message):
-    assert run_here(monkeypatch, 'parsing_model.py', words) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_figures_are_side_by_side(tmp_path, capsys):

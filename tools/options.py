@@ -280,12 +280,11 @@ def add_image_args(parser: Parser) -> None:
     )
 
 
-def add_arch_args(parser: Parser) -> argparse._MutuallyExclusiveGroup:
-    """Add --model_path and --config_path, exactly one of which names the network. Return their group."""
+def add_arch_args(parser: Parser) -> None:
+    """Add --model_path and --config_path, exactly one of which names the network."""
     group = parser.groups['network'].add_mutually_exclusive_group(required=True)
     group.add_argument('--model_path', metavar='FILE', help='a searched_model_NN.pth.tar, or a model.config')
     group.add_argument('--config_path', metavar='FILE', help='a model.config')
-    return group
 
 
 def add_size_arg(parser: Parser, source: str) -> None:
