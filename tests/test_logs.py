@@ -3,6 +3,7 @@
 import os
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from latency_pkl.timing import measure_latency
 from models.describe import architecture_line, epoch_line
 from models.latency import load_table, save_table, warn_of_errors
 from models.search_space import SPACE
-from tools.run.folder import RunLogger
+from tools.run.folder import RunLogger, _lock
 from tools.run.metrics import METRICS, read_run
 from tools.training import warn_of_chance
 
@@ -117,6 +118,15 @@ def test_a_table_that_is_far_off_is_said_to_be(tmp_path, monkeypatch, capsys):
     assert last.startswith('WARNING: its predictions for unseen networks are off by 27.1 % on average')
     said = []
     assert load_table(path, 32, SPACE, said.append).meta['warning'] == last and f'{path}: {last}' in said
+
+
+def test_a_closed_logger_holds_no_file(tmp_path):
+    logger = RunLogger(tmp_path, {'kind': 'run', 'version': 1, 'task': 'training'})
+    logger.lock = _lock(tmp_path)
+    logger.log('a line')
+    assert {Path(name).name for name in open_files(tmp_path)} == {'log.txt', '.lock'}
+    logger.close()
+    assert open_files(tmp_path) == [] and 'a line' in (tmp_path / 'log.txt').read_text()
 
 
 def test_a_loss_that_rises_is_said_to(tmp_path):
