@@ -19,8 +19,9 @@ The most probable network of a search that meets a target; several targets; and 
 
 Within limits in other tables; several targets then also draw what each costs:
 
-    python parsing_model.py --model_path searched.pth.tar --lookup_path table.pkl \\
-        --target_lat 20% 40% 60% --limit params=5 --limit phone.pkl=40
+    python parsing_model.py --model_path searched.pth.tar \\
+        --lookup_path table.pkl --target_lat 20% 40% 60% \\
+        --limit params=5 phone.pkl=40
 
 """
 

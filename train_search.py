@@ -9,7 +9,8 @@ A search on a folder of class folders, at the input size of the table; or with l
 
     python train_search.py --img_root photos --target_lat 60% \\
         --lookup_path latency_pkl/my_table_64.pkl
-    python train_search.py --img_root images --train_list train.txt --val_list val.txt \\
+    python train_search.py --img_root images \\
+        --train_list train.txt --val_list val.txt \\
         --lookup_path latency_pkl/my_table_64.pkl --target_lat 60%
 
 A search that was stopped or killed goes on, in its folder, with the same flags and:
@@ -98,7 +99,7 @@ def get_args(argv=None):
         'width: the widths of the start are kept',
     )
     args = parser.parse_args(argv)
-    if args.width_divisor > 1 and 'width' not in args.freedoms:
+    if (args.width_divisor or 1) > 1 and 'width' not in args.freedoms:
         parser.error(f'--width_divisor {args.width_divisor} is of the freedom width, which --freedoms leaves out')
     return args
 

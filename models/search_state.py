@@ -26,6 +26,7 @@ from tools.errors import BadInput
 from tools.files import check_weights
 from tools.precision import DTYPES, Precision
 from tools.run.resume import RunKind, Snapshot
+from tools.settle import with_flags
 from tools.training import begin_momentum, cosine_lr, load_moments
 
 
@@ -116,7 +117,7 @@ def with_schedule(args: Namespace, snapshot: Snapshot, steps_an_epoch: int) -> t
         values[name] = default if kept[name] is None else kept[name]
         if given is None and epochs:
             lines.append(f'--{name} {values[name]:.4g} ({why[name] if earlier is None else "as before"})')
-    return Namespace(**vars(args) | values), kept, ', '.join(lines)
+    return with_flags(args, **values), kept, ', '.join(lines)
 
 
 def weights_lr(epoch: int, args) -> float:

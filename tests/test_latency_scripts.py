@@ -89,7 +89,7 @@ def test_check_exits_by_its_tolerance(measured, run_script):
     words += ['--rounds', '2']
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 2
-    assert 'Measured by the reference network: the machine took' in out and ', batch 1, threads 1\n' in out
+    assert 'Measured by the reference network: the machine took' in out and ', batch 1, threads 1, torch, ' in out
     assert re.search(r'Timings with an undisturbed core, which are those that count: \d+ %', out)
     run_script(*words, '--tolerance', '0', code=1)
 
@@ -303,7 +303,9 @@ def test_a_table_of_a_card_has_its_launch_and_all_that_compares_follows_it(launc
     assert timed == [('cuda', 32, launch, standard), ('cuda', 1, launch, None), ('cpu', 1, 'eager', None)]
     lines = re.findall(r'Lat_\w+ bs=.*', capsys.readouterr().out)
     bound = f'5.0000 ms, {launch} (bound by the host: eager over queued time is 1.50)'
-    assert lines == [f'Lat_GPU bs=32: {bound}', f'Lat_GPU bs=1: {bound}', 'Lat_CPU bs=1: 5.0000 ms']
+    by = [', relative to the reference network of the table', *[', by the clock alone'] * 2]
+    shown = f'Lat_GPU bs=32: {bound}', f'Lat_GPU bs=1: {bound}', 'Lat_CPU bs=1: 5.0000 ms'
+    assert lines == [line + how for line, how in zip(shown, by, strict=True)]
     assert set(card(*words, '--target_lat', '50%', '--fit_measured')) == {('cuda', 32, launch, standard)}
     assert f'measured {bound}, target' in capsys.readouterr().out
 
@@ -325,7 +327,7 @@ def test_a_launch_is_of_a_gpu(measured, tmp_path, run_script):
     assert 'launch' not in load_table(measured[0], 32, SPACE).meta
     for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0]]):
         done = run_script(MAKER, *words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl', code=2)
-        assert '--launch queued: only for times measured on a GPU' in done.stderr
+        assert '--launch queued: only for times that torch measures on a GPU' in done.stderr
         assert len(done.stderr.splitlines()) == 1 and done.stdout == '' and not list(tmp_path.iterdir())
 
 
@@ -394,7 +396,7 @@ def fit_by(clock, searched, monkeypatch):
     least, _, most = table.reach(SPACE)
     target = (least + most) / 2
     fit = closed_loop.Fitter(state, mask_widths(masks), table, SPACE, 10)
-    config = closed_loop.fit_to_clock(fit, target, Engine('torch', None, CPU), 1)
+    config = closed_loop.fit_to_clock(fit, target, CPU, 1)
     return table.of_config(config), target, [one.ms for one in measured]
 
 

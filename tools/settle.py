@@ -1,6 +1,7 @@
 """Values of flags that need not be given: earlier steps have written them into files."""
 
 import argparse
+import copy
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -34,4 +35,6 @@ def settle(
 
 def with_flags(args: argparse.Namespace, **values: object) -> argparse.Namespace:
     """Return the flags with some values replaced; `args` stays as it is."""
-    return argparse.Namespace(**(vars(args) | values))
+    changed = copy.copy(args)
+    vars(changed).update(values)
+    return changed
