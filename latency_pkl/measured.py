@@ -97,7 +97,7 @@ def measure(args, engine, divisor, budget):
             turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor))
             spent = time.monotonic() - start
             bar.update(min(round(spent), bar.total) - bar.n)
-            if spent < budget:
+            if spent + spent / len(turns) / 2 < budget:  # so that turns of many seconds do not overrun it
                 continue
             lacks = engine.by_block and missing(
                 samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import parsing_model
+import train_search
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut, measured
 from latency_pkl.measured import Turn
@@ -21,8 +22,10 @@ from latency_pkl.sampling import Sample, random_config, reference_config
 from latency_pkl.timing import Measured, Passes, measure_latency
 from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
 from models.config import dump_config, load_config
+from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
-from models.search_space import SPACE
+from models.parsing import mask_widths, parse_architecture
+from models.search_space import FREEDOMS, SPACE
 from tools.errors import BadInput
 
 CPU = torch.device('cpu')
@@ -169,6 +172,24 @@ def test_drawn_widths_are_on_the_grid_and_rounding_up_keeps_them():
     pairs = [(a, b) for name in odd.stages for a, b in zip(odd.stages[name], up.stages[name], strict=True)]
     assert not on_grid(odd, 16) and on_grid(up, 16)
     assert all(0 <= b.mid_channels - a.mid_channels < 16 and b.mid_channels % 16 == 0 for a, b in pairs)
+
+
+def test_a_search_takes_the_tables_divisor_unless_a_flag_is_given(tmp_path):
+    table, world = make_table(img_size=32), SimpleNamespace(is_first=False)
+    save_table(table.base, table.curves, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
+    args = SimpleNamespace(
+        lookup_path=str(tmp_path / 'table.pkl'), img_size=32, width_divisor=None, target_lat='50%', freedoms=FREEDOMS
+    )
+    read, target, notes = train_search.read_table(args, world)
+    assert notes[-1] == f'All widths stay multiples of 8 (from {args.lookup_path})'
+    state = SimpleNamespace(full=full_weights(10, CPU, SPACE), masks=start_masks(SPACE))
+    arch = parse_architecture(state.full, SPACE)
+    for divisor in (8, 16):
+        widths, _ = train_search.scale_to_target(state, read, target * 0.8, args, lambda *_: None)
+        chosen = [widths[block.stage][block.name][index] for block, index in SPACE.chosen(arch)]
+        assert widths != mask_widths(state.masks) and all(width % divisor == 0 for width in chosen)
+        args.width_divisor = 16
+    assert train_search.read_table(args, world)[2][-1] == 'All widths stay multiples of 16 (--width_divisor)'
 
 
 def test_a_config_is_rounded_up_and_both_latencies_are_printed(tmp_path, monkeypatch, capsys):
