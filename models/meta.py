@@ -120,9 +120,10 @@ def checkpoint_meta(checkpoint: Mapping, where: str) -> Meta:
     Raises:
         BadInput: see `Meta.from_dict`.
     """
+    names = checkpoint.get(CLASS_NAMES)
+    found = {CLASS_NAMES: names} if NAMES[0](names) else {}
     if isinstance(checkpoint.get(META), Mapping):  # checkpoints of other programs may have anything there
-        return Meta.from_dict(checkpoint[META], where)
+        return Meta.from_dict({**checkpoint[META], **found}, where)
     flags = checkpoint.get('flags')
-    found = {'img_size': flags.get('img_size') if isinstance(flags, Mapping) else None}
-    found[CLASS_NAMES] = checkpoint.get(CLASS_NAMES)
-    return Meta.from_dict({name: value for name, value in found.items() if KINDS[name][0](value)}, where)
+    size = flags.get('img_size') if isinstance(flags, Mapping) else None
+    return Meta.from_dict(found | ({'img_size': size} if SIZE[0](size) else {}), where)

@@ -30,7 +30,7 @@ CPU = torch.device('cpu')
 
 def recipe(**changes):
     defaults = {'lr': 0.2, 'lr_scale': 'none', 'epochs': 10, 'batch_size': 64, 'grad_accum': 1, 'max_steps': None}
-    return Namespace(**defaults | changes)
+    return Namespace(**defaults | {'lr_warmup_epochs': None} | changes)
 
 
 def test_linear_scaling_is_for_512_images_an_update():

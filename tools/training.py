@@ -249,6 +249,8 @@ def fit(
             plain = evaluate(state.net, val_loader, state.precision, world, layout) if state.ema else val
             is_best = val.numbers['top1'] > state.best[0] or state.epoch == 0
             state.best = max(state.best, (val.numbers['top1'], val.numbers.get('top5', 100.0)))
+            if num_classes <= 5:
+                train.numbers.pop('top5', None)  # of an epoch that went on after its last batch
             log_epoch(logger, state, train.numbers, val.numbers, plain.numbers)
             if end == steps:
                 state.epoch, state.step, state.sums = state.epoch + 1, 0, [0.0] * 4
