@@ -176,8 +176,10 @@ def read_numbers(w_tally, a_tally, latency, warming_up, world, args):
     numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
     if warming_up:
         return numbers
+    if latency.ndim == 0:
+        return numbers | {'mixture_latency': latency.item()}
     names = [f'mixture_{name}' for name in ('latency', *limit_names(args.limit))]
-    return numbers | dict(zip(names, latency.reshape(-1).tolist(), strict=False))
+    return numbers | dict(zip(names, latency.tolist(), strict=False))
 
 
 @torch.no_grad()
