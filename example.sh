@@ -33,10 +33,10 @@ if [ -z "$imagenet" ]; then
     }
     train_and_test() { # train_and_test NAME: from scratch; the test adds to $demo/NAME.txt
         "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
-            --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" --batch_size 64 --epochs 6 --lr 0.05 \
-            --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note "$1"
-        "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" \
-            --weights "$(newest "$demo/eval-*-$1/model_best.pth.tar")" --workers 2 | tee -a "$demo/$1.txt"
+            --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" --batch_size 64 --epochs 6 \
+            --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note "$1"
+        "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path "$demo/$1.config" \
+            "${size[@]}" --weights "$(newest "$demo/eval-*-$1/model_best.pth.tar")" --workers 2 | tee -a "$demo/$1.txt"
     }
 
     stage() { echo "== $SECONDS s: $1"; }
@@ -51,8 +51,8 @@ if [ -z "$imagenet" ]; then
     stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
         --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 10 --warmup_epochs 5 \
-        --largest_epochs 3 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 --print_freq 25 \
-        --save $demo --note demo
+        --largest_epochs 3 --a_lr 0.5 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --print_freq 25 --save $demo --note demo
 
     stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
     parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
