@@ -14,12 +14,12 @@ from latency_pkl.sampling import random_network
 from models.config import build_config
 from models.describe import describe_space
 from models.elasticity import fit_widths, full_weights, gather, latency_range, scatter, start_masks, update_masks
-from models.latency import expected_latency
+from models.latency import Limit, expected_latency
 from models.model_eval import NetworkEval
 from models.model_search import ExecutionMode, Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
-from models.targeting import most_probable
+from models.targeting import can_meet, log_probability, most_probable
 from tests.conftest import NUM_CLASSES, SMALL_SPACE, make_table
 
 CHOICES = [3, 4, 4, 3, 4]
@@ -160,6 +160,27 @@ def test_most_probable_architecture_equals_brute_force(seed_):
         assert table.total(found, widths, SMALL_SPACE) <= target * (1 + 1e-9)
         tried, skipped = tried + 1, skipped + picks.count(3)
     assert tried > 4 and skipped > 0
+
+
+def test_skip_counts_nothing_in_the_tables_of_limits():
+    """A limit that changes the choice: no more probable architecture can meet it and the target."""
+    table, other = make_table(SMALL_SPACE, 32, 0, base=0.1), make_table(SMALL_SPACE, 32, 1, base=0.2)
+    rows = [torch.linspace(1, 0, choices) for choices in CHOICES]
+    state = {f'{b.stage}.{b.name}.log_alphas': row for b, row in zip(SMALL_SPACE.blocks(), rows, strict=True)}
+    state |= {f'{name}.betas': torch.zeros(1) for name in SMALL_SPACE.stage_names}
+    least, most = other.reach(SMALL_SPACE)[0], table.reach(SMALL_SPACE)[2]
+    limits, target, likelier = [Limit('other', other, 1.4 * least)], 0.55 * most, 0
+    found = most_probable(state, table, SMALL_SPACE, target, 1, limits)
+    widths = fit_widths(found, SMALL_SPACE.start_widths(), table, SMALL_SPACE, target, 1, limits)
+    assert limits[0].holds(other.total(found, widths, SMALL_SPACE)) and sum(map(len, found.values())) == 5
+    assert 0.99 * target < table.total(found, widths, SMALL_SPACE) <= target * (1 + 1e-9)
+    for picks in itertools.product(*map(range, CHOICES)):
+        arch = {'stage1': list(picks[:1]), 'stage2': list(picks[1:3]), 'stage3': list(picks[3:])}
+        if log_probability(arch, state, SMALL_SPACE) > log_probability(found, state, SMALL_SPACE) + 1e-9:
+            assert not can_meet(arch, table, SMALL_SPACE, target, 1, limits)
+            likelier += 1
+    assert likelier and 3 in sum(found.values(), [])
+    assert found != most_probable(state, table, SMALL_SPACE, target)
 
 
 def test_weights_pass_through_masks():

@@ -15,7 +15,7 @@ from models.config import NetworkConfig, build_config
 from models.elasticity import fit_widths
 from models.latency import LatencyTable, Limit
 from models.search_space import Arch, SearchSpace, Widths
-from models.targeting import most_probable, target_range
+from models.targeting import is_reachable, most_probable, target_range
 
 MEASURED_ROUNDS = 4
 """Networks timed before a fit to the clock may end, outliers not counted."""
@@ -53,11 +53,11 @@ class Fitter:
 
     def nearest(self, target: float) -> float:
         """Return the latency nearest to a target that networks reach, within the limits."""
-        if self.limits:
-            least, most = target_range(self.table, self.space, self.divisor, self.limits)
-        else:
-            least, _, most = self.table.reach(self.space)
-        return min(max(target, least), most)
+        setting = self.divisor, self.limits
+        if is_reachable(self.table, self.space, target, *setting):
+            return target
+        ends = target_range(self.table, self.space, *setting, below=target, above=target)
+        return min((end for end in ends if end is not None), key=lambda end: abs(end - target))
 
 
 def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUNDS) -> NetworkConfig:

@@ -202,7 +202,7 @@ def expected_latency(
         per_block.split([stage.depth for stage in space.stages], -1), space.stages, depth_weights, strict=True
     ):
         at_depth = F.pad(blocks.cumsum(-1), (1, 0))
-        total = total + at_depth[..., stage.exit_depths.start :] @ weights
+        total = total + weights @ at_depth[..., stage.exit_depths.start :].movedim(-1, 0)
     return total
 
 

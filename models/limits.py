@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.config import ConvSpec, MBSpec, NetworkConfig, fixed_layers, op_spec
 from models.describe import count_mult_adds, count_params, describe_table
-from models.latency import LatencyTable, Limit, load_table
+from models.latency import LatencyTable, Limit, classes_note, load_table
 from models.layers import ConvLayer, MBInvertedResBlock
 from models.parsing import parse_architecture
 from models.search_space import Arch, Block, Op, SearchSpace, Widths, after_stride
@@ -101,6 +101,8 @@ def read_limits(
             table = counted_table(path, img_size, num_classes, space)
         else:
             table = load_table(path, img_size, space, log)
+            if note := classes_note(table, path, num_classes):
+                log(note)
         least, _, most = table.reach(space)
         value = table.amount(value_text, space)
         if not least <= value < math.inf:

@@ -366,7 +366,7 @@ def test_times_of_found_networks_correct_the_next_fit():
     for name, stage in zip(SPACE.stage_names, SPACE.stages, strict=True):
         state[f'{name}.betas'] = torch.arange(float(len(stage.exit_depths)))
     fit = Fitter(state, SPACE.start_widths(), table, SPACE, 10)
-    target = 0.9 * table.of_config(fit(9.0)[1])
+    target = 0.9 * table.of_config(fit(0.9)[1])
     first = fit(target)[1]
     assert TRUTH.of_config(first) > 1.05 * target
     found = [Found(first, table.of_config(first), TRUTH.of_config(first))]
