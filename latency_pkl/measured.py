@@ -49,7 +49,7 @@ METHODS = {
 LEAST_BUDGET = 0.6
 """Share of the budget that is left for the networks of the fit, even if the width grid took longer than the rest."""
 
-PATIENCE = 4
+PATIENCE = 8
 """Multiple of the budget for a slow machine to show every block shape."""
 
 
