@@ -56,6 +56,7 @@ from models.latency import load_table, save_table, warn_of_errors
 from models.limits import counted_table
 from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.search_space import SPACE
+from models.table_files import table_size
 from tools.distributed import pick_device
 from tools.environment import set_tf32
 from tools.errors import BadInput
@@ -93,8 +94,14 @@ def get_args(argv=None):
         "with --check the table's",
     )
     add_tf32_arg(parser, None, "; default: yes; with --check the table's")
-    table.add_argument('--img_size', type=image_size, default=224, help='height and width of the input in pixels')
-    table.add_argument('--num_classes', type=class_count, default=1000, help='classes of the networks')
+    table.add_argument(
+        '--img_size',
+        type=image_size,
+        help="height and width of the input in pixels; default: 224; with --check the table's",
+    )
+    table.add_argument(
+        '--num_classes', type=class_count, help="classes of the networks; default: 1000; with --check the table's"
+    )
     table.add_argument('--budget', type=number(float, 5), default=105.0, help='seconds to measure')
     parser.groups['output'].add_argument(
         '--save_path',
@@ -228,10 +235,12 @@ def table_of_timings(args):
 def main(args):
     """Make a table, check one, or write a kit."""
     start = time.monotonic()
+    args.img_size = args.img_size or args.check and table_size(args.check) or 224
     if args.timings:
         table_of_timings(args)
         return
     if args.kit:
+        args.num_classes = args.num_classes or 1000
         make_kit(args)
         return
     if args.estimate and args.metric != 'latency':
@@ -239,6 +248,7 @@ def main(args):
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
+    args.num_classes = args.num_classes or (table.setting('num_classes', 1000) if table else 1000)
     engine = engine_of_table(table.meta if table else {}, args.runtime, args.provider, device)
     if not measures and args.runtime:
         raise BadInput(f'--runtime {args.runtime}: only for a table that is measured; leave it out')

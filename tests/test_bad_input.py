@@ -137,7 +137,6 @@ FLAGS = [
     ('train_eval.py', {'train_list': '@one_image.txt'}, '1 images are fewer than one batch'),
     ('train_eval.py', {'train_list': None}, '--train_list is missing: give both lists, or neither'),
     ('parsing_model.py', {'rounds': 2}, '--rounds 2 is of measured latencies: give --print_lat'),
-    ('parsing_model.py', {'width_divisor': 8}, '--width_divisor 8 is of a fit: give --target_lat too'),
     ('train_eval.py', {'config_path': '@train.txt'}, 'train.txt'),
     ('train_eval.py', {'config_path': '@absent.config'}, 'absent.config: cannot be read'),
     ('train_eval.py', {'config_path': None, 'model_path': '@weights.pth.tar'}, 'neither a model.config nor a searched'),

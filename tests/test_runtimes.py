@@ -24,8 +24,9 @@ from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
-from models.parsing import mask_widths, parse_architecture
+from models.parsing import mask_widths
 from models.search_space import FREEDOMS, SPACE
+from tools.distributed import World
 from tools.errors import BadInput
 
 CPU = torch.device('cpu')
@@ -175,17 +176,21 @@ def test_drawn_widths_are_on_the_grid_and_rounding_up_keeps_them():
 
 
 def test_a_search_takes_the_tables_divisor_unless_a_flag_is_given(tmp_path):
-    table, world = make_table(img_size=32), SimpleNamespace(is_first=False)
+    table, world = make_table(img_size=32), World(torch.device('cpu'), 1, 2)
     save_table(table.base, table.curves, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
     args = SimpleNamespace(
-        lookup_path=str(tmp_path / 'table.pkl'), img_size=32, width_divisor=None, target_lat='50%', freedoms=FREEDOMS
+        lookup_path=str(tmp_path / 'table.pkl'),
+        img_size=32,
+        width_divisor=None,
+        target_lat='50%',
+        limit=[],
+        freedoms=FREEDOMS,
     )
     read, target, notes = train_search.read_table(args, world)
     assert notes[-1] == f'All widths stay multiples of 8 (from {args.lookup_path})'
     state = SimpleNamespace(full=full_weights(10, CPU, SPACE), masks=start_masks(SPACE))
-    arch = parse_architecture(state.full, SPACE)
     for divisor in (8, 16):
-        widths, _ = train_search.scale_to_target(state, read, target * 0.8, args, lambda *_: None)
+        arch, widths, _ = train_search.scale_to_target(state, read, target * 0.8, (), args, lambda *_: None)
         chosen = [widths[block.stage][block.name][index] for block, index in SPACE.chosen(arch)]
         assert widths != mask_widths(state.masks) and all(width % divisor == 0 for width in chosen)
         args.width_divisor = 16
