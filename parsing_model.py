@@ -146,8 +146,7 @@ def fitted_configs(args, paths, found, table, engine, limits):
     state, masks = load_search_checkpoint(args.model_path, SPACE)
     targets = [table.target(text, SPACE) for text in args.target_lat]
     divisor = args.width_divisor or table.width_divisor
-    for target in targets:
-        check_reachable(table, SPACE, target, divisor, limits)
+    check_reachable(table, SPACE, targets, divisor, limits)
     fit = Fitter(state, mask_widths(masks), table, SPACE, found.classifier.out_features, divisor, limits)
     timed, fits = found_networks(read_timings(args.timings), table) if args.timings else [], []
     for path, text, target in zip(paths, args.target_lat, targets, strict=True):

@@ -264,7 +264,7 @@ def read_bounds(table, target, num_classes, notes, args):
     """Return the limits, after a check that target and limits can be met; adds lines for the log."""
     limits = read_limits(args.limit, args.img_size, num_classes, SPACE, notes.append)
     if 'width' in args.freedoms:
-        check_reachable(table, SPACE, target, args.width_divisor or table.width_divisor, limits, notes.append)
+        check_reachable(table, SPACE, [target], args.width_divisor or table.width_divisor, limits, notes.append)
     return limits
 
 

@@ -117,15 +117,16 @@ def read_limits(
 def check_reachable(
     table: LatencyTable,
     space: SearchSpace,
-    target: float,
+    targets: Sequence[float],
     divisor: int = 1,
     limits: Sequence[Limit] = (),
     log: Callable[[str], object] = print,
 ) -> None:
-    """Check that some architecture and widths meet the target and keep all limits. Log the targets that limits leave.
+    """Check that some architecture and widths meet each target and keep all limits. Log the targets that limits leave.
 
     Raises:
-        BadInput: none does; gives the nearest targets, and the values to which a limit may be raised instead.
+        BadInput: none does for a target; gives the nearest targets, and the values to which a limit may be raised
+            instead.
     """
     names = ', '.join(f'{limit.name} of at most {limit.value:.4f} {limit.table.unit}' for limit in limits)
     if limits:
@@ -133,8 +134,10 @@ def check_reachable(
         if least is None:
             raise BadInput(f'--limit: no network keeps all of {names}; raise one of them')
         log(f'{names}: networks reach targets from {_up(least)} to {_down(most)} {table.unit}, to 0.1 %')
-    if is_reachable(table, space, target, divisor, limits):
+    unmet = [target for target in targets if not is_reachable(table, space, target, divisor, limits)]
+    if not unmet:
         return
+    target = unmet[0]
     above, below = target_range(table, space, divisor, limits, target, target)
     near = [text for value, text in ((below, _down(below)), (above, _up(above))) if value is not None]
     message = f'target {target:.4f} {table.unit}: no architecture of the space can meet it'

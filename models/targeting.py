@@ -12,7 +12,7 @@ from models.elasticity import latency_range, reach_of, width_range
 from models.latency import TOLERANCE, LatencyTable, Limit
 from models.parsing import parse_architecture
 from models.search_space import Arch, Block, Op, SearchSpace
-from models.width_program import SOLVER
+from models.width_program import RANGE_GAP, SOLVER
 from tools.errors import BadInput
 
 INFEASIBLE = 2
@@ -20,10 +20,6 @@ INFEASIBLE = 2
 
 OBJECTIVE_SCALE = 1e3
 """Factor on log-probabilities; HiGHS stops within 1e-6 of the optimum, so within 1e-9 of log-probability."""
-
-
-RANGE_GAP = 1e-3
-"""Precision of the most target that limits allow, as a share of it. The choice itself is exact."""
 
 
 def most_probable(

@@ -17,6 +17,12 @@ from models.latency import TOLERANCE
 SOLVER = 1e-6
 """Tolerance of HiGHS, by which its constraints may be off."""
 
+RANGE_GAP = 1e-3
+"""Precision of the most target that limits allow, as a share of it. Whether a target can be met is exact."""
+
+FEW = 8
+"""Best widths, and others over the range, of each block that usually settle a question of this precision."""
+
 Curves = Sequence[np.ndarray]
 """Rising amounts of each block at its possible widths: [blocks][widths]."""
 
@@ -45,7 +51,7 @@ def reach_within(gains: Curves, costs: Sequence[Curves], rooms: Sequence[float],
         gains: in the target's table.
         costs: in the table of each limit.
         rooms: the most sum of costs of each limit, all above 0.
-        need: a sum of gains; inf for the most that there is, to 1e-6 of it.
+        need: a sum of gains; inf for the most that there is, to `RANGE_GAP` of it.
     """
     stacked = [np.stack([curves[i] for curves in costs]) for i in range(len(gains))]  # [limits, widths] each
     rooms, count = np.array(rooms), len(gains)
@@ -65,7 +71,7 @@ def reach_within(gains: Curves, costs: Sequence[Curves], rooms: Sequence[float],
         choice = _filled(gains, stacked, rooms, columns, shares)
         most = _sum(gains, choice)
         short = bound < need * (1 - TOLERANCE) < np.inf
-        if short or most >= need * (1 - TOLERANCE) or (need == np.inf and bound - most <= SOLVER * abs(bound)):
+        if short or most >= need * (1 - TOLERANCE) or (need == np.inf and bound - most <= RANGE_GAP * abs(bound)):
             return Reach(most, bound, multipliers, choice)
         new = [column for column in enumerate(best) if column not in columns]
         if not new:
@@ -74,10 +80,20 @@ def reach_within(gains: Curves, costs: Sequence[Curves], rooms: Sequence[float],
     wanted = need if need < np.inf else most
     slack = bound + SOLVER * abs(bound) - wanted
     kept = [np.flatnonzero(value >= value.max() - slack) for value in values]
-    exact = _integer(gains, stacked, rooms, kept, wanted)
-    if exact is not None and _sum(gains, exact) > most:
-        choice, most = exact, _sum(gains, exact)
+    few = [_some(places, value) for places, value in zip(kept, values, strict=True)]
+    for places in (few, kept) if need == np.inf else (kept,):
+        exact = _integer(gains, stacked, rooms, places, wanted)
+        if exact is not None and _sum(gains, exact) > most:
+            choice, most = exact, _sum(gains, exact)
+        if need == np.inf and bound - most <= RANGE_GAP * abs(bound):
+            return Reach(most, bound, multipliers, choice)
     return Reach(most, max(most, min(bound, wanted)), multipliers, choice)
+
+
+def _some(places: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return the `FEW` places of the most value, and as many evenly spaced ones."""
+    best, spaced = np.argsort(-value[places])[:FEW], np.linspace(0, len(places) - 1, FEW).astype(int)
+    return places[np.union1d(best, spaced)]
 
 
 def _sum(curves: Curves, choice: Sequence[int]) -> float:

@@ -115,10 +115,10 @@ def test_a_target_in_a_gap_of_the_table_is_refused_before_the_search():
     ranges = [latency_range(arch, table, SMALL_SPACE) for arch in all_architectures(SMALL_SPACE)]
     for target in np.linspace(*table.reach(SMALL_SPACE)[::2], 41).tolist():
         if any(low <= target <= high for low, high in ranges):
-            check_reachable(table, SMALL_SPACE, target)
+            check_reachable(table, SMALL_SPACE, [target])
         else:
             with pytest.raises(BadInput, match='no architecture of the space can meet it; the nearest targets'):
-                check_reachable(table, SMALL_SPACE, target)
+                check_reachable(table, SMALL_SPACE, [target])
 
 
 def search_args(**changes):

@@ -126,6 +126,7 @@ def test_configs_of_several_targets_keep_all_limits_and_their_picture_is_drawn(s
     words += ['--target_lat', '20%', '30%', '40%', '--limit', 'params=40%']
     assert run_here(monkeypatch, 'parsing_model.py', words) == 0
     out, most = capsys.readouterr().out, params.amount('40%', SMALL_SPACE)
+    assert out.count('networks reach targets from ') == 1
     changed = 0
     for text in ('20%', '30%', '40%'):
         config, target = load_config(tables / f'm_{text[:2]}pc.config'), table.target(text, SMALL_SPACE)

@@ -172,7 +172,7 @@ def test_a_target_that_limits_forbid_names_the_nearest_and_what_to_raise():
         table, limits, target, divisor, _, _ = random_case(seed)
         lines = []
         try:
-            check_reachable(table, TINY, target, divisor, limits, lines.append)
+            check_reachable(table, TINY, [target], divisor, limits, lines.append)
             assert re.search(r'networks reach targets from [\d.]+ to [\d.]+ ms', lines[0])
             continue
         except BadInput as e:
