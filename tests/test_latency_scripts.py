@@ -85,7 +85,7 @@ def test_measured_table_covers_the_space_and_records_how_it_was_made(measured):
 
 
 def test_check_exits_by_its_tolerance(measured, run_script):
-    words = [MAKER, '--check', measured[0], '--device', 'cpu', *SIZE, '--networks', '2', '--num_classes', '10']
+    words = [MAKER, '--check', measured[0], '--device', 'cpu', '--networks', '2']
     words += ['--rounds', '2']
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 2
