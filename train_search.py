@@ -407,8 +407,9 @@ def main(args):
         draw_at_end(logger.folder, logger.log)
     if logger.ended:
         suggest_parsing(logger.folder / searched_model(args.epochs), table, args, logger.log)
+    code = checkpointer.exit_code()
     logger.close()
-    return checkpointer.exit_code()
+    return code
 
 
 if __name__ == '__main__':

@@ -80,7 +80,7 @@ class ImageList(Dataset):
     def note_bad(self, index: int, error: BadInput) -> None:
         """Count an image as skipped, or raise the error."""
         if not self.skip:
-            raise error
+            raise BadInput(f'{error}; leave it out, or give --bad_images skip') from error
         self.bad[index] = True
         self.check_share(str(error))
 

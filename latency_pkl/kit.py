@@ -14,7 +14,7 @@ import numpy as np
 
 from latency_pkl.fit import Fit
 from latency_pkl.fit_whole import FAR, fit_whole, wild_timings
-from latency_pkl.sampling import reference_config
+from latency_pkl.sampling import Decks, reference_config
 from models.config import NetworkConfig, build_config, load_config, unique_keys
 from models.latency import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS, LatencyTable
 from models.onnx_graph import save_onnx, to_onnx
@@ -80,7 +80,7 @@ def kit_networks(
     of the stages have full depth. Those that are held back are uniform draws. Widths are multiples of `divisor`, except
     in the reference, which is not fitted either.
     """
-    decks = _Decks(rng)
+    decks = Decks(rng)
     networks = {REFERENCE: reference_config(num_classes, space)}
     for number in range(count):
         arch: Arch = {}
@@ -103,20 +103,6 @@ def kit_networks(
             widths[block.stage][block.name][index] = _multiple(low + (high - low) * at, low, high, divisor)
         networks[f'net_{number:03d}'] = build_config(arch, widths, num_classes, space)
     return networks
-
-
-class _Decks:
-    """Draws without replacement from lists that are shuffled again when they are used up."""
-
-    def __init__(self, rng: random.Random):
-        self.rng, self.decks = rng, {}
-
-    def draw(self, name: object, items: Sequence) -> object:
-        """Return one of the items; `name`: of their deck."""
-        deck = self.decks.setdefault(name, [])
-        if not deck:
-            deck += self.rng.sample(items, len(items))
-        return deck.pop()
 
 
 def _multiple(width: float, low: int, high: int, divisor: int) -> int:

@@ -33,6 +33,7 @@ import tools.needed  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 
+from dataset.loaders import USUAL_SIZE
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.kit import (
     LEAST_NETWORKS,
@@ -55,6 +56,7 @@ from models.elasticity import check_divisor
 from models.latency import load_table, save_table, warn_of_errors
 from models.limits import counted_table
 from models.onnx_graph import OPSETS, USUAL_OPSET
+from models.parsing import USUAL_CLASSES
 from models.search_space import SPACE
 from models.table_files import table_size
 from tools.distributed import pick_device
@@ -228,27 +230,30 @@ def table_of_timings(args):
     path = args.save_path or f'latency_pkl/latency_{Path(args.timings).stem}_{kit.settings["img_size"]}.pkl'
     check_target(path, '--save_path', [args.timings])
     fit, meta = timed_table(timings, kit, SPACE, args.note)
+    if warning := warn_of_errors(meta):
+        meta['warning'] = warning
     save_table(fit.base, fit.curves, meta | {'metric': 'latency', 'date': time.strftime('%Y-%m-%d')}, path)
     print(f'{path}: {len(fit.curves)} block shapes, base {fit.base:.4f} ms, of {meta["device"]}')
+    if warning:
+        print(warning)
 
 
 def main(args):
     """Make a table, check one, or write a kit."""
     start = time.monotonic()
-    args.img_size = args.img_size or args.check and table_size(args.check) or 224
+    args.img_size = args.img_size or (table_size(args.check) if args.check else None) or USUAL_SIZE
+    table = load_table(args.check, args.img_size, SPACE) if args.check else None
+    args.num_classes = args.num_classes or (table.setting('num_classes', USUAL_CLASSES) if table else USUAL_CLASSES)
     if args.timings:
         table_of_timings(args)
         return
     if args.kit:
-        args.num_classes = args.num_classes or 1000
         make_kit(args)
         return
     if args.estimate and args.metric != 'latency':
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
     measures = args.metric == 'latency' and not args.estimate
     device = pick_device(args.device) if measures else torch.device('cpu')
-    table = load_table(args.check, args.img_size, SPACE) if args.check else None
-    args.num_classes = args.num_classes or (table.setting('num_classes', 1000) if table else 1000)
     engine = engine_of_table(table.meta if table else {}, args.runtime, args.provider, device)
     if not measures and args.runtime:
         raise BadInput(f'--runtime {args.runtime}: only for a table that is measured; leave it out')

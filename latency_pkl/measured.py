@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from latency_pkl.fit import fit_table
 from latency_pkl.fit_whole import fit_whole
-from latency_pkl.sampling import random_config, reference_config, sample_of
+from latency_pkl.sampling import Decks, random_config, reference_config, sample_of
 from latency_pkl.timing import (
     Passes,
     bench_apart,
@@ -67,15 +67,19 @@ class Turn:
         return [*(passes for _, passes in [*self.fitted, self.unseen]), *self.reference]
 
 
-def time_turn(rng, unseen, args, engine, divisor=1):
+def time_turn(rng, unseen, args, engine, divisor=1, decks=None):
     """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often.
 
-    Widths are multiples of the divisor. Only those of the last network are not, if there is one.
+    Widths are multiples of the divisor. Only those of the last network are not, if there is one; it does not show block
+    shapes to the fit, so its operators are not from the decks.
     """
     setting, timed, of_reference = (args.img_size, args.batch_size), [], []
     reference = engine.bench(reference_config(args.num_classes, SPACE), 0, *setting, launch=args.launch)
     divisors = [divisor] * (TURN - 2) + [1]
-    drawn = [random_config(rng, i % 2 == 0, args.num_classes, SPACE, d) for i, d in enumerate(divisors)]
+    drawn = [
+        random_config(rng, i % 2 == 0, args.num_classes, SPACE, d, decks if d == divisor else None)
+        for i, d in enumerate(divisors)
+    ]
     configs = [unseen, *drawn]
     for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
         with bench_apart(reference) as beside:
@@ -91,10 +95,11 @@ def time_turn(rng, unseen, args, engine, divisor=1):
 def measure(args, engine, divisor, budget):
     """Time turns of networks for `budget` seconds, longer if undisturbed timings of block shapes are missing."""
     rng, start, turns = random.Random(args.seed), time.monotonic(), []
+    decks = Decks(rng)  # with independent draws, half of all tables would need more than 36 networks
     unseen = [random_config(rng, False, args.num_classes, SPACE, divisor) for _ in range(UNSEEN)]
     with tqdm(total=round(budget), unit='s', desc='timing networks', mininterval=1) as bar:
         while True:
-            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor))
+            turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor, decks))
             spent = time.monotonic() - start
             bar.update(min(round(spent), bar.total) - bar.n)
             if spent + spent / len(turns) / 2 < budget:  # so that turns of many seconds do not overrun it

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,21 +41,38 @@ class Sample:
         return blocks + (0.0 if math.isnan(self.fixed) else base)
 
 
-def random_network(rng: random.Random, ends: bool, space: SearchSpace, divisor: int = 1) -> tuple[Arch, Widths]:
+class Decks:
+    """Draws without replacement from lists that are shuffled again when they are used up."""
+
+    def __init__(self, rng: random.Random):
+        self.rng, self.decks = rng, {}
+
+    def draw(self, name: object, items: Sequence) -> object:
+        """Return one of the items; `name`: of their deck."""
+        deck = self.decks.setdefault(name, [])
+        if not deck:
+            deck += self.rng.sample(items, len(items))
+        return deck.pop()
+
+
+def random_network(
+    rng: random.Random, ends: bool, space: SearchSpace, divisor: int = 1, decks: Decks | None = None
+) -> tuple[Arch, Widths]:
     """Draw depths, operators and widths.
 
     Args:
         ends: give half of the networks full depth, and some blocks the least or the most width, so that all keys occur
             over their whole range. Otherwise all draws are uniform.
         divisor: all widths are multiples of it, the next above what was drawn.
+        decks: draw operators from them, so that networks drawn together have each operator in each block equally often.
     """
     arch: Arch = {}
-    blocks = space.blocks()
+    blocks, ops = space.blocks(), range(len(space.ops))
     for name, stage in zip(space.stage_names, space.stages, strict=True):
         full = ends and rng.random() < FULL_DEPTH_SHARE
         depth = stage.depth if full else rng.choice(stage.exit_depths)
         own = [block for block in blocks if block.stage == name]
-        arch[name] = [rng.randrange(len(space.ops)) for block in own[:depth]]
+        arch[name] = [decks.draw(block, ops) if decks else rng.randrange(len(ops)) for block in own[:depth]]
     widths = space.start_widths()
     for block, index in space.chosen(arch):
         op = space.ops[index]
@@ -67,10 +84,10 @@ def random_network(rng: random.Random, ends: bool, space: SearchSpace, divisor: 
 
 
 def random_config(
-    rng: random.Random, ends: bool, num_classes: int, space: SearchSpace, divisor: int = 1
+    rng: random.Random, ends: bool, num_classes: int, space: SearchSpace, divisor: int = 1, decks: Decks | None = None
 ) -> NetworkConfig:
     """Return the config of a `random_network`."""
-    return build_config(*random_network(rng, ends, space, divisor), num_classes, space)
+    return build_config(*random_network(rng, ends, space, divisor, decks), num_classes, space)
 
 
 class _Uninitialised(TorchFunctionMode):

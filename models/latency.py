@@ -25,6 +25,7 @@ from models.search_space import Arch, Block, Op, SearchSpace, Widths
 from models.table_files import by_width, read_table
 from tools.errors import BadInput
 from tools.files import write_atomic
+from tools.next_step import command
 
 ROUNDING = 5e-5
 """Rounding of the ends of the reachable range when they are printed."""
@@ -325,9 +326,11 @@ def warn_of_errors(meta: Mapping) -> str:
     error = meta.get('residual_mean_percent')
     if not _is_number(error) or error <= DOUBTFUL:
         return ''
+    again = 'time its kit again on an idle device' if 'timed_with' in meta else 'make it again on an idle machine'
+    more = 'more networks or --rounds' if 'timed_with' in meta else 'a larger --budget'
     return (
         f'WARNING: its predictions for unseen networks are off by {error:.1f} % on average, more than {DOUBTFUL:g} %:'
-        ' not worth searching with; make it again on an idle machine, with a larger --budget'
+        f' not worth searching with; {again}, with {more}'
     )
 
 
@@ -440,4 +443,5 @@ def _is_number(value: object) -> bool:
 
 
 def _maker(img_size: int) -> str:
-    return f'python latency_pkl/make_lat_lut.py --img_size {img_size} --save_path latency_pkl/my_table.pkl'
+    flags = {'img_size': img_size, 'save_path': f'my_table_{img_size}.pkl'}
+    return command('latency_pkl/make_lat_lut.py', flags, width=math.inf)

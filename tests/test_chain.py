@@ -26,8 +26,9 @@ from dataset.splits import (
     training_flags,
     training_images,
 )
-from latency_pkl import timing
-from latency_pkl.sampling import log_network_latency, reference_config
+from latency_pkl import runtimes
+from latency_pkl.runtimes import log_network_latency
+from latency_pkl.sampling import reference_config
 from latency_pkl.timing import Measured
 from models.config import dump_config, load_config, parse_config
 from models.latency import device_note, load_table, save_table
@@ -255,10 +256,11 @@ def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tm
     given, said = [], []
 
     def measure(build, batch_size, img_size, device, standard, launch):
+        assert said.pop().startswith('measuring the latency of the network')
         given.append((batch_size, img_size, standard.ms if standard else None))
-        return Measured(2.5, 0.01, 1.0 if standard else None)
+        return Measured(2.5, 0.01, 1.0 if standard else None, parts=(1.0, 1.5))
 
-    monkeypatch.setattr(timing, 'measure_latency', measure)
+    monkeypatch.setattr(runtimes, 'measure_latency', measure)
     logger = Namespace(log=lambda text, *values: said.append(text % values), record=lambda *_, **__: None)
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     predicted = load_table(path, 32, SPACE).of_config(config)

@@ -30,7 +30,7 @@ from latency_pkl.measured import (
     time_turn,
 )
 from latency_pkl.runtimes import Engine
-from latency_pkl.sampling import Sample, random_config, reference_config
+from latency_pkl.sampling import Decks, Sample, random_config, reference_config
 from latency_pkl.timing import QUEUED, UNCONFIRMED, WAITED, Measured, Passes, bench_apart, pool_timings
 from latency_pkl.width_grid import MULTIPLES, WidthGrid
 from models.config import load_config
@@ -85,7 +85,7 @@ def test_measured_table_covers_the_space_and_records_how_it_was_made(measured):
 
 
 def test_check_exits_by_its_tolerance(measured, run_script):
-    words = [MAKER, '--check', measured[0], '--device', 'cpu', *SIZE, '--networks', '2', '--num_classes', '10']
+    words = [MAKER, '--check', measured[0], '--device', 'cpu', '--networks', '2']
     words += ['--rounds', '2']
     out = run_script(*words, '--tolerance', '1000').stdout
     assert len(re.findall(r'predicted +\d+\.\d+ ms  measured +\d+\.\d+ ms', out)) == 2
@@ -129,6 +129,18 @@ def test_what_a_fit_lacks_is_named():
     assert missing(unfixed, 32) == f'{len(samples)} networks showed 66 of 66 block shapes and no fixed layers'
 
 
+def test_a_fit_soon_sees_every_block_shape():
+    counts = []
+    for seed in range(20):
+        rng, samples = random.Random(seed), []
+        decks = Decks(rng)
+        while missing(samples, 32):
+            config = random_config(rng, len(samples) % 2 == 0, 10, SPACE, 8, decks)
+            samples.append(Sample(1.0, [(key, spec.mid_channels, 1.0) for _, spec, key in config.table_keys(32)]))
+        counts.append(len(samples))
+    assert max(counts) <= 30  # independent draws need 45 on average
+
+
 def disturbed_turns(share, seed):
     """A fake `time_turn` on a core that is contended in bursts, for a share of the time; if `share` is None, at every
     second probe. A contended core takes 1.5 times as long."""
@@ -145,8 +157,8 @@ def disturbed_turns(share, seed):
         disturbed = burst[:, :-1] | burst[:, 1:]
         return Passes(parts * np.where(disturbed, 1.5, 1), probes * np.where(burst, 1.9, 1))
 
-    def time_turn(rng, unseen, args, engine, divisor):
-        configs = [random_config(rng, i % 2 == 0, 10, SPACE) for i in range(TURN - 1)]
+    def time_turn(rng, unseen, args, engine, divisor, decks):
+        configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor, decks) for i in range(TURN - 1)]
         fitted = [(config, passes(config, PASSES)) for config in configs]
         return Turn(fitted, (unseen, passes(unseen, 16)), [passes(reference, 2) for _ in range(TURN)])
 
@@ -236,8 +248,8 @@ def card(monkeypatch):
     """
     asked = []
 
-    def time_turn(rng, unseen, args, engine, divisor):
-        turn = disturbed_turns(0.0, rng.getrandbits(30))(rng, unseen, args, engine, divisor)
+    def time_turn(rng, unseen, args, engine, divisor, decks):
+        turn = disturbed_turns(0.0, rng.getrandbits(30))(rng, unseen, args, engine, divisor, decks)
         asked.append((engine.device.type, args.batch_size, args.launch))
 
         def on_card(one, ratio):

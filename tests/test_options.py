@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.options import Parser, changed_flags, count
+from tools.options import Parser, changed_flags, count, run_script
 
 SCRIPTS = ['train_search', 'parsing_model', 'train_eval', 'train_eval_amp', 'test', 'latency_pkl.make_lat_lut']
 SCRIPTS += ['dataset.make_lists', 'tools.plots', 'experiments.three_freedoms', 'experiments.path_accuracy']
@@ -114,3 +114,22 @@ def test_without_packages_a_script_is_one_line(script, run_script):
     words = ['-m', script] if script == 'tools.plots' else [script.replace('.', '/') + '.py']
     (line,) = run_script('-S', *words, code=2).stderr.splitlines()  # -S: without installed packages
     assert 'has no torch, torchvision, ' in line and 'pip install -r ' in line
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def main(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main, None)
+    assert end.value.code == 130 and capsys.readouterr().err.endswith(': interrupted\n')
+
+
+def test_help_names_no_empty_default(capsys):
+    parser = Parser('A script.')
+    parser.add_argument('--many', default=[], nargs='+', help='some')
+    parser.add_argument('--zero', default=0, help='none')
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--help'])
+    shown = capsys.readouterr().out
+    assert '(default: )' not in shown and 'none (default: 0)' in shown

@@ -184,6 +184,9 @@ def test_latencies_of_different_settings_are_not_mixed(tmp_path, capsys):
 def test_searches_compare_by_what_differs(searched, trained, tmp_path):
     longer = write_search(tmp_path / 'search-longer', epochs=8, seed=1)
     both = [read_run(searched), read_run(longer)]
+    both[0].header['flags']['limit'], both[1].header['flags']['limit'] = [], ['params=4', 'macs=30%']
+    assert [row[3] for row in results(both)[1]] == ['', 'params=4 macs=30%']
+    both[1].header['flags']['limit'] = []
     names, rows = results(both)
     assert names[:3] == ['run', 'task', 'epochs'] and [row[2] for row in rows] == ['6', '8']
     last = both[1].of('epoch')[-1]

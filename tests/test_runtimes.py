@@ -238,7 +238,7 @@ def fake_turns(by_block, penalty):
         parts = parts if by_part else parts.sum(axis=1, keepdims=True)
         return Passes(parts, np.full((count, parts.shape[1] + 1), 0.03))
 
-    def time_turn(rng, unseen, args, engine, divisor):
+    def time_turn(rng, unseen, args, engine, divisor, decks):
         configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor if i else 1) for i in range(7)]
         fitted = [(config, passes(config, 8, by_block)) for config in configs]
         return Turn(fitted, (unseen, passes(unseen, 16, False)), [passes(reference, 2, False) for _ in range(8)])

@@ -7,6 +7,9 @@ from typing import TextIO
 
 import torch
 
+INTERRUPTED = 130
+"""Exit code after SIGINT."""
+
 
 class BadInput(ValueError):
     """Input that cannot be used. The message names the value, where it came from, and what would be right.

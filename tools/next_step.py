@@ -20,8 +20,8 @@ def shown(path: str | Path) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
-def command(script: str, flags: Mapping[str, Any]) -> str:
-    """Return the command line of a script of this project, quoted for a shell, in lines of at most `WIDTH` columns.
+def command(script: str, flags: Mapping[str, Any], width: float = WIDTH) -> str:
+    """Return the command line of a script of this project, quoted for a shell, in lines of at most `width` columns.
 
     Args:
         flags: values by name; a path as `Path`. None and False leave a flag out, True has no value.
@@ -36,7 +36,7 @@ def command(script: str, flags: Mapping[str, Any]) -> str:
         words.append(shlex.join([f'--{name}', *texts]))
     lines = ['']
     for word in words:
-        if lines[-1] and len(lines[-1]) + len(word) + 3 > WIDTH:
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > width:
             lines.append('   ')
         lines[-1] += f'{" " if lines[-1] else ""}{word}'
     return ' \\\n'.join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
 
-from tools.errors import BadInput, explain, has_no_reader, silence
+from tools.errors import INTERRUPTED, BadInput, explain, has_no_reader, silence
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
@@ -50,7 +50,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def add_argument(self, action):
         """Add an option with its default."""
         text = action.help or ''
-        has_default = action.default is not None and action.default is not False  # 0 is a default
+        has_default = action.default not in (None, []) and action.default is not False  # 0 is a default
         if has_default and action.default != argparse.SUPPRESS and 'default' not in text:
             values = action.default if isinstance(action.default, list) else [action.default]
             default = ' '.join(map(str, values)).replace('%', '%%')
@@ -147,7 +147,8 @@ def changed_flags(args: argparse.Namespace) -> list[str]:
 def run_script(main: Callable, args: argparse.Namespace) -> None:
     """Run `main(args)` and exit with the code that it returns (None: 0).
 
-    Bad input gives one line on stderr and exit code 2; a run that cannot continue gives one line and exit code 1.
+    Bad input gives one line on stderr and exit code 2; a run that cannot continue gives one line and exit code 1; an
+    interrupt one line and exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace')  # a console of few characters, such as Latin-1, shows ? for others
@@ -158,6 +159,9 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
         message = str(e).rpartition('tools.errors.BadInput: ')[2]  # without the traceback of a worker
         print(f'{sys.argv[0]}: error: {" ".join(message.split())}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f'{sys.argv[0]}: interrupted', file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (OSError, EOFError, RuntimeError, MemoryError) as e:
         if isinstance(e, BrokenPipeError) and has_no_reader(sys.stdout):  # such as by `| head`
             silence(sys.stdout)

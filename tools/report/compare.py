@@ -92,7 +92,7 @@ def results(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
             [
                 run.name,
                 run.header['task'],
-                *(str(run.header['flags'][name]) for name in differ),
+                *(_flag(run.header['flags'][name]) for name in differ),
                 _number(run.header.get('latency', {}).get('target'), '.4f'),
                 _number(network['latency'], '.4f'),
                 network['unit'] if network['latency'] is not None else '',
@@ -104,6 +104,11 @@ def results(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return names, rows
+
+
+def _flag(value: object) -> str:
+    """Return the value of a flag as on a command line."""
+    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def results_csv(names: list[str], rows: list[list[str]]) -> str:

@@ -456,5 +456,7 @@ def network_title(run: Run, network: dict) -> str:
         parts.append(f'{network["latency"]:.2f} ms by the table')
     for line in run.of('latency'):
         parts.append(f'{line["ms"]:.2f} ms measured on {line["device"]}, batch {line["batch_size"]}')
-    what = f'architecture after epoch {run.of("epoch")[-1]["epoch"]}' if run.header['task'] == 'search' else 'network'
+    what = (
+        f'architecture after {run.of("epoch")[-1]["epoch"] + 1} epochs' if run.header['task'] == 'search' else 'network'
+    )
     return f'{run.name}, {what}: {", ".join(parts)}'

@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tools.distributed import launch_command
+from tools.errors import INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 """Sent by batch systems before a time limit or a preemption, by Ctrl-C, and by a terminal that closes."""
-
-INTERRUPTED = 130
-"""Exit code after SIGINT; after the other signals it is 0, since the run has done as asked."""
 
 GRACE = 15
 """Seconds that a process that loads images has after SIGTERM."""
@@ -76,7 +74,10 @@ def ended_with(*loaders: DataLoader) -> Iterator[None]:
 
 
 def exit_code(stopped_by: int) -> int:
-    """Return the exit code of a run, from the signal that stopped it (0: none did)."""
+    """Return the exit code of a run, from the signal that stopped it (0: none did).
+
+    It is 0 after other signals than SIGINT, since the run has done as asked.
+    """
     return INTERRUPTED if stopped_by == signal.SIGINT else 0
 
 
