@@ -66,7 +66,7 @@ def explain(error: Exception, args) -> str:
     if 'Too many open files' in text or 'ancdata' in text:
         return f'too many open files; run: ulimit -n {ENOUGH_FILES}, or use fewer --workers, 0 at least'
     from_worker = isinstance(error, (EOFError, ConnectionError)) and getattr(args, 'workers', 0)
-    if 'Connection closed by peer' in text or 'Connection reset by peer' in text:
+    if not from_worker and ('Connection closed by peer' in text or 'Connection reset by peer' in text):
         return 'another process of this run ended; see its message'
     if from_worker or text.startswith('DataLoader worker'):
         detail = text.splitlines()[0] if text else 'in the middle of a batch'
