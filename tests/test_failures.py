@@ -159,6 +159,13 @@ def test_a_killed_process_that_loads_images_leads_to_one_line(project):
     )
 
 
+def test_a_lost_worker_is_not_taken_for_another_process():
+    lost = ConnectionResetError(104, 'Connection reset by peer')
+    assert 'a process that loads images ended' in explain(lost, Namespace(workers=1, snapshot=None))
+    lost = RuntimeError('[gloo] Connection closed by peer')
+    assert explain(lost, Namespace(workers=1, snapshot=None)) == 'another process of this run ended; see its message'
+
+
 def resources(pid):
     """Resident memory in MB and open files of a process."""
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
