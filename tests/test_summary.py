@@ -49,7 +49,7 @@ def test_parsing_a_random_network_meets_the_target(monkeypatch, tmp_path, capsys
         random_model.main(random_model.get_args(['--seed', str(seed), '--num_classes', '3', '--save_path', str(model)]))
         assert run_here(monkeypatch, 'parsing_model.py', ['--model_path', model, '--save_path', path, *words]) == 0
         found.append(load_config(path))
-        numbers = dict(line.split(': ') for line in capsys.readouterr().out.splitlines() if line.endswith(' ms'))
+        numbers = dict(line.split(': ', 1) for line in capsys.readouterr().out.splitlines() if ' ms' in line)
         target, predicted = (float(numbers[name].split()[0]) for name in ('Target', 'Lat_LUT'))
         assert predicted == pytest.approx(target, rel=2e-3)
         arch = most_probable(random_probabilities(seed, SPACE), table, SPACE, table.target('45%', SPACE))

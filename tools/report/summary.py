@@ -12,7 +12,7 @@ from tools.options import Parser, run_script
 ROWS = {
     'target': (r'^Target: ([\d.]+) ', 'ms'),
     'predicted': (r'^Lat_LUT: ([\d.]+) ', 'ms'),
-    'measured': (r'^Lat_[CG]PU bs=\d+: ([\d.]+)', 'ms'),
+    'measured': (r'^Lat_[CG]PU bs=\d+[^:]*: ([\d.]+)', 'ms'),
     'MACs': (r'^FLOPs: ([\d.]+)', 'M'),
     'parameters': (r'^Params: ([\d.]+)', 'M'),
     'top-1': (r'^Val_acc_top1: ([\d.]+)', '%'),
