@@ -279,6 +279,12 @@ def test_a_table_that_is_not_worth_searching_with_is_a_warning(kit, tmp_path, ca
         assert ('time its kit again on an idle device' in meta.get('warning', '')) == warned
 
 
+def test_the_smallest_kit_has_room_for_wild_timings():
+    held_back = make_lat_lut.held_back_of(make_lat_lut.LEAST_NETWORKS)
+    assert held_back >= 5 + 2 and make_lat_lut.LEAST_NETWORKS - held_back >= 30 + 2
+    assert make_lat_lut.held_back_of(make_lat_lut.NETWORKS) == 20
+
+
 def test_held_back_networks_are_not_fitted(kit, tmp_path):
     folder, networks = kit
     lines, held_back = lines_of(networks, 0.0), read_kit(folder).held_back
@@ -380,7 +386,7 @@ def test_times_of_found_networks_correct_the_next_fit():
     for name, stage in zip(SPACE.stage_names, SPACE.stages, strict=True):
         state[f'{name}.betas'] = torch.arange(float(len(stage.exit_depths)))
     fit = Fitter(state, SPACE.start_widths(), table, SPACE, 10)
-    target = 0.9 * table.of_config(fit(9.0)[1])
+    target = 0.62
     first = fit(target)[1]
     assert TRUTH.of_config(first) > 1.05 * target
     found = [Found(first, table.of_config(first), TRUTH.of_config(first))]
