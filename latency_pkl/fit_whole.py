@@ -44,6 +44,9 @@ NORMAL = 1.4826
 TURNS = 6
 """Most alternations between a fit and the choice of wild timings."""
 
+LEAST_BASE = 1e-6
+"""Least latency of stem and head, ms. Noisy times may put all of it into the blocks; a table's base is above 0."""
+
 
 def fit_whole(networks: Timed, img_size: int, space: SearchSpace, divisor: int = 1) -> Fit:
     """Fit a table to times of whole networks.
@@ -151,7 +154,7 @@ class _Shapes:
             rows, values = self.at(key, np.minimum(widths, max(high // divisor * divisor, low)))
             columns = np.tile(self.columns[key], (len(widths), 1))
             curves[key] = np.maximum.accumulate(model.of_blocks(rows, columns, values))
-        return Fit(model.base, curves, 1.0)
+        return Fit(max(model.base, LEAST_BASE), curves, 1.0)
 
 
 class _Model:

@@ -67,8 +67,11 @@ networks/weights.bin has the weights of all networks; keep it beside them. Input
 
 
 def held_back_of(count: int) -> int:
-    """Return how many of a kit's random networks are not fitted but give the table's error."""
-    return min(20, count // 4)
+    """Return how many of a kit's random networks are not fitted but give the table's error.
+
+    Those of the smallest kit leave room for a few wild timings on both sides.
+    """
+    return min(20, count // 5)
 
 
 def kit_networks(
@@ -333,7 +336,7 @@ def timed_table(
     if len(fitted) < LEAST_FITTED or len(unseen) < LEAST_HELD_BACK:
         raise BadInput(
             f'{timings.path}: {len(fitted)} good timings for the fit and {len(unseen)} of networks that are held back;'
-            f' should be at least {LEAST_FITTED} and {LEAST_HELD_BACK}'
+            f' should be at least {LEAST_FITTED} and {LEAST_HELD_BACK}; time more of them, or a larger kit'
         )
     fit = fit_whole(fitted, img_size, space, divisor)
     table = LatencyTable(fit.base, fit.curves, {}, img_size)

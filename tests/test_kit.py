@@ -265,6 +265,26 @@ def test_the_residual_of_a_table_is_its_error(kit, tmp_path):
     assert table_of(folder, lines, tmp_path, note='mine')[1]['device'] == 'mine'
 
 
+def test_a_table_that_is_not_worth_searching_with_is_a_warning(kit, tmp_path, capsys):
+    rng = random.Random(0)
+    for spread, warned in ((0.01, False), (0.6, True)):
+        rows = (line.split(',') for line in lines_of(kit[1]))
+        lines = [f'{name},{float(ms) * (1 + spread * rng.random())}' for name, ms in rows]
+        (tmp_path / 'timings.csv').write_text('\n'.join(lines))
+        words = ['--timings', tmp_path / 'timings.csv', '--kit', kit[0], '--save_path', tmp_path / 't.pkl']
+        make_lat_lut.main(make_lat_lut.get_args([str(word) for word in words]))
+        assert ('WARNING: its predictions' in capsys.readouterr().out) == warned
+        meta = load_table(tmp_path / 't.pkl', 32, SPACE).meta
+        assert (meta['residual_mean_percent'] > 10) == warned
+        assert ('time its kit again on an idle device' in meta.get('warning', '')) == warned
+
+
+def test_the_smallest_kit_has_room_for_wild_timings():
+    held_back = make_lat_lut.held_back_of(make_lat_lut.LEAST_NETWORKS)
+    assert held_back >= 5 + 2 and make_lat_lut.LEAST_NETWORKS - held_back >= 30 + 2
+    assert make_lat_lut.held_back_of(make_lat_lut.NETWORKS) == 20
+
+
 def test_held_back_networks_are_not_fitted(kit, tmp_path):
     folder, networks = kit
     lines, held_back = lines_of(networks, 0.0), read_kit(folder).held_back

@@ -337,7 +337,7 @@ def test_a_card_is_timed_eagerly_beside_a_table_without_launch(card, searched, t
 def test_a_launch_is_of_a_gpu(measured, tmp_path, run_script):
     """On a CPU, and for what is not timed, the flag ends in one line; tables of a CPU have no such entry."""
     assert 'launch' not in load_table(measured[0], 32, SPACE).meta
-    for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0]]):
+    for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0], *SIZE]):
         done = run_script(MAKER, *words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl', code=2)
         assert '--launch queued: only for times that torch measures on a GPU' in done.stderr
         assert len(done.stderr.splitlines()) == 1 and done.stdout == '' and not list(tmp_path.iterdir())
