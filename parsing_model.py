@@ -32,9 +32,8 @@ from pathlib import Path
 import tools.needed  # noqa: F401  # isort: skip
 import torch
 
-from dataset.images import MEAN, STD
+from dataset.images import MEAN, STD, USUAL_SIZE
 from dataset.lists import parse_list
-from dataset.loaders import USUAL_SIZE
 from dataset.splits import training_flags
 from latency_pkl.closed_loop import Fitter, fit_to_clock, fit_to_timings
 from latency_pkl.kit import found_networks, read_timings

@@ -26,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 from dataset.folders import ClassFolders
-from dataset.images import MEAN, STD, load_rgb
-from dataset.loaders import USUAL_SIZE, fewer_workers, log_skipped, make_loader
+from dataset.images import MEAN, STD, USUAL_SIZE, load_rgb
+from dataset.loaders import fewer_workers, log_skipped, make_loader
 from dataset.splits import evaluation_images
 from dataset.transforms import val_transform
 from models.config import dump_config

@@ -15,13 +15,15 @@ import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from tools.errors import BadInput
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Normalisation of the paper's recipes, of red, green and blue in images from 0 to 1: (image - MEAN) / STD."""
+
+USUAL_SIZE = 224
+"""Input size in pixels if neither a flag nor a file gives one: the paper's."""
 
 TIFF_STARTS = (b'II*\0', b'MM\0*')
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -51,7 +53,7 @@ def load_pixels(path: str | Path, fast: bool = False) -> Tensor:
         if image.format == 'JPEG' and image.mode in ('RGB', 'L'):
             with suppress(ValueError):  # damaged; PIL may still read it
                 return torch.from_numpy(simplejpeg.decode_jpeg(raw, 'RGB', fast, fast)).permute(2, 0, 1)
-        return pil_to_tensor(to_rgb(image))
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from dataset.device_aug import RawImages, TrainPixels, ValPixels
-from dataset.images import load_pixels, load_rgb
+from dataset.images import USUAL_SIZE, load_pixels, load_rgb
 from dataset.lists import Sample
 from dataset.splits import Images, training_images
 from dataset.transforms import train_transform, val_transform
@@ -21,9 +21,6 @@ from tools.rng import derive_seed
 from tools.run.stop import outlive_signals
 from tools.settle import settle, with_flags
 from tools.training import lr_note
-
-USUAL_SIZE = 224
-"""Input size in pixels if neither a flag nor a file gives one: the paper's."""
 
 MOST_BAD = 0.01
 """Share of the images of a list that `--bad_images skip` may skip."""

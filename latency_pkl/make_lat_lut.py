@@ -33,7 +33,7 @@ import tools.needed  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 
-from dataset.loaders import USUAL_SIZE
+from dataset.images import USUAL_SIZE
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.kit import (
     LEAST_NETWORKS,
