@@ -41,28 +41,28 @@ if [ -z "$imagenet" ]; then
 
     stage() { echo "== $SECONDS s: $1"; }
 
-    echo '== The demo takes about 10 minutes on 2 cores; a line such as this begins each stage and has the time'
+    echo '== The demo takes about 15 minutes on 2 cores; a line such as this begins each stage and has the time'
     stage '1/6 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
     "$python" dataset/demo/unpack.py --to $images
 
     stage '2/6 latency table of this machine, at 32 pixels (40 s)'
     "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 40 --save_path $demo/latency.pkl
 
-    stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
+    stage '3/6 search (7 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
     "$python" train_search.py --img_root $images/train --train_list $images/search_train.txt \
         --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 10 --warmup_epochs 5 \
         --largest_epochs 3 --a_lr 0.5 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
         --print_freq 25 --save $demo --note demo
 
-    stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
+    stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (2 minutes)'
     parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
     "$python" experiments/random_model.py --num_classes 10 --save_path $demo/random.pth.tar
     parse random --model_path $demo/random.pth.tar
 
-    stage '5/6 training and test of the found network (1 minute)'
+    stage '5/6 training and test of the found network (2 minutes)'
     train_and_test searched
 
-    stage '6/6 training and test of the random network (1 minute)'
+    stage '6/6 training and test of the random network (2 minutes)'
     train_and_test random
 
     stage 'the end'
