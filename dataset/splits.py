@@ -257,7 +257,7 @@ def evaluation_images(args, num_classes: int, names: Sequence[str] | None, train
         trained: flags of the training.
 
     Raises:
-        BadInput: see `read_list` and `list_folder`; or the folder holds training images, and no list says which.
+        BadInput: see `read_list` and `list_folder`; or the folder holds training images, and no list names them.
     """
     root, source = Path(args.val_root), args.val_list
     if not source:

@@ -14,6 +14,7 @@ import numpy as np
 
 from latency_pkl.fit import Fit
 from latency_pkl.fit_whole import FAR, fit_whole, wild_timings
+from latency_pkl.measured import errors_of
 from latency_pkl.sampling import Decks, reference_config
 from models.config import NetworkConfig, build_config, load_config, unique_keys
 from models.latency import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS, LatencyTable
@@ -269,7 +270,7 @@ def _plain_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Kit:
-    """What networks.json says."""
+    """Contents of networks.json."""
 
     settings: dict
     networks: dict[str, NetworkConfig]
@@ -340,8 +341,7 @@ def timed_table(
         )
     fit = fit_whole(fitted, img_size, space, divisor)
     table = LatencyTable(fit.base, fit.curves, {}, img_size)
-    errors = np.array([100 * (table.of_config(config) / ms - 1) for config, ms in unseen])
-    mean, worst, bias = float(np.abs(errors).mean()), float(np.abs(errors).max()), float(errors.mean())
+    mean, worst, bias = errors_of((table.of_config(config), ms) for config, ms in unseen)
     log(f'{len(fitted)} networks fitted; {len(known) - len(good)} wild timings left out')
     log(f'Against {len(unseen)} held-back networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
@@ -360,7 +360,8 @@ def timed_table(
         'num_classes': kit.settings['num_classes'],
         'seed': kit.settings['seed'],
     }
-    meta |= {'threads': timings.setting('threads', 1)} if 'threads' in timings.meta else {}
+    if 'threads' in timings.meta:
+        meta['threads'] = timings.setting('threads', 1)
     return fit, meta | ({'kit_reference_ms': good[REFERENCE][1]} if REFERENCE in good else {})
 
 

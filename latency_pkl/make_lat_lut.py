@@ -81,7 +81,7 @@ def get_args(argv=None):
     parser = Parser(__doc__)
     add_device_arg(parser)
     add_runtime_args(parser)
-    table, check, kit, hardware = (parser.groups[name] for name in ('latency', 'check', 'kit', 'hardware'))
+    table, check, hardware = (parser.groups[name] for name in ('latency', 'check', 'hardware'))
     table.add_argument('--metric', choices=('latency', 'flops', 'params'), default='latency', help='what to tabulate')
     table.add_argument(
         '--batch_size', type=count(), help="images a pass; default: 32 on a GPU, 1 on a CPU; with --check the table's"
@@ -123,6 +123,13 @@ def get_args(argv=None):
         help='times that --check builds and times each network; up to twice as many if they differ much',
     )
     check.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
+    add_kit_args(parser)
+    return parser.parse_args(argv)
+
+
+def add_kit_args(parser):
+    """Add flags of networks that are timed on another device."""
+    kit = parser.groups['kit']
     kit.add_argument(
         '--kit',
         metavar='DIR',
@@ -136,7 +143,6 @@ def get_args(argv=None):
     )
     kit.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
     kit.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
-    return parser.parse_args(argv)
 
 
 def counted(args):

@@ -247,7 +247,7 @@ class _Scaler:
         """Take the widths from the way to some that reach the target within the limits, nearest to it from below, and
         fill again; keep the present ones if those are not nearer.
 
-        Such a way leads from the present widths, or if it breaks limits, from the least widths, where it cannot.
+        Such a way leads from the present widths; or if it breaks limits, from the least widths, which keep them.
         """
         reach = self.reach(self.target)
         goal = np.array([low + at * self.divisor for low, at in zip(self.low, reach.choice, strict=True)])

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser with errors of one line, which name the closest known flag for an unknown one.
 
     The help shows the script's docstring (its runnable commands) and every default. Dashes in names of flags count as
-    underscores. `@flags.txt` stands for the flags in that file.
+    underscores. `@flags.txt` gives the flags in that file.
     """
 
     def __init__(self, description: str | None):
