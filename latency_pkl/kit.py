@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latency_pkl.fit import Fit
-from latency_pkl.fit_whole import FAR, fit_whole, wild_timings
+from latency_pkl.fit_whole import FAR, LEAST_FITTED, fit_whole, wild_timings
 from latency_pkl.measured import errors_of
 from latency_pkl.sampling import Decks, reference_config
 from models.config import NetworkConfig, build_config, load_config, unique_keys
@@ -29,8 +29,8 @@ REFERENCE = 'reference'
 NETWORKS, LEAST_NETWORKS, WIDTH_DIVISOR = 120, 40, 8
 """Usual and fewest random networks of a kit, and what their widths are usually multiples of."""
 
-LEAST_FITTED, LEAST_HELD_BACK = 30, 5
-"""Timed networks that a table needs: for the fit, and held back from it."""
+LEAST_HELD_BACK = 5
+"""Timed networks that a table needs besides those of the fit."""
 
 STRATA = 8
 """Parts of a block's range of widths that are drawn equally often."""

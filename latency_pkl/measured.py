@@ -2,20 +2,20 @@
 
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from latency_pkl.fit import fit_table
-from latency_pkl.fit_whole import fit_whole
+from latency_pkl.fit_whole import LEAST_FITTED, fit_whole
 from latency_pkl.sampling import Decks, random_config, reference_config, sample_of
 from latency_pkl.timing import (
     Passes,
-    bench_apart,
     fastest_probe,
     host_ratio,
     host_report,
+    take_turns,
     typical_parts,
     undisturbed_share,
 )
@@ -34,11 +34,8 @@ ENOUGH = 0.5
 SLACKS = (1, 1.25, 1.5, 2, 3, 10)
 """Factors on the time of the fastest probes, tried in this order until no block shape is missing."""
 
-SHARING = 2
-"""Networks between two builds of the reference network."""
-
-PASSES, UNSEEN_PASSES = 8, 16
-"""Timed passes of each network, and of an unseen one."""
+REFERENCES = 2
+"""Builds of the reference network in a turn."""
 
 METHODS = {
     True: 'blocks timed inside running random networks, fitted to the times of the networks',
@@ -68,28 +65,24 @@ class Turn:
 
 
 def time_turn(rng, unseen, args, engine, divisor=1, decks=None):
-    """Time an unseen network and new ones, each followed by the reference network, which is rebuilt often.
+    """Time an unseen network, new ones and builds of the reference network, in alternating turns as for a check.
 
     Widths are multiples of the divisor. Only those of the last network are not, if there is one; it does not show block
     shapes to the fit, so its operators are not from the decks.
     """
-    setting, timed, of_reference = (args.img_size, args.batch_size), [], []
-    reference = engine.bench(reference_config(args.num_classes, SPACE), 0, *setting, launch=args.launch)
     divisors = [divisor] * (TURN - 2) + [1]
     drawn = [
         random_config(rng, i % 2 == 0, args.num_classes, SPACE, d, decks if d == divisor else None)
         for i, d in enumerate(divisors)
     ]
-    configs = [unseen, *drawn]
-    for some in (configs[i : i + SHARING] for i in range(0, TURN, SHARING)):
-        with bench_apart(reference) as beside:
-            for config in some:
-                is_new = config is not unseen
-                bench = engine.bench(config, rng.getrandbits(32), *setting, by_part=is_new, launch=args.launch)
-                with bench_apart(bench) as timer:
-                    timed.append((config, timer(PASSES if is_new else UNSEEN_PASSES)))
-                of_reference.append(beside())
-    return Turn(timed[1:], timed[0], of_reference)
+    configs = [unseen, *drawn, *[reference_config(args.num_classes, SPACE)] * REFERENCES]
+    setting = args.img_size, args.batch_size
+    benches = [
+        engine.bench(config, rng.getrandbits(32), *setting, by_part=config in drawn, launch=args.launch)
+        for config in configs
+    ]
+    of_unseen, *passes = map(Passes.joined, take_turns(benches, rng))
+    return Turn(list(zip(drawn, passes, strict=False)), (unseen, of_unseen), passes[len(drawn) :])
 
 
 def measure(args, engine, divisor, budget):
@@ -104,8 +97,10 @@ def measure(args, engine, divisor, budget):
             bar.update(min(round(spent), bar.total) - bar.n)
             if spent + spent / len(turns) / 2 < budget:  # so that turns of many seconds do not overrun it
                 continue
-            lacks = engine.by_block and missing(
-                samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size
+            lacks = (
+                missing(samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size)
+                if engine.by_block
+                else len(whole_times(turns, divisor)) < LEAST_FITTED
             )
             if not lacks or spent >= budget * PATIENCE:
                 return turns
@@ -116,12 +111,12 @@ def fastest_of(turns):
     return fastest_probe(passes for turn in turns for passes in turn.passes)
 
 
-def samples_of(turns, img_size, fastest, divisor, on=True):
-    """Return the samples of networks on the width grid, or off it, and the numbers of their turns.
+def samples_of(turns, img_size, fastest, divisor):
+    """Return the samples of networks on the width grid, and the numbers of their turns.
 
     Networks that were never undisturbed are left out.
     """
-    timed = [(one, i) for i, turn in enumerate(turns) for one in turn.fitted if on_grid(one[0], divisor) == on]
+    timed = [(one, i) for i, turn in enumerate(turns) for one in turn.fitted if on_grid(one[0], divisor)]
     pairs = [(sample_of(*one, img_size, fastest), i) for one, i in timed]
     pairs = [(sample, i) for sample, i in pairs if sample.total > 0]
     return [sample for sample, _ in pairs], [i for _, i in pairs]
@@ -142,6 +137,17 @@ def speed_of(turns, fastest):
     known = np.flatnonzero(share >= min(ENOUGH, share.max()))
     slowness = (own * seen).sum(axis=1)[known] / (usual * seen).sum(axis=1)[known]
     return float(usual.sum()), np.interp(np.arange(len(turns)), known, slowness)
+
+
+def whole_times(turns, divisor, on=True):
+    """Return networks on the width grid, or off it, and their latencies, ms."""
+    fastest = fastest_of(turns)
+    return [
+        (config, float(typical_parts([passes], fastest).sum() / slow))
+        for turn, slow in zip(turns, speed_of(turns, fastest)[1], strict=True)
+        for config, passes in turn.fitted
+        if on_grid(config, divisor) == on
+    ]
 
 
 def missing(samples, img_size):
@@ -176,7 +182,7 @@ def unseen_pairs(fit, turns, slowness, img_size, fastest):
     return pairs
 
 
-def fit_blocks(turns, args, divisor, price):
+def fit_blocks(turns, args, divisor):
     """Fit curves to times of blocks: (fit, number of networks, largest time of probes that count over the fastest).
 
     Raises:
@@ -191,24 +197,18 @@ def fit_blocks(turns, args, divisor, price):
     else:
         raise BadInput(f'--budget {args.budget:g}: {lack} in {PATIENCE} times that; give it more seconds')
     slowness = speed_of(turns, fastest)[1]
-    fit = fit_table(samples, slowness[numbers], args.img_size, SPACE)
-    others, numbers = samples_of(turns, args.img_size, fastest, divisor, on=False)
-    curves = with_penalties(fit.curves, others, slowness[numbers], divisor, price)
-    return replace(fit, curves=curves), len(samples), slack
+    return fit_table(samples, slowness[numbers], args.img_size, SPACE), len(samples), slack
 
 
-def fit_networks(turns, args, divisor, price):
+def fit_networks(turns, args, divisor):
     """Fit curves to times of whole networks: see `fit_blocks`."""
-    fastest = fastest_of(turns)
-    slowness = speed_of(turns, fastest)[1]
-    networks = [
-        (config, typical_parts([passes], fastest).sum() / slow)
-        for turn, slow in zip(turns, slowness, strict=True)
-        for config, passes in turn.fitted
-        if on_grid(config, divisor)
-    ]
-    fit = fit_whole(networks, args.img_size, SPACE, divisor)
-    return replace(fit, curves=with_penalties(fit.curves, [], [], divisor, price)), len(networks), 1
+    networks = whole_times(turns, divisor)
+    if len(networks) < LEAST_FITTED:
+        raise BadInput(
+            f'--budget {args.budget:g}: {len(networks)} networks were timed in {PATIENCE} times that, at least '
+            f'{LEAST_FITTED} are needed; give it more seconds'
+        )
+    return fit_whole(networks, args.img_size, SPACE, divisor), len(networks), 1
 
 
 def measured_table(args, engine):
@@ -219,7 +219,8 @@ def measured_table(args, engine):
     left = args.budget - (time.monotonic() - start)
     turns = measure(args, engine, grid.divisor, max(left, LEAST_BUDGET * args.budget))
     make = fit_blocks if engine.by_block else fit_networks
-    fit, count, slack = make(turns, args, grid.divisor, grid.price)
+    fit, count, slack = make(turns, args, grid.divisor)
+    fit = with_penalties(fit, whole_times(turns, grid.divisor, on=False), grid, args.img_size)
     fastest = slack * fastest_of(turns)
     undisturbed = 100 * undisturbed_share([passes for turn in turns for passes in turn.passes])
     reference_ms, slowness = speed_of(turns, fastest)

@@ -1,10 +1,7 @@
 """Programs that run networks: PyTorch, and those that networks are deployed with. A runtime is a row of `RUNTIMES`."""
 
-import json
 import math
-import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latency_pkl.sampling import build_network, launch_of
-from latency_pkl.timing import PART_PASSES, ROUNDS, Bench, Clock, Passes, Standard, measure_latency
+from latency_pkl.timing import PART_PASSES, ROUNDS, Bench, Standard, measure_latency
 from models.config import NetworkConfig, parse_config
 from models.latency import LatencyTable, load_table
 from models.onnx_graph import to_onnx
@@ -25,13 +22,6 @@ from tools.errors import BadInput
 from tools.export import need
 from tools.run.folder import RunLogger
 
-WARM_UP = 3
-"""Passes before the profiled ones."""
-
-MOST_PER_NODE, LEAST_SHARE = 0.01, 0.5
-"""Bounds on the time, in ms, that a profiler takes for a node, and on the share of a part's time that is not its own. A
-contended core makes the differences of two timings much larger."""
-
 
 class Session(nn.Module):
     """An ONNX model that a runtime has opened for one batch size. Called with images [N, 3, H, W] on the CPU.
@@ -39,34 +29,26 @@ class Session(nn.Module):
     Args:
         model: the model, serialised.
         shape: of the images.
-        profiled: keep the times of its nodes, until `node_times` is called.
     """
 
-    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str, profiled: bool = False):
+    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str):
         super().__init__()
 
     def parts(self) -> list[Callable[[Tensor], object]]:
         """Return the whole network as the only part to be timed; see `NetworkEval.parts`."""
         return [self]
 
-    def node_times(self) -> list[list[tuple[str, float]]]:
-        """Return (name, ms) of each node of each pass so far, in the order in which they ran; ends the profile."""
-        raise NotImplementedError
-
 
 class OnnxRuntimeSession(Session):
     """A model in ONNX Runtime. On a GPU the images stay there; its logits are copied back."""
 
-    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str, profiled: bool = False):
-        super().__init__(model, shape, threads, provider, profiled)
+    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str):
+        super().__init__(model, shape, threads, provider)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        self.profile = tempfile.TemporaryDirectory() if profiled else None
-        if self.profile:
-            options.enable_profiling, options.profile_file_prefix = True, f'{self.profile.name}/profile'
         self.session = onnxruntime.InferenceSession(model, options, providers=_with_fallbacks(provider))
         if (used := self.session.get_providers()[0]) != provider:
             raise BadInput(f'--provider {provider}: ONNX Runtime cannot start it here, and would use {used}')
@@ -83,25 +65,12 @@ class OnnxRuntimeSession(Session):
             return self.session.run(None, {'images': images.numpy()})[0]
         return self.session.run_with_iobinding(self.binding)
 
-    def node_times(self) -> list[list[tuple[str, float]]]:
-        """See `Session`. A node's time ends at the beginning of the next one."""
-        with self.profile, open(self.session.end_profiling(), encoding='utf-8') as file:
-            events = json.load(file)
-        runs = [(event['ts'], event['ts'] + event['dur']) for event in events if event['name'] == 'model_run']
-        nodes = sorted((event['ts'], event['name']) for event in events if event.get('cat') == 'Node')
-        passes = []
-        for start, end in runs:
-            inside = [(ts, name) for ts, name in nodes if start <= ts <= end]
-            ends = [ts for ts, _ in inside[1:]] + [end]
-            passes.append([(name, (after - ts) / 1000) for (ts, name), after in zip(inside, ends, strict=True)])
-        return passes
-
 
 class OpenVinoSession(Session):
     """A model in OpenVINO, in float32 and with a fixed batch size."""
 
-    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str, profiled: bool = False):
-        super().__init__(model, shape, threads, provider, profiled)
+    def __init__(self, model: bytes, shape: tuple[int, ...], threads: int, provider: str):
+        super().__init__(model, shape, threads, provider)
         import openvino
 
         core = openvino.Core()
@@ -109,28 +78,17 @@ class OpenVinoSession(Session):
             raise BadInput(f'--provider {provider}: OpenVINO has {", ".join(core.available_devices)} here')
         network = core.read_model(model)
         network.reshape(list(shape))
-        settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32', 'PERF_COUNT': profiled}
+        settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
         if provider == 'CPU':
             settings |= {'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1, 'ENABLE_CPU_PINNING': False}
         self.request = core.compile_model(network, provider, settings).create_infer_request()
-        self.tensor, self.profile = openvino.Tensor, [] if profiled else None
+        self.tensor = openvino.Tensor
 
     def forward(self, images: Tensor) -> object:
         """Run the model."""
         self.request.set_input_tensor(self.tensor(images.numpy(), shared_memory=True))
         self.request.infer()
-        if self.profile is not None:
-            self.profile.append(self.request.profiling_info)
         return self.request.get_output_tensor().data
-
-    def node_times(self) -> list[list[tuple[str, float]]]:
-        """See `Session`. Nodes that were fused into others are left out."""
-        passes = [
-            [(info.node_name, 1000 * info.real_time.total_seconds()) for info in infos if info.real_time]
-            for infos in self.profile
-        ]
-        self.profile = None
-        return passes
 
 
 @dataclass(frozen=True)
@@ -141,8 +99,6 @@ class Runtime:
     session: type[Session]
     providers: dict[str, str]
     """Usual execution provider by the type of --device."""
-    profiled: tuple[str, ...]
-    """Providers whose profile has the times of nodes."""
 
 
 RUNTIMES = {
@@ -150,9 +106,8 @@ RUNTIMES = {
         'onnxruntime',
         OnnxRuntimeSession,
         {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider'},
-        profiled=('CPUExecutionProvider',),
     ),
-    'openvino': Runtime('openvino', OpenVinoSession, {'cpu': 'CPU'}, profiled=('CPU',)),
+    'openvino': Runtime('openvino', OpenVinoSession, {'cpu': 'CPU'}),
 }
 
 GPU_PROVIDERS = ('TensorrtExecutionProvider', 'CUDAExecutionProvider')
@@ -180,8 +135,8 @@ class Engine:
 
     @property
     def by_block(self) -> bool:
-        """Whether blocks can be timed inside a running network."""
-        return self.runtime == 'torch' or self.provider in RUNTIMES[self.runtime].profiled
+        """Whether blocks are timed inside a running network."""
+        return self.runtime == 'torch'
 
     @property
     def meta(self) -> dict:
@@ -206,15 +161,8 @@ class Engine:
         by_part: bool = False,
         launch: str = 'eager',
     ) -> Bench:
-        """Return a bench of a network with random weights.
-
-        Args:
-            by_part: time each part; so does torch on a CPU in any case.
-            launch: see `Bench`.
-        """
-        build = self.build(config, seed, img_size, batch_size)
-        kind = Bench if self.runtime == 'torch' or not by_part else ProfiledBench
-        return kind(build, batch_size, img_size, self.clock, by_part, launch)
+        """Return a bench of a network with random weights; `by_part` and `launch`: see `Bench`."""
+        return Bench(self.build(config, seed, img_size, batch_size), batch_size, img_size, self.clock, by_part, launch)
 
 
 def engine_of(runtime: str, provider: str | None, device: torch.device) -> Engine:
@@ -260,69 +208,17 @@ class SessionBuild:
     seed: int
     shape: tuple[int, ...]
 
-    def __call__(self, profiled: bool = False) -> Session:
+    def __call__(self) -> Session:
         """Return the open network."""
         model = to_onnx(self.config, self.seed, self.shape[-1]).SerializeToString()
         row, threads = RUNTIMES[self.engine.runtime], torch.get_num_threads()
-        return row.session(model, self.shape, threads, self.engine.provider, profiled)
+        return row.session(model, self.shape, threads, self.engine.provider)
 
     def __setstate__(self, state: dict) -> None:
         """Unpickle. Imports the runtime, in the process from which those that time networks are forked."""
         self.__dict__.update(state)
         need(RUNTIMES[self.engine.runtime].package, RUNTIMES[self.engine.runtime].package, 'timing')
         need('onnx', 'onnx', 'timing')
-
-
-class ProfiledBench(Bench):
-    """A bench of a session whose profile gives the times of parts: stem, each block, and head, as those of a network.
-
-    The probes of a part are those of its pass.
-    """
-
-    def __call__(self, passes: int) -> Passes:
-        """Time profiled passes, then whole ones without the profile, to which the parts are corrected.
-
-        A profiler takes time for each node, or leaves out the time between nodes. So the same time is subtracted
-        from all nodes, for parts that add up to the whole.
-        """
-        session, clock = self.build(profiled=True), Clock(self.device)
-        self.__dict__['parts'] = session.parts()
-        marks = [self._run(clock) for _ in range(WARM_UP + passes)]
-        profiled = clock.passes(marks[WARM_UP:])
-        nodes = session.node_times()[WARM_UP:]
-        whole = super().__call__(passes)
-        places = ['', *(place for place, _ in list(self.build.config.blocks())[1:])]
-        sums, counts = zip(*(by_part(one, places) for one in nodes), strict=True)
-        sums, counts = np.array(sums), np.array(counts)
-        excess = (sums.sum(axis=1).min() - whole.parts.min()) / counts[0].sum()
-        parts = np.maximum(sums - np.clip(excess, -MOST_PER_NODE, MOST_PER_NODE) * counts, LEAST_SHARE * sums)
-        return Passes(parts, np.repeat(profiled.beside, parts.shape[1] + 1, axis=1))
-
-
-def by_part(nodes: Iterable[tuple[str, float]], places: list[str]) -> tuple[list[float], list[int]]:
-    """Return the time of each part in ms, and its number of nodes: stem, blocks, head.
-
-    A node that bears no name of the config, such as a change of layout, belongs to the part of the node after it.
-
-    Args:
-        nodes: (name, ms) in the order in which they ran.
-        places: of the blocks after the stem, after an entry for the stem: '', 'stage1.0', ...
-    """
-    sums, counts, pending = [0.0] * (len(places) + 1), [0] * (len(places) + 1), []
-    for name, ms in nodes:
-        pending.append(ms)
-        if found := PLACE.search(name):
-            part = places.index(found[0]) if found[0] in places else 0 if 'stem' in found[0] else len(places)
-            sums[part] += sum(pending)
-            counts[part] += len(pending)
-            pending = []
-    sums[-1] += sum(pending)
-    counts[-1] += len(pending)
-    return sums, counts
-
-
-PLACE = re.compile(r'first_stem|second_stem|stage\d+\.\d+|feature_mix_layer|classifier')
-"""Names of places in a config, at the beginning of the names of nodes."""
 
 
 def standard_of(table: LatencyTable, batch_size: int, engine: Engine, launch: str = 'eager') -> Standard | None:

@@ -32,6 +32,9 @@ GROUPS = 6
 WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
 """Passes of a turn: to warm up a new network, to warm up again after the turns of others, and timed ones."""
 
+TOGETHER = TURNS * PASSES
+"""Passes of a network in a round."""
+
 PROBE = range(2000)
 """Probe that detects a contended core, by the time of its sum: 0.03 ms that need neither caches nor memory."""
 
@@ -123,8 +126,9 @@ class Passes:
     parts: np.ndarray
     """ms, [passes, parts]"""
     probes: np.ndarray
-    """ms of a probe before the first part and after each, [passes, parts + 1]. 0 on a GPU, which has no probes, but
-    `QUEUED` for queued passes and `WAITED` for those in which it waited for its host, a disturbance too."""
+    """ms of a probe before the first part and after each, [passes, parts + 1], or before and after each pass,
+    [passes, 2]. 0 on a GPU, which has no probes, but `QUEUED` for queued passes and `WAITED` for those in which it
+    waited for its host, a disturbance too."""
     host: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Eager over queued time on a GPU, [passes]; nan if the pass could not be queued. Empty on a CPU."""
 
@@ -135,12 +139,22 @@ class Passes:
         return cls(*(np.concatenate(a) for a in zip(*fields, strict=True)))
 
     @property
+    def by_pass(self) -> bool:
+        """Whether a CPU's probes are beside whole passes, not beside each part."""
+        return self.probes.shape[1] == 2 and not len(self.host)
+
+    @property
     def beside(self) -> np.ndarray:
-        """Slower of the two probes beside each part, [passes, parts]."""
+        """Slower of the two probes beside each part, or beside each pass, [passes, parts or 1]."""
         return np.maximum(self.probes[:, :-1], self.probes[:, 1:])
 
     def seen(self, fastest: float) -> np.ndarray:
-        """Return which parts have `LEAST_UNDISTURBED` timings on an undisturbed core, bool [parts]."""
+        """Return which parts have `LEAST_UNDISTURBED` timings on an undisturbed core, bool [parts].
+
+        All parts, if the probes are beside passes.
+        """
+        if self.by_pass:
+            return np.ones(self.parts.shape[1], dtype=bool)
         return (self.beside <= UNDISTURBED * fastest).sum(axis=0) >= LEAST_UNDISTURBED
 
 
@@ -202,13 +216,19 @@ def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
     """Return the mean time of each part on an undisturbed core, ms [parts]; timings are bounded by `OUTLIER`.
 
     A contended core is slower by a third to a half, for milliseconds or minutes. A part between two undisturbed probes
-    was hardly disturbed. Whole passes on a busy machine always are.
+    was hardly disturbed. Whole passes on a busy machine nearly always are; if the probes are beside passes, the mean is
+    that of the faster half of every `TOGETHER` passes, which are those of one build. The faster half of all passes
+    would be those of the faster builds, and the faster, the more builds there are.
 
     Args:
         fastest: the `fastest_probe` of all passes that are to be compared, ms.
     """
     joined = Passes.joined(passes)
     ms, beside = joined.parts, joined.beside
+    if joined.by_pass:
+        groups = np.array_split(ms, math.ceil(len(ms) / TOGETHER))
+        halves = np.array([np.sort(group, axis=0)[: (len(group) + 1) // 2].mean(axis=0) for group in groups])
+        return np.minimum(halves, OUTLIER * np.median(halves, axis=0)).mean(axis=0)
     least = np.sort(beside, axis=0)[min(LEAST_UNDISTURBED, len(beside)) - 1]
     kept = np.where(beside <= np.maximum(UNDISTURBED * fastest, least), ms, np.nan)
     return np.nanmean(np.minimum(kept, OUTLIER * np.nanmedian(kept, axis=0)), axis=0)

@@ -4,13 +4,15 @@ Runtimes compute channels in blocks of 4 to 32. Some take a slower way if a widt
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import nnls
 
+from latency_pkl.fit import Fit
+from latency_pkl.fit_whole import Timed
 from latency_pkl.runtimes import Engine
-from latency_pkl.sampling import Sample, random_config
+from latency_pkl.sampling import random_config
 from latency_pkl.timing import fastest_probe, take_turns, typical_parts
 from models.config import NetworkConfig
 from models.search_space import SearchSpace
@@ -79,36 +81,45 @@ def on_grid(config: NetworkConfig, divisor: int) -> bool:
     return config == config.rounded_up(divisor)
 
 
-def with_penalties(
-    curves: Mapping[str, np.ndarray], samples: Sequence[Sample], slowness: np.ndarray, divisor: int, price: float
-) -> dict[str, np.ndarray]:
-    """Return curves whose widths off the grid have the most time that such widths took, over the next width on it.
+def with_penalties(fit: Fit, networks: Timed, grid: WidthGrid, img_size: int) -> Fit:
+    """Return a fit whose widths off the grid take longer than the next width on it.
 
-    A shape whose such widths were not timed has the most of all shapes of its kernel and stride.
+    A penalty for each kernel size is fitted to networks off the grid. Then all are raised together, until none of these
+    networks takes longer than its prediction, and none is below the grid's `price`.
 
     Args:
-        curves: of a fit to networks on the grid, ms by key.
-        samples: networks off the grid.
-        slowness: of the machine, when each was timed, [samples].
-        price: the least penalty; that of whole networks.
+        fit: to networks on the grid.
+        networks: off the grid, with their times in ms.
     """
-    found: dict[str, float] = {}
-    alike: dict[str, float] = {}
-    for sample, slow in zip(samples, slowness, strict=True):
-        for key, width, ms in sample.blocks:
-            if width % divisor and (up := -(-width // divisor) * divisor) <= len(curves[key]):
-                ratio = ms / slow / float(curves[key][up - 1])
-                found[key] = max(found.get(key, price), ratio)
-                alike[_kind(key)] = max(alike.get(_kind(key), price), ratio)
-    raised = {}
-    for key, curve in curves.items():
-        widths = np.arange(1, len(curve) + 1)
-        following = curve[np.minimum(-(-widths // divisor) * divisor, len(curve)) - 1]
-        penalty = found.get(key, alike.get(_kind(key), price))
-        raised[key] = np.where(widths % divisor, penalty * following, curve)
-    return raised
+    divisor = grid.divisor
+    if divisor == 1:
+        return fit
+    kernels = sorted({_kernel(key) for key in fit.curves})
+    on, off = np.full(len(networks), fit.base), np.zeros((len(networks), len(kernels)))
+    for i, (config, _) in enumerate(networks):
+        for _, spec, key in config.table_keys(img_size):
+            ms = _on_grid(fit.curves[key], divisor)[spec.mid_channels - 1]
+            if spec.mid_channels % divisor:
+                off[i, kernels.index(_kernel(key))] += ms
+            else:
+                on[i] += ms
+    penalties = np.full(len(kernels), grid.price)
+    if networks:
+        times = np.array([ms for _, ms in networks])
+        penalties = np.maximum(nnls(off / times[:, None], 1 - on / times)[0], 1)
+        penalties *= max(np.max((times - on) / (off @ penalties)), grid.price / penalties.min(), 1)
+    curves = {}
+    for key, curve in fit.curves.items():
+        odd = np.arange(1, len(curve) + 1) % divisor > 0
+        curves[key] = _on_grid(curve, divisor) * np.where(odd, penalties[kernels.index(_kernel(key))], 1)
+    return replace(fit, curves=curves)
 
 
-def _kind(key: str) -> str:
-    """Return kernel and stride in a latency key, such as 'k5_s2'."""
-    return '_'.join(key.split('_')[-3:-1])
+def _on_grid(curve: np.ndarray, divisor: int) -> np.ndarray:
+    """Return the latency of the next width on the grid for each width."""
+    return curve[np.minimum(-(-np.arange(1, len(curve) + 1) // divisor) * divisor, len(curve)) - 1]
+
+
+def _kernel(key: str) -> str:
+    """Return the kernel size in a latency key, such as 'k5'."""
+    return key.split('_')[-3]
