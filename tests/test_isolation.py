@@ -6,11 +6,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from latency_pkl.isolation import FreshProcess, in_fresh_process
+from latency_pkl import isolation
+from latency_pkl.isolation import FreshProcess, bound_to, fastest_core, in_fresh_process
 
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
@@ -28,6 +30,41 @@ def test_the_number_of_threads_is_handed_on(threads):
         assert in_fresh_process(torch.get_num_threads) == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='processes are not bound to cores here')
+def test_one_thread_has_one_core_and_its_caller_waits_there():
+    """More threads, and what comes after a call, have all cores."""
+    allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        cores = [in_fresh_process(os.sched_getaffinity, 0) for _ in range(2)]
+        assert cores == [{fastest_core()}] * 2 and fastest_core() in allowed and os.sched_getaffinity(0) == allowed
+        with pytest.raises(RuntimeError):
+            in_fresh_process(int, 'x')
+        assert os.sched_getaffinity(0) == allowed
+        seen = []
+        with bound_to(fastest_core()):
+            seen.append(os.sched_getaffinity(0))
+        assert seen == [{fastest_core()}]
+        torch.set_num_threads(2)
+        assert in_fresh_process(os.sched_getaffinity, 0) == allowed
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_fastest_core_is_the_one_whose_sums_take_least(monkeypatch):
+    now, core = [0.0], [None]
+    seconds = {4: 3.0, 6: 1.0, 7: 2.0}
+
+    def count():
+        now[0] += seconds[core[0]]
+        return now[0]
+
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(seconds), raising=False)
+    monkeypatch.setattr(os, 'sched_setaffinity', lambda _, cores: core.__setitem__(0, min(cores)), raising=False)
+    monkeypatch.setattr(isolation, 'time', SimpleNamespace(perf_counter=count))
+    assert fastest_core.__wrapped__() == 6
 
 
 @pytest.mark.parametrize(('call', 'word'), [(int, 'x'), (os._exit, 3), (sys.exit, 0)])

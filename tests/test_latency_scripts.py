@@ -20,8 +20,7 @@ from latency_pkl import closed_loop, make_lat_lut
 from latency_pkl import measured as measuring
 from latency_pkl.measured import (
     LEAST_SAMPLES,
-    PASSES,
-    SHARING,
+    REFERENCES,
     TURN,
     Turn,
     measured_table,
@@ -31,7 +30,7 @@ from latency_pkl.measured import (
 )
 from latency_pkl.runtimes import Engine
 from latency_pkl.sampling import Decks, Sample, random_config, reference_config
-from latency_pkl.timing import QUEUED, UNCONFIRMED, WAITED, Measured, Passes, bench_apart, pool_timings
+from latency_pkl.timing import QUEUED, TOGETHER, UNCONFIRMED, WAITED, Measured, Passes, pool_timings, take_turns
 from latency_pkl.width_grid import MULTIPLES, WidthGrid
 from models.config import load_config
 from models.elasticity import full_weights, start_masks
@@ -157,7 +156,7 @@ def disturbed_turns(share, seed):
 
     def time_turn(rng, unseen, args, engine, divisor, decks):
         configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor, decks) for i in range(TURN - 1)]
-        fitted = [(config, passes(config, PASSES)) for config in configs]
+        fitted = [(config, passes(config, TOGETHER)) for config in configs]
         return Turn(fitted, (unseen, passes(unseen, 16)), [passes(reference, 2) for _ in range(TURN)])
 
     return time_turn
@@ -221,21 +220,23 @@ def test_a_machine_never_undisturbed_gets_a_table_of_its_least_disturbed_timings
     assert meta['probe_slack'] == 2
 
 
-def test_a_turn_times_the_reference_after_each_network(monkeypatch):
+def test_a_turn_times_networks_as_a_check_does(monkeypatch):
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='queued')  # which a CPU ignores
     unseen = random_config(random.Random(1), ends=False, num_classes=10, space=SPACE)
-    built = []
-    monkeypatch.setattr(measuring, 'bench_apart', lambda bench: built.append(bench) or bench_apart(bench))
+    together = []
+    monkeypatch.setattr(
+        measuring, 'take_turns', lambda benches, rng: together.append(benches) or take_turns(benches, rng)
+    )
     turn = time_turn(random.Random(0), unseen, args, CPU)
-    assert len(built) == TURN + TURN // SHARING  # the reference was rebuilt for every two
-    assert {bench.launch for bench in built} == {'queued'}
-    assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == TURN
+    [benches] = together
+    assert len(benches) == TURN + REFERENCES and {bench.launch for bench in benches} == {'queued'}
+    assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == REFERENCES
     reference = sum(map(len, reference_config(10, SPACE).stages.values())) + 2  # its stem, and what follows its blocks
-    assert {one.parts.shape[1] for one in turn.reference} == {reference}
+    assert {one.parts.shape for one in turn.reference} == {(TOGETHER, reference)}
     for config, passes in turn.fitted:
-        assert passes.parts.shape == (PASSES, sum(map(len, config.stages.values())) + 2)
-        assert passes.probes.shape == (PASSES, passes.parts.shape[1] + 1) and (passes.probes > 0).all()
-    assert len(turn.passes) == 2 * TURN
+        assert passes.parts.shape == (TOGETHER, sum(map(len, config.stages.values())) + 2)
+        assert passes.probes.shape == (TOGETHER, passes.parts.shape[1] + 1) and (passes.probes > 0).all()
+    assert len(turn.passes) == TURN + REFERENCES
 
 
 @pytest.fixture

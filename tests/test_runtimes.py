@@ -16,10 +16,11 @@ import parsing_model
 import train_search
 from conftest import make_table, physical_curves
 from latency_pkl import make_lat_lut, measured
+from latency_pkl.fit import Fit
 from latency_pkl.measured import Turn
-from latency_pkl.runtimes import RUNTIMES, Engine, ProfiledBench, by_part, engine_of, engine_of_table, standard_of
-from latency_pkl.sampling import Sample, random_config, reference_config
-from latency_pkl.timing import Measured, Passes, measure_latency
+from latency_pkl.runtimes import RUNTIMES, Engine, engine_of, engine_of_table, standard_of
+from latency_pkl.sampling import random_config, reference_config
+from latency_pkl.timing import TOGETHER, Measured, Passes, measure_latency
 from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
@@ -50,50 +51,10 @@ def test_a_session_gives_the_logits_of_its_model(runtime, config):
 
 
 @pytest.mark.parametrize('runtime', HERE)
-def test_blocks_are_timed_inside_the_network(runtime, config):
-    bench = engine_of(runtime, None, CPU).bench(config, 0, 64, 1, by_part=True)
-    passes = bench(6)
-    blocks = sum(map(len, config.stages.values()))
-    assert passes.parts.shape == (6, blocks + 2) and passes.probes.shape == (6, blocks + 3)
+def test_a_network_is_timed_as_a_whole(runtime, config):
+    passes = engine_of(runtime, None, CPU).bench(config, 0, 64, 1, by_part=True)(4)
+    assert passes.parts.shape == (4, 1) and passes.probes.shape == (4, 2) and passes.by_pass
     assert (passes.parts > 0).all() and (passes.probes > 0).all()
-    assert engine_of(runtime, None, CPU).bench(config, 0, 64, 1)(4).parts.shape == (4, 1)
-
-
-def test_nodes_belong_to_the_block_that_names_them_and_reorders_to_the_next():
-    nodes = [
-        ('first_stem/Relu_nchwc_kernel_time', 1.0),
-        ('second_stem/point_linear/Conv_kernel_time', 2.0),
-        ('ReorderOutput_token_1_kernel_time', 4.0),
-        ('stage1.0/depth_conv/Conv_kernel_time', 8.0),
-        ('stage1.10/Add', 16.0),
-        ('images_abcd_acdb_stage1.1/inverted_bottleneck/Conv', 32.0),
-        ('feature_mix_layer/Conv', 64.0),
-        ('classifier/Gemm', 128.0),
-        ('ReorderOutput', 256.0),
-    ]
-    sums, counts = by_part(nodes, ['', 'stage1.0', 'stage1.1', 'stage1.10'])
-    assert sums == [3.0, 12.0, 32.0, 16.0, 64 + 128 + 256] and counts == [2, 2, 1, 1, 3]
-
-
-@pytest.mark.parametrize(('profiled', 'whole'), [(1.004, 0.004), (0.996, -0.004), (1.5, 0.01), (0.5, -0.01)])
-def test_the_profilers_time_is_taken_off_each_node(profiled, whole, config, monkeypatch):
-    """The whole network takes 1 ms a node. Differences that no profiler makes are not believed."""
-    places = ['first_stem', *(place for place, _ in config.blocks()), 'classifier']
-
-    class Session:
-        def parts(self):
-            return [lambda images: images]
-
-        def node_times(self):
-            return [[(f'{place}/Conv', profiled) for place in places]] * 9
-
-    bench = ProfiledBench(SimpleNamespace(config=config), 1, 32, CPU, True)
-    monkeypatch.setattr(bench, 'build', lambda profiled: Session(), raising=False)
-    bench.build.config = config
-    passes = Passes(np.full((6, 1), float(len(places))), np.ones((6, 2)))
-    monkeypatch.setattr('latency_pkl.timing.Bench.__call__', lambda self, count: passes)
-    parts = bench(6).parts
-    assert parts == pytest.approx((profiled - whole) * np.array([[2, *[1] * (len(places) - 3), 1]] * 6))
 
 
 @pytest.mark.parametrize('runtime', HERE)
@@ -126,29 +87,43 @@ def test_the_divisor_is_the_least_over_which_coarser_multiples_gain_little():
     assert grid_of(*[10.0] * 6, noise=0.2).divisor == 1
 
 
-def test_no_width_off_the_grid_is_promised_less_than_it_took(tmp_path):
-    table = make_table(img_size=32)
-    key, other = next((a, b) for a, b in itertools.pairwise(table.curves) if 'k3_s2' in a and 'k3_s2' in b)
-    curves = {name: curve.copy() for name, curve in table.curves.items()}
-    width = SPACE.table_widths(32)[key][0] + 3
-    took = 1.7 * curves[key][width - 1 + 8]
-    samples = [Sample(1.0, [(key, width, 2 * took)]), Sample(1.0, [(key, width + 8, 0.01)])]
-    raised = with_penalties(curves, samples, np.array([2.0, 1.0]), 8, price=1.2)
-    save_table(table.base, raised, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
+def test_no_network_off_the_grid_is_promised_less_than_it_took(tmp_path):
+    """Kernels of 3 take 1.5, those of 5 take 2.5 times as long off the grid; one network takes longer than that."""
+    table, rng, penalties = make_table(img_size=32), random.Random(4), {3: 1.5, 5: 2.5}
+    for curve in table.curves.values():
+        curve[:] = curve[np.minimum(np.arange(len(curve)) // 8 * 8 + 7, len(curve) - 1)]
+
+    def ms_of(config):
+        blocks = [
+            (table.curves[key][spec.mid_channels - 1], penalties[spec.kernel_size] if spec.mid_channels % 8 else 1)
+            for _, spec, key in config.table_keys(32)
+        ]
+        return table.base + sum(ms * penalty for ms, penalty in blocks)
+
+    configs = [random_config(rng, False, 10, SPACE) for _ in range(20)]
+    networks = [(config, ms_of(config)) for config in configs]
+    grid = grid_of(2.8, 2.6, 2.4, 2, 2, 2)
+    assert grid.divisor == 8 and grid.price == pytest.approx(1.4)
+    fit = Fit(table.base, {name: curve.copy() for name, curve in table.curves.items()}, 1.0)
+    raised = with_penalties(fit, networks, grid, 32)
+    for name, curve in raised.curves.items():
+        odd = np.arange(1, len(curve) + 1) % 8 > 0
+        assert np.allclose(curve[~odd], table.curves[name][~odd])
+        assert np.allclose(curve[odd] / table.curves[name][odd], penalties[3 if '_k3_' in name else 5])
+    networks[3] = (configs[3], 1.1 * networks[3][1])
+    raised = with_penalties(fit, networks, grid, 32)
+    save_table(raised.base, raised.curves, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
     lines = []
     read = load_table(tmp_path / 'table.pkl', 32, SPACE, lines.append)
     assert read.width_divisor == 8 and not any('moved' in line for line in lines)
-    assert read.curves[key][width - 1] >= took * (1 - 1e-9)
-    for name, curve in read.curves.items():
-        on = curve[7::8]
-        assert (np.diff(on) >= 0).all() and np.allclose(on, table.curves[name][7::8])
-        widths = np.arange(1, len(curve) + 1)
-        following = curve[np.minimum(-(-widths // 8) * 8, len(curve)) - 1]
-        assert (curve >= following).all()
-        off = widths % 8 > 0
-        assert (curve[off] >= 1.2 * following[off] * (1 - 1e-9)).all()
-    high = raised[other][width - 1] / curves[other][-(-width // 8) * 8 - 1]
-    assert high == pytest.approx(took / curves[key][-(-width // 8) * 8 - 1])  # as of its kernel and stride
+    assert all(read.of_config(config) >= ms * (1 - 1e-9) for config, ms in networks)
+    without = with_penalties(fit, [], grid, 32)
+    for name, curve in without.curves.items():
+        odd = np.arange(1, len(curve) + 1) % 8 > 0
+        assert np.allclose(curve[odd], 1.4 * table.curves[name][odd])
+    dear = with_penalties(fit, networks, grid_of(8, 6, 4, 2, 2, 2), 32)
+    assert all((dear.curves[name][:7] >= 4 * table.curves[name][:7] * (1 - 1e-9)).all() for name in dear.curves)
+    assert with_penalties(fit, networks, grid_of(*[2.0] * 6), 32) is fit
 
 
 def test_a_sparse_table_promises_the_next_width_of_its_grid(tmp_path):
@@ -214,50 +189,43 @@ def test_a_config_is_rounded_up_and_both_latencies_are_printed(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize('runtime', HERE)
-def test_a_turn_has_the_blocks_of_networks_on_the_grid_and_one_off_it(runtime, config):
+def test_a_turn_has_networks_on_the_grid_and_one_off_it(runtime, config):
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, launch='eager')
     unseen = config.rounded_up(8)
     turn = measured.time_turn(random.Random(0), unseen, args, engine_of(runtime, None, CPU), 8)
     assert [on_grid(one, 8) for one, _ in turn.fitted] == [True] * 6 + [False]
-    for one, passes in turn.fitted:
-        assert passes.parts.shape == (measured.PASSES, sum(map(len, one.stages.values())) + 2)
-    assert turn.unseen[0] is unseen and turn.unseen[1].parts.shape == (measured.UNSEEN_PASSES, 1)
-    assert {one.parts.shape for one in turn.reference} == {(2, 1)}
+    assert turn.unseen[0] is unseen and len(turn.reference) == measured.REFERENCES
+    assert {one.parts.shape for one in turn.passes} == {(TOGETHER, 1)}
 
 
-def fake_turns(by_block, penalty):
-    """A fake `time_turn`: blocks take their time in `physical_curves`, those off the grid `penalty` times as long."""
-    truth, generator, reference = physical_curves(32), np.random.default_rng(0), reference_config(10, SPACE)
+def fake_time_turn(rng, unseen, args, engine, divisor, decks):
+    """Times of `physical_curves`, twice as long for blocks off the grid."""
+    truth, generator = physical_curves(32), np.random.default_rng(rng.getrandbits(30))
 
-    def passes(config, count, by_part):
+    def passes(config):
         blocks = [
-            truth[key][spec.mid_channels - 1] * (penalty if spec.mid_channels % 8 else 1)
+            truth[key][spec.mid_channels - 1] * (2 if spec.mid_channels % 8 else 1)
             for _, spec, key in config.table_keys(32)
         ]
-        parts = np.array([[0.1, *blocks, 0.1]] * count) * generator.normal(1, 0.01, (count, 1))
-        parts = parts if by_part else parts.sum(axis=1, keepdims=True)
-        return Passes(parts, np.full((count, parts.shape[1] + 1), 0.03))
+        return Passes((0.2 + sum(blocks)) * generator.normal(1, 0.01, (TOGETHER, 1)), np.full((TOGETHER, 2), 0.03))
 
-    def time_turn(rng, unseen, args, engine, divisor, decks):
-        configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor if i else 1) for i in range(7)]
-        fitted = [(config, passes(config, 8, by_block)) for config in configs]
-        return Turn(fitted, (unseen, passes(unseen, 16, False)), [passes(reference, 2, False) for _ in range(8)])
-
-    return time_turn
+    configs = [random_config(rng, i % 2 == 0, 10, SPACE, divisor if i else 1) for i in range(7)]
+    references = [reference_config(10, SPACE)] * measured.REFERENCES
+    return Turn(
+        [(config, passes(config)) for config in configs], (unseen, passes(unseen)), list(map(passes, references))
+    )
 
 
-@pytest.mark.parametrize('provider', ['CPUExecutionProvider', 'CUDAExecutionProvider'])
-def test_a_table_of_blocks_or_whole_networks_on_the_grid(provider, monkeypatch, tmp_path):
+def test_a_table_of_networks_on_the_grid(monkeypatch, tmp_path):
     """Off the grid, networks take twice as long, and the table never gives less."""
     args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=25)
-    by_block = provider == 'CPUExecutionProvider'
-    monkeypatch.setattr(measured, 'time_turn', fake_turns(by_block, penalty=2.0))
+    monkeypatch.setattr(measured, 'time_turn', fake_time_turn)
     monkeypatch.setattr(measured, 'time_grid', lambda *_: grid_of(2, 2, 2, 1, 1, 1))
     monkeypatch.setattr(measured, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
-    engine = Engine('onnxruntime', provider, CPU)
+    engine = Engine('onnxruntime', 'CPUExecutionProvider', CPU)
     base, curves, meta = measured.measured_table(args, engine)
-    assert meta['width_divisor'] == 8 and meta['provider'] == provider and meta['runtime'] == 'onnxruntime'
-    assert meta['residual_mean_percent'] < (2 if by_block else 4) and ('whole' in meta['method']) != by_block
+    assert meta['width_divisor'] == 8 and meta['provider'] == engine.provider and meta['runtime'] == 'onnxruntime'
+    assert meta['residual_mean_percent'] < 4 and 'whole' in meta['method']
     save_table(base, curves, meta, tmp_path / 'table.pkl')
     table, rng, truth = load_table(tmp_path / 'table.pkl', 32, SPACE), random.Random(5), physical_curves(32)
     for divisor in [8, 1] * 10:
@@ -269,6 +237,16 @@ def test_a_table_of_blocks_or_whole_networks_on_the_grid(provider, monkeypatch, 
             if divisor == 8
             else table.of_config(config) > 0.95 * ms
         )
+
+
+def test_too_few_whole_networks_are_one_line(monkeypatch):
+    args = SimpleNamespace(num_classes=10, batch_size=1, img_size=32, threads=1, seed=2, budget=1)
+    monkeypatch.setattr(measured, 'time_turn', fake_time_turn)
+    monkeypatch.setattr(measured, 'PATIENCE', 2)
+    monkeypatch.setattr(measured, 'time_grid', lambda *_: grid_of(2, 2, 2, 1, 1, 1))
+    monkeypatch.setattr(measured, 'time', SimpleNamespace(monotonic=partial(next, itertools.count())))
+    with pytest.raises(BadInput, match='--budget 1: 12 networks were timed in 2 times that, at least 30 are needed'):
+        measured.measured_table(args, Engine('onnxruntime', 'CPUExecutionProvider', CPU))
 
 
 def test_check_draws_networks_on_the_grid_and_names_the_runtime(monkeypatch, tmp_path, capsys):

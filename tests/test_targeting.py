@@ -20,7 +20,9 @@ from latency_pkl.runtimes import Engine, standard_of
 from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of
 from latency_pkl.timing import (
     PRECISION,
+    QUEUED,
     ROUNDS,
+    TOGETHER,
     TURNS,
     Bench,
     Passes,
@@ -290,12 +292,25 @@ def test_only_what_an_undisturbed_core_did_counts():
 
 def test_a_core_always_disturbed_gives_its_least_disturbed_times():
     ms, probes = (
-        np.array([[3.0], [4.0], [5.0], [6.0]]),
-        np.array([[0.06, 0.05], [0.05, 0.05], [0.06, 0.07], [0.05, 0.04]]),
+        np.array([[3.0], [4.0], [5.0], [6.0]]) * [1, 2],
+        np.array([[0.06, 0.05], [0.05, 0.05], [0.06, 0.07], [0.05, 0.04]])[:, [0, 1, 0]],
     )
-    assert typical_parts([Passes(ms, probes)], 0.03) == pytest.approx([5.0])  # the second and the fourth
-    spike = Passes(np.array([[1.0]] * 9 + [[100.0]]), np.full((10, 2), 0.03))
-    assert typical_parts([spike], 0.03) == pytest.approx([(9 + 1.5) / 10])
+    assert typical_parts([Passes(ms, probes)], 0.03) == pytest.approx([5.0, 10.0])  # the second and the fourth
+    spike = Passes(np.array([[1.0, 2.0]] * 9 + [[100.0, 2.0]]), np.full((10, 3), 0.03))
+    assert typical_parts([spike], 0.03) == pytest.approx([(9 + 1.5) / 10, 2.0])
+
+
+def test_of_whole_passes_the_faster_half_of_each_build_counts():
+    """A fast build among slow ones counts as they do, so that the mean does not depend on the number of builds."""
+    slow, fast = np.arange(10.0, 18)[:, None], np.arange(8.0, 16)[::-1, None]
+    passes = [Passes(ms, np.full((8, 2), 0.06)) for ms in (slow, fast, slow)]
+    means = [10 + 1.5, 8 + 1.5, 10 + 1.5]
+    assert typical_parts(passes, 0.03) == pytest.approx([np.mean(means)])
+    assert all(one.seen(0.03).all() for one in passes) and undisturbed_share(passes) == 1.0
+    outlier = Passes(np.full((8, 1), 100.0), np.full((8, 2), 0.06))
+    assert typical_parts([*passes, outlier], 0.03) == pytest.approx([np.mean([*means, 1.5 * 11.5])])
+    card = Passes(slow, np.full((8, 2), QUEUED), np.ones(8))
+    assert not card.by_pass and typical_parts([card], QUEUED) == pytest.approx([13.5])
 
 
 def test_networks_take_turns_and_are_built_once_a_round():
@@ -316,7 +331,7 @@ def test_standard_error_by_leaving_rounds_out():
     generator, standard = np.random.default_rng(1), Standard(lambda: None, 5.0)
 
     def passes(ms):
-        return [Passes(np.full((2, 1), ms), np.ones((2, 2)))]
+        return [Passes(np.full((TOGETHER, 1), ms), np.ones((TOGETHER, 2)))]
 
     rounds = [[Round(passes(ms), passes(4.0)) for ms in generator.normal(10, 0.5, 24)] for _ in range(400)]
     found = [summary_of(own, standard, 1.0) for own in rounds]
