@@ -55,13 +55,11 @@ class WidthGrid:
         return 1 / float(self.costs[MULTIPLES.index(self.divisor)])
 
     def __str__(self) -> str:
-        costs = ', '.join(
-            f'{m}: {100 * (cost - 1):+.1f} %' for m, cost in zip(MULTIPLES[1:], self.costs[1:], strict=True)
-        )
-        said = f'Widths rounded up to multiples of {costs} of the time; '
+        costs = ', '.join(f'{m}: {100 * (cost - 1):+.1f} %' for m, cost in zip(MULTIPLES, self.costs, strict=True))
+        said = f'Time with widths rounded up to multiples ({costs})'
         if self.divisor == 1:
-            return said + 'all widths are equally good'
-        return said + f'width_divisor {self.divisor}; ignoring it costs {100 * (self.price - 1):.1f} %'
+            return f'{said}: all widths are equally good'
+        return f'{said}: width_divisor {self.divisor}; ignoring it costs {100 * (self.price - 1):.1f} %'
 
 
 def time_grid(engine: Engine, args, space: SearchSpace) -> WidthGrid:
