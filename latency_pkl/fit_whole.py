@@ -21,7 +21,7 @@ Timed = Sequence[tuple[NetworkConfig, float]]
 """Networks and their times in ms."""
 
 LEAST_FITTED = 30
-"""Networks that a fit needs."""
+"""Whole networks that a fit needs."""
 
 STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1000.0)
 """Variance of the corrections of one kind over that of a network's time, both relative. Tried in turn."""

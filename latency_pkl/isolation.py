@@ -63,12 +63,12 @@ class FreshProcess:
         Raises:
             RuntimeError: the call failed (its traceback is on stderr) or the process died.
         """
-        try:
-            with bound_to(self._core):  # a call from another core would wake that up, and slow this one down
+        with bound_to(self._core):  # a call from another core would wake that up, and slow this one down
+            try:
                 self._connection.send(args)
                 return self._connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f'the process of {self._call} ended without a result') from None
+            except (EOFError, OSError):
+                raise RuntimeError(f'the process of {self._call} ended without a result') from None
 
 
 def in_fresh_process(call: Callable, *args: Any) -> Any:
@@ -83,7 +83,7 @@ SUMS, SUMMED = 20, range(2000)
 
 @cache
 def fastest_core() -> int | None:
-    """Return the core on which a short sum is fastest; None if this system does not bind processes to cores.
+    """Return the core on which a short sum is fastest; None if processes cannot be bound to cores here.
 
     Timings that move between cores, or whose caller is on another one, differ by some per cent more from build to
     build. Cores can differ in speed, so one is chosen by its own.
@@ -92,10 +92,10 @@ def fastest_core() -> int | None:
         return None
     times = {}
     for core in os.sched_getaffinity(0):
-        with bound_to(core):
+        with suppress(OSError), bound_to(core):
             marks = [(time.perf_counter(), sum(SUMMED), time.perf_counter()) for _ in range(SUMS)]
-        times[core] = min(end - start for start, _, end in marks)
-    return min(times, key=times.get)
+            times[core] = min(end - start for start, _, end in marks)
+    return min(times, key=times.get, default=None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Make a latency table of this machine: blocks timed inside running networks, checked against whole networks.
+"""Make a latency table of this machine from running networks, checked against others.
 
     python latency_pkl/make_lat_lut.py --device cpu --save_path my_cpu.pkl
     python latency_pkl/make_lat_lut.py --device cuda --batch_size 32 \\
@@ -47,7 +47,7 @@ from latency_pkl.kit import (
     timed_table,
     write_kit,
 )
-from latency_pkl.measured import errors_of, measured_table
+from latency_pkl.measured import errors_of, measured_table, undisturbed_line
 from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, random_config, reference_config, tf32_of
 from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
@@ -189,7 +189,7 @@ def check(table, args, engine):
     else:
         print('Measured by the clock alone: the table has no time of the reference network for this device')
     if engine.clock.type == 'cpu':
-        print(f'Timings with an undisturbed core, which are those that count: {100 * undisturbed:.0f} %')
+        print(undisturbed_line(100 * undisturbed, engine))
     else:
         print(host_report([one.host for one in measured], args.launch, undisturbed))
     mean, worst, bias = errors_of(pairs)

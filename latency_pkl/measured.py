@@ -1,4 +1,4 @@
-"""A latency table of this machine: blocks timed inside running networks, checked against whole networks."""
+"""A latency table of this machine: blocks timed inside running networks, or whole networks of other runtimes."""
 
 import random
 import time
@@ -26,7 +26,7 @@ from models.search_space import SPACE
 from tools.errors import BadInput
 
 TURN, UNSEEN, LEAST_SAMPLES = 8, 5, 20
-"""Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit needs."""
+"""Networks of a turn, one of them unseen by the fit; different unseen networks; networks that a fit of blocks needs."""
 
 ENOUGH = 0.5
 """Share of the reference network's time that must be undisturbed in a turn for its speed to count."""
@@ -47,7 +47,7 @@ LEAST_BUDGET = 0.6
 """Share of the budget that is left for the networks of the fit, even if the width grid took longer than the rest."""
 
 PATIENCE = 8
-"""Multiple of the budget for a slow machine to show every block shape."""
+"""Multiple of the budget for a slow machine to show what a fit needs."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ def time_turn(rng, unseen, args, engine, divisor=1, decks=None):
 
 
 def measure(args, engine, divisor, budget):
-    """Time turns of networks for `budget` seconds, longer if undisturbed timings of block shapes are missing."""
+    """Time turns of networks for `budget` seconds, longer if a fit lacks networks or undisturbed block shapes."""
     rng, start, turns = random.Random(args.seed), time.monotonic(), []
     decks = Decks(rng)  # with independent draws, half of all tables would need more than 36 networks
     unseen = [random_config(rng, False, args.num_classes, SPACE, divisor) for _ in range(UNSEEN)]
@@ -100,7 +100,7 @@ def measure(args, engine, divisor, budget):
             lacks = (
                 missing(samples_of(turns, args.img_size, fastest_of(turns), divisor)[0], args.img_size)
                 if engine.by_block
-                else len(whole_times(turns, divisor)) < LEAST_FITTED
+                else len(whole_times(turns, divisor, fastest_of(turns))) < LEAST_FITTED
             )
             if not lacks or spent >= budget * PATIENCE:
                 return turns
@@ -139,14 +139,16 @@ def speed_of(turns, fastest):
     return float(usual.sum()), np.interp(np.arange(len(turns)), known, slowness)
 
 
-def whole_times(turns, divisor, on=True):
-    """Return networks on the width grid, or off it, and their latencies, ms."""
-    fastest = fastest_of(turns)
+def whole_times(turns, divisor, fastest, on=True):
+    """Return networks on the width grid, or off it, and their latencies, ms.
+
+    Networks with parts that were never undisturbed are left out.
+    """
     return [
         (config, float(typical_parts([passes], fastest).sum() / slow))
         for turn, slow in zip(turns, speed_of(turns, fastest)[1], strict=True)
         for config, passes in turn.fitted
-        if on_grid(config, divisor) == on
+        if on_grid(config, divisor) == on and passes.seen(fastest).all()
     ]
 
 
@@ -202,13 +204,19 @@ def fit_blocks(turns, args, divisor):
 
 def fit_networks(turns, args, divisor):
     """Fit curves to times of whole networks: see `fit_blocks`."""
-    networks = whole_times(turns, divisor)
+    networks = whole_times(turns, divisor, fastest_of(turns))
     if len(networks) < LEAST_FITTED:
         raise BadInput(
             f'--budget {args.budget:g}: {len(networks)} networks were timed in {PATIENCE} times that, at least '
             f'{LEAST_FITTED} are needed; give it more seconds'
         )
     return fit_whole(networks, args.img_size, SPACE, divisor), len(networks), 1
+
+
+def undisturbed_line(percent, engine):
+    """Return the share of timings on an undisturbed core, and what it means, in words."""
+    meaning = ', which are those that count' if engine.by_block else ' (the faster half counts)'
+    return f'Timings with an undisturbed core{meaning}: {percent:.0f} %'
 
 
 def measured_table(args, engine):
@@ -220,21 +228,22 @@ def measured_table(args, engine):
     turns = measure(args, engine, grid.divisor, max(left, LEAST_BUDGET * args.budget))
     make = fit_blocks if engine.by_block else fit_networks
     fit, count, slack = make(turns, args, grid.divisor)
-    fit = with_penalties(fit, whole_times(turns, grid.divisor, on=False), grid, args.img_size)
     fastest = slack * fastest_of(turns)
+    fit = with_penalties(fit, whole_times(turns, grid.divisor, fastest, on=False), grid, args.img_size)
     undisturbed = 100 * undisturbed_share([passes for turn in turns for passes in turn.passes])
     reference_ms, slowness = speed_of(turns, fastest)
     unseen = unseen_pairs(fit, turns, slowness, args.img_size, fastest)
     mean, worst, bias = errors_of(unseen)
     low, high = np.quantile(slowness, (0.25, 0.75))
-    print(f'{count} networks timed; curves were multiplied by {fit.factor:.4f} to fit the mean network')
+    scaled = f'; curves were multiplied by {fit.factor:.4f} to fit the mean network' if engine.by_block else ''
+    print(f'{count} networks timed{scaled}')
     print(
         f'Reference network: {reference_ms:.4f} ms, in half of {len(turns)} turns from '
         f'{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %'
     )
     if engine.clock.type == 'cpu':
         also = f'; probes up to {slack:g} times as slow counted too, for else shapes were missing' if slack > 1 else ''
-        print(f'Timings with an undisturbed core, which are those that count: {undisturbed:.0f} %{also}')
+        print(undisturbed_line(undisturbed, engine) + also)
     else:
         ratios = [host_ratio([passes]) for turn in turns for _, passes in turn.fitted]
         print(host_report(ratios, args.launch, undisturbed / 100))

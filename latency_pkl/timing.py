@@ -126,36 +126,30 @@ class Passes:
     parts: np.ndarray
     """ms, [passes, parts]"""
     probes: np.ndarray
-    """ms of a probe before the first part and after each, [passes, parts + 1], or before and after each pass,
-    [passes, 2]. 0 on a GPU, which has no probes, but `QUEUED` for queued passes and `WAITED` for those in which it
-    waited for its host, a disturbance too."""
+    """ms of a probe before the first part and after each, [passes, parts + 1]. 0 on a GPU, which has no probes, but
+    `QUEUED` for queued passes and `WAITED` for those in which it waited for its host, a disturbance too."""
     host: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Eager over queued time on a GPU, [passes]; nan if the pass could not be queued. Empty on a CPU."""
+    whole: bool = False
+    """Whether the only part is a whole network on a CPU."""
 
     @classmethod
     def joined(cls, passes: Iterable['Passes']) -> 'Passes':
         """Join passes of one network from several times."""
-        fields = ((one.parts, one.probes, one.host) for one in passes)
-        return cls(*(np.concatenate(a) for a in zip(*fields, strict=True)))
-
-    @property
-    def by_pass(self) -> bool:
-        """Whether a CPU's probes are beside whole passes, not beside each part."""
-        return self.probes.shape[1] == 2 and not len(self.host)
+        parts, probes, host, whole = zip(*((one.parts, one.probes, one.host, one.whole) for one in passes), strict=True)
+        return cls(*map(np.concatenate, (parts, probes, host)), whole=whole[0])
 
     @property
     def beside(self) -> np.ndarray:
-        """Slower of the two probes beside each part, or beside each pass, [passes, parts or 1]."""
+        """Slower of the two probes beside each part, [passes, parts]."""
         return np.maximum(self.probes[:, :-1], self.probes[:, 1:])
 
     def seen(self, fastest: float) -> np.ndarray:
         """Return which parts have `LEAST_UNDISTURBED` timings on an undisturbed core, bool [parts].
 
-        All parts, if the probes are beside passes.
+        Whole networks always count.
         """
-        if self.by_pass:
-            return np.ones(self.parts.shape[1], dtype=bool)
-        return (self.beside <= UNDISTURBED * fastest).sum(axis=0) >= LEAST_UNDISTURBED
+        return self.whole | ((self.beside <= UNDISTURBED * fastest).sum(axis=0) >= LEAST_UNDISTURBED)
 
 
 def fastest_probe(passes: Iterable[Passes]) -> float:
@@ -216,16 +210,16 @@ def typical_parts(passes: Sequence[Passes], fastest: float) -> np.ndarray:
     """Return the mean time of each part on an undisturbed core, ms [parts]; timings are bounded by `OUTLIER`.
 
     A contended core is slower by a third to a half, for milliseconds or minutes. A part between two undisturbed probes
-    was hardly disturbed. Whole passes on a busy machine nearly always are; if the probes are beside passes, the mean is
-    that of the faster half of every `TOGETHER` passes, which are those of one build. The faster half of all passes
-    would be those of the faster builds, and the faster, the more builds there are.
+    was hardly disturbed. Whole passes on a busy machine nearly always are. So the mean of whole
+    networks is that of the faster half of every `TOGETHER` passes, which are those of one build. The faster half of all
+    passes would be those of the faster builds, and the faster, the more builds there are.
 
     Args:
         fastest: the `fastest_probe` of all passes that are to be compared, ms.
     """
     joined = Passes.joined(passes)
     ms, beside = joined.parts, joined.beside
-    if joined.by_pass:
+    if joined.whole:
         groups = np.array_split(ms, math.ceil(len(ms) / TOGETHER))
         halves = np.array([np.sort(group, axis=0)[: (len(group) + 1) // 2].mean(axis=0) for group in groups])
         return np.minimum(halves, OUTLIER * np.median(halves, axis=0)).mean(axis=0)
@@ -273,7 +267,9 @@ class Bench:
         with torch.inference_mode():
             marks = [self._run(clock) for _ in range(warm_up + passes)]
             timed = clock.passes(marks[warm_up:])
-            return timed if clock.probes else self._with_queued(timed, clock)
+            if clock.probes:
+                return replace(timed, whole=len(self.parts) == 1)
+            return self._with_queued(timed, clock)
 
     def _with_queued(self, eager: Passes, clock: 'Clock') -> Passes:
         """Queue as many passes; return the times of `launch`, with the ratios of both."""

@@ -82,8 +82,8 @@ def on_grid(config: NetworkConfig, divisor: int) -> bool:
 def with_penalties(fit: Fit, networks: Timed, grid: WidthGrid, img_size: int) -> Fit:
     """Return a fit whose widths off the grid take longer than the next width on it.
 
-    A penalty for each kernel size is fitted to networks off the grid. Then all are raised together, until none of these
-    networks takes longer than its prediction, and none is below the grid's `price`.
+    A penalty for each kernel size is fitted to networks off the grid; it is the grid's `price` or more. Then all are
+    raised together, until none of these networks takes longer than its prediction.
 
     Args:
         fit: to networks on the grid.
@@ -101,11 +101,11 @@ def with_penalties(fit: Fit, networks: Timed, grid: WidthGrid, img_size: int) ->
                 off[i, kernels.index(_kernel(key))] += ms
             else:
                 on[i] += ms
-    penalties = np.full(len(kernels), grid.price)
+    penalties = np.full(len(kernels), max(grid.price, 1))
     if networks:
         times = np.array([ms for _, ms in networks])
-        penalties = np.maximum(nnls(off / times[:, None], 1 - on / times)[0], 1)
-        penalties *= max(np.max((times - on) / (off @ penalties)), grid.price / penalties.min(), 1)
+        penalties = np.maximum(penalties, nnls(off / times[:, None], 1 - on / times)[0])
+        penalties *= max(np.max((times - on) / (off @ penalties)), 1)
     curves = {}
     for key, curve in fit.curves.items():
         odd = np.arange(1, len(curve) + 1) % divisor > 0

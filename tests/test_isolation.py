@@ -39,6 +39,7 @@ def test_one_thread_has_one_core_and_its_caller_waits_there():
     try:
         torch.set_num_threads(1)
         cores = [in_fresh_process(os.sched_getaffinity, 0) for _ in range(2)]
+        assert in_fresh_process(os.sched_getaffinity, os.getpid()) == {fastest_core()}
         assert cores == [{fastest_core()}] * 2 and fastest_core() in allowed and os.sched_getaffinity(0) == allowed
         with pytest.raises(RuntimeError):
             in_fresh_process(int, 'x')

@@ -230,6 +230,7 @@ def test_a_turn_times_networks_as_a_check_does(monkeypatch):
     turn = time_turn(random.Random(0), unseen, args, CPU)
     [benches] = together
     assert len(benches) == TURN + REFERENCES and {bench.launch for bench in benches} == {'queued'}
+    assert [bench.by_part for bench in benches] == [False] + [True] * (TURN - 1) + [False] * REFERENCES
     assert turn.unseen[0] is unseen and len(turn.fitted) == TURN - 1 and len(turn.reference) == REFERENCES
     reference = sum(map(len, reference_config(10, SPACE).stages.values())) + 2  # its stem, and what follows its blocks
     assert {one.parts.shape for one in turn.reference} == {(TOGETHER, reference)}

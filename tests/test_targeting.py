@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from latency_pkl.runtimes import Engine, standard_of
 from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of
 from latency_pkl.timing import (
     PRECISION,
-    QUEUED,
     ROUNDS,
     TOGETHER,
     TURNS,
@@ -303,14 +303,20 @@ def test_a_core_always_disturbed_gives_its_least_disturbed_times():
 def test_of_whole_passes_the_faster_half_of_each_build_counts():
     """A fast build among slow ones counts as they do, so that the mean does not depend on the number of builds."""
     slow, fast = np.arange(10.0, 18)[:, None], np.arange(8.0, 16)[::-1, None]
-    passes = [Passes(ms, np.full((8, 2), 0.06)) for ms in (slow, fast, slow)]
+    passes = [Passes(ms, np.full((8, 2), 0.06), whole=True) for ms in (slow, fast, slow)]
     means = [10 + 1.5, 8 + 1.5, 10 + 1.5]
     assert typical_parts(passes, 0.03) == pytest.approx([np.mean(means)])
-    assert all(one.seen(0.03).all() for one in passes) and undisturbed_share(passes) == 1.0
-    outlier = Passes(np.full((8, 1), 100.0), np.full((8, 2), 0.06))
+    assert all(one.seen(0.03).all() for one in passes) and Passes.joined(passes).whole
+    outlier = Passes(np.full((8, 1), 100.0), np.full((8, 2), 0.06), whole=True)
     assert typical_parts([*passes, outlier], 0.03) == pytest.approx([np.mean([*means, 1.5 * 11.5])])
-    card = Passes(slow, np.full((8, 2), QUEUED), np.ones(8))
-    assert not card.by_pass and typical_parts([card], QUEUED) == pytest.approx([13.5])
+    assert typical_parts([replace(passes[0], whole=False)], 0.06) == pytest.approx([13.5])
+
+
+def test_only_a_network_without_parts_on_a_cpu_is_timed_as_a_whole():
+    for parts in (1, 2):
+        net = SimpleNamespace(parts=lambda parts=parts: [lambda x: x] * parts)
+        net.eval = net.to = lambda *_, net=net: net
+        assert Bench(lambda net=net: net, 1, 8, torch.device('cpu'))(2).whole == (parts == 1)
 
 
 def test_networks_take_turns_and_are_built_once_a_round():
@@ -331,7 +337,7 @@ def test_standard_error_by_leaving_rounds_out():
     generator, standard = np.random.default_rng(1), Standard(lambda: None, 5.0)
 
     def passes(ms):
-        return [Passes(np.full((TOGETHER, 1), ms), np.ones((TOGETHER, 2)))]
+        return [Passes(np.full((TOGETHER, 1), ms), np.ones((TOGETHER, 2)), whole=True)]
 
     rounds = [[Round(passes(ms), passes(4.0)) for ms in generator.normal(10, 0.5, 24)] for _ in range(400)]
     found = [summary_of(own, standard, 1.0) for own in rounds]
