@@ -104,6 +104,7 @@ def test_killed_often_in_any_recipe(data, whole, tmp_path, processes, changes): 
     assert_same_end(only_run(tmp_path), whole(processes, **changes))
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_by_itself_in_the_same_folder(data, whole, tmp_path):  # noqa: F811
     words = command(
         'train_eval_amp.py', flags(data, tmp_path, save_freq=0, snapshot='auto'), 2, options=['--max-restarts=1']
