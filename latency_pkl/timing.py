@@ -32,6 +32,9 @@ GROUPS = 6
 WARM_UP, WARM_AGAIN, PASSES = 3, 1, 2
 """Passes of a turn: to warm up a new network, to warm up again after the turns of others, and timed ones."""
 
+WARM_SECONDS = 0.01
+"""Least duration of a warm-up on a CPU. After another process, a network of under 1 ms needs more than one pass."""
+
 TOGETHER = TURNS * PASSES
 """Passes of a network in a round."""
 
@@ -265,8 +268,11 @@ class Bench:
         warm_up = WARM_AGAIN if 'parts' in self.__dict__ else WARM_UP
         clock = Clock(self.device)
         with torch.inference_mode():
-            marks = [self._run(clock) for _ in range(warm_up + passes)]
-            timed = clock.passes(marks[warm_up:])
+            start, warm = time.perf_counter(), 0
+            while warm < warm_up or clock.probes and time.perf_counter() - start < WARM_SECONDS:
+                self._run(clock)
+                warm += 1
+            timed = clock.passes([self._run(clock) for _ in range(passes)])
             if clock.probes:
                 return replace(timed, whole=len(self.parts) == 1)
             return self._with_queued(timed, clock)

@@ -312,6 +312,17 @@ def test_of_whole_passes_the_faster_half_of_each_build_counts():
     assert typical_parts([replace(passes[0], whole=False)], 0.06) == pytest.approx([13.5])
 
 
+def test_a_fast_network_is_warmed_up_for_a_time_not_for_a_pass(monkeypatch):
+    """Each look at the clock takes a millisecond, so a pass takes four, and five with the look after it."""
+    calls = []
+    net = SimpleNamespace(parts=lambda: [lambda x: calls.append(x)])
+    net.eval = net.to = lambda *_: net
+    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=partial(next, itertools.count(0, 0.001))))
+    bench = Bench(lambda: net, 1, 8, torch.device('cpu'))
+    assert [len(bench(2).parts), len(calls)] == [2, 3 + 2]
+    assert [len(bench(2).parts), len(calls) - 5] == [2, 2 + 2]  # WARM_AGAIN is one
+
+
 def test_only_a_network_without_parts_on_a_cpu_is_timed_as_a_whole():
     for parts in (1, 2):
         net = SimpleNamespace(parts=lambda parts=parts: [lambda x: x] * parts)
