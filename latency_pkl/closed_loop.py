@@ -44,10 +44,14 @@ class Fitter:
     divisor: int = 1
     limits: Sequence[Limit] = ()
 
-    def __call__(self, target: float) -> tuple[Arch, NetworkConfig, float]:
-        """Return the most probable network that meets a latency: its architecture, config, and latency in the table."""
+    def __call__(self, target: float, arch: Arch | None = None) -> tuple[Arch, NetworkConfig, float]:
+        """Return a network that meets a latency: its architecture, config, and latency in the table.
+
+        Args:
+            arch: its architecture; None: the most probable one that can meet the latency.
+        """
         setting = self.table, self.space, target, self.divisor, self.limits
-        arch = most_probable(self.state, *setting)
+        arch = arch or most_probable(self.state, *setting)
         config = build_config(arch, fit_widths(arch, self.widths, *setting), self.num_classes, self.space)
         return arch, config, self.table.of_config(config)
 
@@ -64,8 +68,9 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
     """Fit a network to a target by the clock: each is timed until the measured time meets it. Prints each round.
 
     Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
-    after a timing that does not fit with its pool, the network is timed again. Returns the network whose pooled latency
-    is nearest to the target, standard error included.
+    after a timing that does not fit with its pool, the network is timed again. If a corrected aim leads back to an
+    earlier architecture, with a correction of another size, the two would alternate; so the present one is kept.
+    Returns the network whose pooled latency is nearest to the target, standard error included.
 
     Args:
         rounds: builds of a network for one timing, see `measure_latency`.
@@ -74,9 +79,9 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
     batch_size = table.setting('batch_size', 32 if engine.device.type == 'cuda' else 1)
     launch = launch_of(table, engine.clock)
     standard = standard_of(table, batch_size, engine, launch)
-    aim, timed, seconds = target, {}, 0.0
+    aim, kept, timed, seconds = target, None, {}, 0.0
     for number in range(1, 2 * MEASURED_ROUNDS + 1):
-        arch, config, predicted = fit(aim)
+        arch, config, predicted = fit(aim, kept)
         build = engine.build(config, number, table.img_size, batch_size)
         usual = f'about {seconds:.0f} s' if seconds else 'usually 15 to 40 s'
         print(f'Round {number}: a network of predicted {predicted:.4f} ms is timed, {usual}', flush=True)
@@ -99,6 +104,9 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
             if pool.fits.sum() > 1 and (off <= MEASURED_CLOSE or number >= enough):
                 break
             aim = fit.nearest(target / own.ratio)
+            if not kept and str(arch) != str(back := fit(aim)[0]) and str(back) in timed:
+                kept = arch
+                print(f'Round {number}: its architecture is kept; the next aim led back to an earlier one')
     print(
         f'Measured latency is within {100 * off:.2f} % of the target, standard error {100 * pool.error:.2f} % '
         f'(mean over {pool.fits.sum() or len(pool.fits)} of {number} rounds)'

@@ -424,6 +424,24 @@ def test_a_clock_that_differs_from_the_table_moves_the_aim(slower, searched, mon
     assert re.search(r'within 0\.\d\d % of the target, standard error 0\.\d\d % \(mean over 2 of \d rounds\)\n$', out)
 
 
+def test_of_two_architectures_that_alternate_one_is_kept(monkeypatch, capsys):
+    """Up to 10.5 ms the network is wide, and faster than its table; above it is deep, and nearly as slow as its table.
+    So the corrected aim of each is in the range of the other."""
+
+    def fit(aim, arch=None):
+        arch = arch or ('wide' if aim <= 10.5 else 'deep')
+        return arch, (arch, aim), aim
+
+    def measure_latency(build, *_):
+        arch, ms = build.args[0]
+        return Measured({'wide': 0.9, 'deep': 0.98}[arch] * ms, 0.001)
+
+    fit.table, fit.nearest = make_table(img_size=32), lambda aim: aim
+    monkeypatch.setattr(closed_loop, 'measure_latency', measure_latency)
+    assert closed_loop.fit_to_clock(fit, 10.0, CPU, 1) == ('deep', pytest.approx(10 / 0.98))
+    assert 'Round 2: its architecture is kept' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('at', range(5))
 @pytest.mark.parametrize('factor', [0.8, 1.26, 3.0])
 def test_an_outlying_time_is_not_followed(at, factor, searched, monkeypatch, capsys):
