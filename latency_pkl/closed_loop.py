@@ -10,7 +10,7 @@ from torch import Tensor
 from latency_pkl.kit import Found
 from latency_pkl.runtimes import Engine, standard_of
 from latency_pkl.sampling import launch_of
-from latency_pkl.timing import ROUNDS, host_note, measure_latency, pool_timings
+from latency_pkl.timing import ROUNDS, Pool, host_note, measure_latency, pool_timings
 from models.config import NetworkConfig, build_config
 from models.elasticity import fit_widths
 from models.latency import LatencyTable, Limit
@@ -22,6 +22,9 @@ MEASURED_ROUNDS = 4
 
 MEASURED_CLOSE = 0.005
 """Goal of a fit to the clock, as a share of the target."""
+
+ALTERNATING = 0.03
+"""Difference of two architectures' corrections above which a fit may alternate between them."""
 
 CLOSE = 1e-3
 """Change of the correction at which a fit to timings has converged."""
@@ -69,8 +72,8 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
 
     Networks of one architecture take the same time relative to the table, up to noise. So their timings are pooled, and
     after a timing that does not fit with its pool, the network is timed again. If a corrected aim leads back to an
-    earlier architecture, with a correction of another size, the two would alternate; so the present one is kept.
-    Returns the network whose pooled latency is nearest to the target, standard error included.
+    earlier architecture, with a correction of another size, the two would alternate; so the present one is kept if it
+    was timed twice. Returns the network whose pooled latency is nearest to the target, standard error included.
 
     Args:
         rounds: builds of a network for one timing, see `measure_latency`.
@@ -104,7 +107,7 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
             if pool.fits.sum() > 1 and (off <= MEASURED_CLOSE or number >= enough):
                 break
             aim = fit.nearest(target / own.ratio)
-            if not kept and str(arch) != str(back := fit(aim)[0]) and str(back) in timed:
+            if not kept and own.fits.sum() > 1 and _leads_back(fit, aim, arch, pools):
                 kept = arch
                 print(f'Round {number}: its architecture is kept; the next aim led back to an earlier one')
     print(
@@ -114,6 +117,14 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
     if max(off, pool.error) > MEASURED_CLOSE:
         print(f'This misses the goal of {100 * MEASURED_CLOSE:g} %: timings differed too much, or no width is nearer')
     return config
+
+
+def _leads_back(fit: Fitter, aim: float, arch: Arch, pools: Mapping[str, Pool]) -> bool:
+    """Return whether an aim leads from `arch`, which can meet it too, to one that was timed with another ratio."""
+    back = str(fit(aim)[0])
+    if back == str(arch) or back not in pools or abs(pools[back].ratio / pools[str(arch)].ratio - 1) <= ALTERNATING:
+        return False
+    return abs(fit(aim, arch)[2] / aim - 1) <= MEASURED_CLOSE
 
 
 def fit_to_timings(
