@@ -52,7 +52,7 @@ if [ -z "$imagenet" ]; then
     awk 'NR % 4' $images/search_train.txt >$images/search_short.txt # three quarters of each class
     "$python" train_search.py --img_root $images/train --train_list $images/search_short.txt \
         --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 9 --warmup_epochs 5 \
-        --largest_epochs 3 --a_lr 1 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --largest_epochs 3 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
         --print_freq 25 --save $demo --note demo
 
     stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'

@@ -44,10 +44,10 @@ def test_the_temperature_falls_as_far_in_any_number_of_epochs(epochs):
 
 
 def test_the_rate_of_the_architecture_falls_with_the_number_of_steps():
-    rates = [default_a_lr(steps) for steps in (0, 200, 1_000, 10_000, 60_000, 127_760, 10**6)]
-    assert rates[:2] == [0.2, 0.2] and rates[-2:] == [0.01, 0.01]
-    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 5
-    assert default_a_lr(127_760 // 16) == 0.04  # the square root of 16
+    rates = [default_a_lr(steps) for steps in (0, 100, 200, 1_000, 10_000, 60_000, 127_760, 10**6)]
+    assert rates[:2] == [1, 1] and rates[-2:] == [0.01, 0.01]
+    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 6
+    assert default_a_lr(127_760 // 8) == 0.04  # 8 to the power 2/3 is 4
 
 
 def test_values_that_are_given_win_and_are_kept():
@@ -73,7 +73,7 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 0.2 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 1 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')

@@ -352,7 +352,7 @@ def add_search_args(parser: Parser) -> None:
     search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
     search.add_argument(
-        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 0.2, by the number of steps'
+        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 1, by the number of steps'
     )
     search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
     search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
