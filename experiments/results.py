@@ -108,23 +108,51 @@ def interval(values: list[float], digits: int = 2) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f'{mean:.{digits}f} (n = 1)'
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f'{mean:.{digits}f} ± {half:.{digits}f}'
+    return f'{mean:.{digits}f} ± {half_interval(values):.{digits}f}'
+
+
+def half_interval(values: list[float]) -> float:
+    """Return half of the mean's 95 % t-interval; 0 of one value."""
+    if len(values) < 2:
+        return 0.0
+    return float(stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
 
 
 def difference(ours: list[float], full: list[float]) -> str:
     """Return the mean difference to the full method with Welch's 95 % interval, as text."""
-    if min(len(ours), len(full)) < 2 or ours is full:
+    if min(len(ours), len(full)) < 2:
         return ''
     ends = stats.ttest_ind(ours, full, equal_var=False).confidence_interval()
     return f'{statistics.mean(ours) - statistics.mean(full):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})'
+
+
+def holm(values: dict[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for their number by Holm's step-down method (1979)."""
+    adjusted, most = {}, 0.0
+    for i, name in enumerate(sorted(values, key=values.__getitem__)):
+        most = adjusted[name] = max(most, min(1.0, (len(values) - i) * values[name]))
+    return adjusted
+
+
+def p_values(top1: dict[str, list[float]]) -> dict[str, float]:
+    """Return Welch's p of each arm against `full`: as it is for `random`, adjusted by Holm over the others.
+
+    Args:
+        top1: accuracies by arm.
+    """
+    others = {arm: values for arm, values in top1.items() if arm != 'full' and len(values) > 1}
+    if len(top1.get('full', ())) < 2:
+        return {}
+    raw = {arm: float(stats.ttest_ind(ours, top1['full'], equal_var=False).pvalue) for arm, ours in others.items()}
+    return raw | holm({arm: p for arm, p in raw.items() if arm != 'random'})
 
 
 COLUMNS = {
     'predicted': 'predicted', 'off_target': 'off target [%]', 'measured': 'measured [ms]',
     'measured_off_target': 'off target, measured [%]', 'macs': 'MACs [M]',
     'params': 'params [M]', 'search_s': 'search [s]', 'search_cpu_s': 'search [CPU s]',
-    'supernet_top1': 'supernet top-1 at the first architecture step', 'winner_share': 'blocks won by one operator',
+    'supernet_top1': 'supernet top-1 at the first architecture step', 'supernet_top1_end': 'at the end',
+    'last_entropy': 'entropy at the end', 'winner_share': 'blocks won by one operator',
 }  # fmt: skip
 
 
@@ -135,18 +163,21 @@ def table_text(results: list[dict], planned: Counter[str]) -> str:
         planned: number of runs by arm.
     """
     unit = results[0]['unit']
-    head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'top-5 [%]']
+    head = ['arm', 'n', 'top-1 [%]', 'top-1 against full', 'p', 'top-5 [%]']
     head += [f'{name} [{unit}]' if key == 'predicted' else name for key, name in COLUMNS.items()]
     rows = [head, ['---'] * len(head)]
-    full = [r['top1'] for r in results if r['arm'] == 'full' and r.get('counts', True)]
+    counted = [r | {'last_entropy': r['entropy'][-1]} if 'entropy' in r else r for r in results]
+    counted = [r for r in counted if r.get('counts', True)]
+    top1 = {arm: [r['top1'] for r in counted if r['arm'] == arm] for arm in planned}
+    p = p_values(top1)
     for arm, of in planned.items():
-        mine = [r for r in results if r['arm'] == arm and r.get('counts', True)]
-        at_chance = sum(r['arm'] == arm and not r.get('counts', True) for r in results)
+        mine = [r for r in counted if r['arm'] == arm]
+        at_chance = sum(r['arm'] == arm for r in results) - len(mine)
         n = f'{len(mine)} of {of}' if len(mine) < of else str(of)
-        top1 = [r['top1'] for r in mine]
-        row = [arm, n + (f' ({at_chance} at chance)' if at_chance else ''), interval(top1)]
-        row += [difference(top1, full) if arm != 'full' else '', interval([r['top5'] for r in mine if 'top5' in r])]
-        row += [interval([r[key] for r in mine if key in r]) for key in COLUMNS]
+        row = [arm, n + (f' ({at_chance} at chance)' if at_chance else ''), interval(top1[arm])]
+        row += [difference(top1[arm], top1.get('full', [])) if arm != 'full' else '']
+        row += [f'{p[arm]:.3f}' if arm in p else '']
+        row += [interval([r[key] for r in mine if key in r]) for key in ('top5', *COLUMNS)]
         rows.append(row)
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
@@ -167,25 +198,30 @@ def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
 
 
 def draw(results: list[dict], pairs: list, save: Path) -> None:
-    """Draw accuracy over latency, entropy over epochs, and supernet against trained-alone accuracy."""
+    """Draw the accuracy of each arm's networks, entropy over epochs, and supernet against trained-alone accuracy."""
     arms = list(dict.fromkeys(r['arm'] for r in results))
     colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
-    for arm in arms:
+    for row, arm in enumerate(arms):
         mine = [r for r in results if r['arm'] == arm]
-        at = [r.get('measured', r['predicted']) for r in mine]
-        axes[0].scatter(at, [r['top1'] for r in mine], color=colours[arm], label=arm)
+        top1 = [r['top1'] for r in mine]
+        half = half_interval(top1)
+        axes[0].scatter(top1, [row] * len(mine), color=colours[arm], alpha=0.4)
+        axes[0].errorbar(statistics.mean(top1), row - 0.25, xerr=half, fmt='|', color=colours[arm], capsize=4)
         curves = [r['entropy'] for r in mine if 'entropy' in r]
         if curves:
-            axes[1].plot(np.mean(curves, axis=0), color=colours[arm], label=arm)
-    axes[0].set(xlabel=f'latency [{results[0]["unit"]}], measured if available', ylabel='test top-1 [%]')
+            axes[1].plot(range(1, 1 + len(curves[0])), np.mean(curves, axis=0), color=colours[arm], label=arm)
+    axes[0].set(xlabel='test top-1 [%]; mean and its 95 % interval above the networks', yticks=range(len(arms)))
+    axes[0].set_yticklabels(arms)
+    axes[0].invert_yaxis()
     axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
     axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
     if pairs:
         axes[2].scatter(*zip(*pairs, strict=True), color='0.3')
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    if axes[1].lines:
+        axes[1].legend(fontsize=7)
     figure.tight_layout()
     write_atomic(save / 'three_freedoms.png', partial(figure.savefig, format='png'))
     plt.close(figure)

@@ -60,7 +60,8 @@ def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
     longer = arguments(epochs=30)
     args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None), 20)
     assert kept == {'T_decay': 0.9, 'a_lr': None} and args.T_decay == 0.9
-    assert args.a_lr == default_a_lr(20 * 10) and '--T_decay 0.9 (as before)' in line and '200 steps' in line
+    assert args.a_lr == default_a_lr(200)
+    assert line == '--T_decay 0.9 (as before), --a_lr 0.742 (for 200 steps of the architecture)'
     again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
     assert again == args and kept == {'T_decay': 0.9, 'a_lr': None}
 
@@ -68,12 +69,12 @@ def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
 def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor_decided(images, monkeypatch, tmp_path):
     write_table(tmp_path / 'table.pkl')
     flags = good_flags('train_search.py', images, tmp_path / 'table.pkl', tmp_path / 'runs')
-    flags |= {'warmup_epochs': 1, 'batch_size': 10, 'w_lr': 1e-9, 'report': None}
+    flags |= {'warmup_epochs': 1, 'batch_size': 10, 'w_lr': 1e-9, 'a_lr': 0.2, 'report': None}
     assert run_here(monkeypatch, 'train_search.py', words_of(flags | {'epochs': 3, 'save_freq': 0})) == 0
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 1 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs)\n' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from experiments import join as join_freedoms
 from experiments import three_freedoms
-from experiments.results import difference, interval, read_numbers
+from experiments.results import difference, holm, interval, p_values, read_numbers
 from models.config import load_config
 from tools.errors import BadInput
 
@@ -28,6 +28,18 @@ def test_intervals_by_hand():
     assert interval([5.0]) == '5.00 (n = 1)' and interval([]) == ''
     # equal variances and sizes: 4 degrees of freedom, t = 2.7764, standard error sqrt(2 / 3): 2.2669
     assert difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == '+1.00 (-1.27 to +3.27)'
+
+
+def test_p_values_by_hand():
+    # sorted and multiplied by 4, 3, 2, 1: 0.04, 0.06, 0.06 (0.05 is less than the one before), 0.6
+    adjusted = holm({'a': 0.6, 'b': 0.01, 'c': 0.025, 'd': 0.02})
+    assert adjusted == pytest.approx({'b': 0.04, 'd': 0.06, 'c': 0.06, 'a': 0.6})
+    assert holm({'a': 0.7, 'b': 0.8}) == {'a': 1, 'b': 1}
+    # t = 1 / sqrt(2 / 3) with 4 degrees of freedom: p = 0.28786; adjusted for two arms, but not of the random networks
+    far, near = [2.0, 3.0, 4.0], [1.0, 2.0, 3.0]
+    p = p_values({'full': near, 'random': far, 'paper': far, 'uniform': [1.0, 2.0, 3.0], 'one': [9.0]})
+    assert p == pytest.approx({'random': 0.28786, 'paper': 2 * 0.28786, 'uniform': 1}, abs=1e-5)
+    assert p_values({'full': [1.0], 'random': far}) == {}
 
 
 def test_last_number_counts():
@@ -60,7 +72,8 @@ def test_experiments_are_joined(tmp_path, join):
 
     table = join(files)
     assert f'left out: random-0 of {files[1]}' in table
-    assert '| full | 3 | 3.00 ± 2.48 |' in table and '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) |' in table
+    assert '| full | 3 | 3.00 ± 2.48 |' in table
+    assert '| random | 3 | 2.00 ± 2.48 | -1.00 (-3.27 to +1.27) | 0.288 |' in table
     assert (tmp_path / 'both' / 'three_freedoms.png').stat().st_size > 10_000
     line = {'arm': 'full', 'seed': 0, 'top1': 2.0} | common
     lengths = json.dumps(line | {'entropy': [1, 1]}) + '\n' + json.dumps(line | {'seed': 4, 'entropy': [1]})
@@ -83,7 +96,7 @@ def test_the_evidence_gives_the_table_of_the_page(join):
     shown = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+): .*? \| (.*) \|$', page, re.M)}
     assert list(shown) == ['full', 'no-operator', 'no-depth', 'no-width', 'random', 'full-annealed']
     for arm, cells in shown.items():
-        assert cells == [found[arm][i] for i in (0, 1, 2, 7, 8, 12)]
+        assert cells == [found[arm][i] for i in (0, 1, 2, 8, 9, 13)]
 
 
 def test_the_arm_without_depth_needs_the_patch(monkeypatch, capsys):
