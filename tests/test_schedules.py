@@ -80,7 +80,7 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
     assert log.index('epoch 2 Gumbel paths') < log.index('has not decided')
     checkpoint = load(folder / 'searched_model_03.pth.tar')
-    assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] is None
+    assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] == 0.2
 
 
 @pytest.mark.parametrize(
