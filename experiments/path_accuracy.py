@@ -1,4 +1,6 @@
-"""Print the accuracy of architectures with the weights of a searched supernet, without training them.
+"""Print the accuracy of networks with the weights of a searched supernet, without training them.
+
+The first line is of the network that the search found, with the widths at its end.
 
     python experiments/path_accuracy.py --model_path searched.pth.tar \\
         --architectures a.json b.json --val_root images --val_list val.txt \\
@@ -23,10 +25,11 @@ from dataset.loaders import make_loader
 from dataset.transforms import val_transform
 from models.elasticity import gather, update_masks
 from models.model_search import Network
-from models.parsing import load_search_checkpoint, mask_widths
+from models.parsing import load_search_checkpoint, mask_widths, parse_architecture, saved_architecture
 from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.errors import BadInput
+from tools.files import load_checkpoint
 from tools.options import Parser, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
 from tools.training import evaluate
@@ -36,7 +39,7 @@ def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument('--model_path', metavar='FILE', required=True, help='a searched model')
-    parser.add_argument('--architectures', metavar='FILE', nargs='+', required=True, help='JSON files')
+    parser.add_argument('--architectures', metavar='FILE', nargs='*', default=[], help='JSON files')
     add_eval_data_args(parser, batch_size=128, workers=0)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
@@ -72,18 +75,20 @@ def set_path(net, full, masks, chosen):
 
 
 def main(args):
-    """Print one line for each architecture."""
+    """Print one line for each network."""
     world = World(pick_device(args.device))
     full, masks = load_search_checkpoint(args.model_path, SPACE)
+    arch = saved_architecture(load_checkpoint(args.model_path), args.model_path, SPACE)
+    found = {'arch': arch or parse_architecture(full, SPACE), 'widths': mask_widths(masks)}
     num_classes = len(full['classifier.linear.bias'])
     net = Network(mask_widths(masks), num_classes, SPACE).to(world.device)
     samples = read_list(args.val_list, args.val_root, num_classes)
     transform = val_transform(args.img_size)
     # batch norms use the statistics of the batch: shuffled images, whole batches only
     loader = make_loader(args.val_root, samples, transform, args, world, args.val_list, for_training=True)
-    for path in args.architectures:
+    for path in [args.model_path, *args.architectures]:
         try:
-            chosen = json.loads(Path(path).read_text())
+            chosen = found if path is args.model_path else json.loads(Path(path).read_text())
             one = OnePath(net, set_path(net, full, masks, chosen))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{path}: not an architecture of this search space ({type(e).__name__}: {e})') from e

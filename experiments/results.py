@@ -78,7 +78,8 @@ def result_of(run: Run, args, table) -> dict | None:
         result |= search_result(folder, args)
     result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
     if 'paths' in records and records['paths']['finished']:
-        result['path_top1'] = [float(v) for v in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output'])]
+        own, *others = (float(value) for value in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output']))
+        result |= {'own_path_top1': own, 'path_top1': others}
     return result
 
 

@@ -300,7 +300,7 @@ def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
 
 
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
-    """Test the random architectures with the weights of each full search."""
+    """Test the found network and the random ones with the weights of each full search."""
     save = Path(args.save)
     drawn = [save / run.name / 'architecture.json' for run in runs if run.arm == 'random']
     for run in runs:

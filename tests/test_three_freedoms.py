@@ -190,7 +190,9 @@ def test_all_arms_run_stop_and_go_on(project_copy, images, tmp_path, run_script)
         assert 0 <= r['top1'] <= r['top5'] == 100 and r['macs'] == pytest.approx(r['predicted'], abs=0.006)
         assert r['measured'] > 0 and (abs(r['off_target']) < 1 or r['arm'] == 'no-width')
     assert all(len(r['entropy']) == 2 and r['entropy'][0] == pytest.approx(1) for r in results if 'entropy' in r)
-    assert len(results[0]['path_top1']) == 3 and 'path_top1' not in results[1]
+    assert (
+        len(results[0]['path_top1']) == 3 and 0 <= results[0]['own_path_top1'] <= 100 and 'path_top1' not in results[1]
+    )
     text = (save / 'table.md').read_text()
     assert re.search(r'^\| random \| 3 \|', text, re.M) and text.count('\n|') == 6 and 'rho' in text
     assert (save / 'three_freedoms.png').stat().st_size > 10_000
