@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a trained network, or the classes of one image.
+"""Top-1 and top-5 accuracy of a trained network, or the classes of images.
 
     python test.py --config_path model.config --weights weights.pth.tar \\
         --val_root /data/imagenet/val --val_list val.txt

@@ -64,7 +64,7 @@ def main(args):
             for share in (0.2, 0.5, 0.8):
                 target = least + (most - least) * (share + rng.uniform(-0.1, 0.1))
                 fit = ['--model_path', model, '--target_lat', f'{target:.4f}', '--fit_measured', '--save_path', config]
-                rounds = len(re.findall('^Round', run('parsing_model.py', *fit, *shared), re.M))
+                rounds = len(re.findall('^Round .* measured ', run('parsing_model.py', *fit, *shared), re.M))
                 again = run('parsing_model.py', '--config_path', config, '--print_lat', '--save_path', config, *shared)
                 predicted = float(re.search(r'Lat_LUT: ([\d.]+)', again).group(1))
                 kind = 'GPU bs=32' if 'Lat_GPU' in again else 'CPU bs=1'

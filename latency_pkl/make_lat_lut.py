@@ -108,7 +108,8 @@ def get_args(argv=None):
     parser.groups['output'].add_argument(
         '--save_path',
         metavar='FILE',
-        help='table to write; default: latency_pkl/<metric>_<device>_<size>_bs<batch>.pkl',
+        help='table to write; default: latency_pkl/<metric>_<device, runtime or card>_<size>_bs<batch>.pkl, '
+        'with --timings latency_<csv>_<size>.pkl',
     )
     table.add_argument('--seed', type=count(0), default=2, help='seed of the random networks')
     table.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
