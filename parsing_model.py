@@ -25,6 +25,7 @@ Within limits in other tables; several targets then also draw what each costs:
 
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,9 @@ from tools.options import (
 )
 from tools.report.draw import save_figure
 from tools.settle import settle, with_flags
+
+UNMEASURED = {'measured': None, 'measured_on': None}
+"""Entries of a meta if the network changes or its latency is another one."""
 
 
 def get_args(argv=None):
@@ -130,6 +134,8 @@ def get_args(argv=None):
         parser.error('--timings corrects the fit by times that are there: leave out --fit_measured')
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
         parser.error(f'--target_lat {" ".join(args.target_lat)}: a target is there twice; give each once')
+    if odd := [text for text in args.target_lat or () if '/' in text]:
+        parser.error(f'--target_lat {odd[0]}: expected a number, or a share such as 60%')
     if args.target_lat and names_config(args):
         parser.error('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     return args
@@ -226,6 +232,7 @@ def settle_flags(args, found, is_config):
         raise BadInput(f'{lookup_path}, the latency table of {source}, is not there; name one with --lookup_path')
     if needed and meta.table and Path(lookup_path).resolve() != Path(meta.table).resolve():
         print(f'warning: --lookup_path is {lookup_path}, {source} has {meta.table}')
+        meta = replace(meta, target=None, target_given=None, **UNMEASURED)
     path = project_file(lookup_path, DEFAULT_TABLE)
     known = [(meta.img_size, source), (table_size(path) if needed else None, lookup_path)]
     is_known = args.img_size or any(size for size, _ in known)
@@ -286,11 +293,13 @@ def main(args):
         print('Widths as given:')
         report(None, found, table, args, engine, limits)
         print(f'Widths rounded up to multiples of {args.width_divisor}:')
-        configs = [(save_path, found.rounded_up(args.width_divisor))]
+        rounded = found.rounded_up(args.width_divisor)
+        configs = [(save_path, replace(rounded, meta=replace(rounded.meta, **UNMEASURED)))]
     for path, config in configs:
         report(path, config, table, args, engine, limits)
     if save_path:
-        suggest_training(paths[0], args)
+        with suppress(BadInput):  # images of the search that are gone are no fault of the config
+            suggest_training(paths[0], args)
 
 
 if __name__ == '__main__':

@@ -328,6 +328,7 @@ def main(args):
     limits = read_bounds(table, target, num_classes, notes, args)
     loaders = make_search_loaders(args, world, images, notes.append)
     flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
+    flags |= {'img_root': str(Path(args.img_root).absolute())}
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     share = args.batch_size // world.size

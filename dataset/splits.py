@@ -80,7 +80,8 @@ class Images:
     @property
     def flags(self) -> dict[str, Any]:
         """Values of flags for headers and checkpoints."""
-        return {'num_classes': self.num_classes, 'train_list': self.lists[0], 'val_list': self.lists[1]}
+        train_list, val_list = (path and str(Path(path).absolute()) for path in self.lists)
+        return {'num_classes': self.num_classes, 'train_list': train_list, 'val_list': val_list}
 
     @property
     def names(self) -> list[str] | None:
@@ -129,12 +130,14 @@ def split_folder(
     ratio: float = RATIO,
     seed: int = SEED,
     note: Note = print,
+    for_search: bool = True,
 ) -> FolderLists:
     """Return the lists of a folder with train/ and val/, or of one folder of class folders, split in each class.
 
     Args:
         roots: see `find_roots`.
         classes: class folders to take; None: all.
+        for_search: split the training images again, into those of a search's weights and of its architecture.
 
     Raises:
         BadInput: see `list_folder` and `split_by_class`; or the two folders differ in their classes.
@@ -154,9 +157,10 @@ def split_folder(
         parts = flat(train), flat(val)
     else:
         parts = split_by_class(train, ratio, seed)
-    by_class = [[sample for sample in parts[0] if sample[1] == label] for label in range(len(names))]
-    search = split_by_class(by_class, ratio, seed)
-    return FolderLists(train_root, val_root, dict(zip(LISTS, (*parts, *search), strict=True)), names)
+    if for_search:
+        by_class = [[sample for sample in parts[0] if sample[1] == label] for label in range(len(names))]
+        parts += split_by_class(by_class, ratio, seed)
+    return FolderLists(train_root, val_root, dict(zip(LISTS, parts, strict=False)), names)
 
 
 def flat(by_class: Sequence[Sequence[Sample]]) -> list[Sample]:
@@ -231,7 +235,7 @@ def training_images(args, kept: Path | None, note: Note) -> Images:
         note(f'lists: {lists[0]} and {lists[1]}, which this run made of {given[0]}')
         return read_train_val(lists, texts, args.num_classes, note)
     if one_folder:
-        lists = split_folder(roots, note=note)
+        lists = split_folder(roots, note=note, for_search=False)
         samples, names = (lists.samples['train'], lists.samples['val']), lists.names
     else:
         train = list_folder(roots[0], None, note)

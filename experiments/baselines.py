@@ -59,7 +59,7 @@ def most_macs(table: LatencyTable, space: SearchSpace, target: float) -> tuple[A
         if taken > 0.5:
             arch[block.stage].append(index)
             widths[block.stage][block.name][index] = width
-    return arch, fit_widths(arch, widths, table, space, target)
+    return arch, fit_widths(arch, widths, table, space, target, table.width_divisor)
 
 
 def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arch, Widths]:
@@ -76,8 +76,9 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
         def widths_at(share: float, index: int = index, op=op) -> Widths:
             widths = space.start_widths()
             for block in blocks:
-                least, most = op.min_width(block.in_ch), op.max_width(block.in_ch)
-                widths[block.stage][block.name][index] = round(least + share * (most - least))
+                least, most = table.ends(block, op)
+                width = table.width_divisor * round((least + share * (most - least)) / table.width_divisor)
+                widths[block.stage][block.name][index] = min(max(width, least), most)
             return widths
 
         arch = {name: [index] * stage.depth for name, stage in zip(space.stage_names, space.stages, strict=True)}
@@ -87,7 +88,7 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
             middle = (low + high) / 2
             over = table.total(arch, widths_at(middle), space) > target
             low, high = (low, middle) if over else (middle, high)
-        return arch, fit_widths(arch, widths_at(low), table, space, target)
+        return arch, fit_widths(arch, widths_at(low), table, space, target, table.width_divisor)
     raise BadInput(f'target {target:g}: no uniform network of full depth has it')
 
 
@@ -100,9 +101,11 @@ def macs(block: Block, index: int, widths: np.ndarray, space: SearchSpace) -> np
 def _options(block: Block, table: LatencyTable, space: SearchSpace) -> Iterator[tuple[int, int, float, float, float]]:
     """Yield operator, width, M MACs, latency, and latency at the most width, of what a block can be."""
     for index, op in enumerate(space.ops):
-        widths = np.linspace(op.min_width(block.in_ch), op.max_width(block.in_ch), LEVELS).round().astype(int)
+        least, most = table.ends(block, op)
+        levels = np.linspace(least, most, LEVELS) / table.width_divisor
+        widths = np.unique((levels.round() * table.width_divisor).clip(least, most).astype(int))
         for width, amount in zip(widths.tolist(), macs(block, index, widths, space) / 1e6, strict=True):
-            yield index, width, amount, table.of(block, op, width), table.of(block, op, op.max_width(block.in_ch))
+            yield index, width, amount, table.of(block, op, width), table.of(block, op, most)
 
 
 def _macs_at_most(index: int, blocks: list[Block], space: SearchSpace) -> float:

@@ -20,18 +20,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset.images import USUAL_SIZE
 from dataset.lists import read_list
 from dataset.loaders import make_loader
 from dataset.transforms import val_transform
 from models.elasticity import gather, update_masks
 from models.model_search import Network
-from models.parsing import load_search_checkpoint, mask_widths, parse_architecture, saved_architecture
+from models.parsing import (
+    load_search_checkpoint,
+    mask_widths,
+    parse_architecture,
+    saved_architecture,
+    search_meta,
+)
 from models.search_space import SPACE
 from tools.distributed import World, pick_device
 from tools.errors import BadInput
 from tools.files import load_checkpoint
 from tools.options import Parser, add_device_arg, add_eval_data_args, run_script
 from tools.precision import Precision
+from tools.settle import settle
 from tools.training import evaluate
 
 
@@ -43,7 +51,10 @@ def get_args():
     add_eval_data_args(parser, batch_size=128, workers=0)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.val_root and args.val_list):
+        parser.error('give --val_root and --val_list, the images to test with')
+    return args
 
 
 class OnePath(torch.nn.Module):
@@ -76,7 +87,8 @@ def set_path(net, full, masks, chosen):
 
 def main(args):
     """Print one line for each network."""
-    world = World(pick_device(args.device))
+    world, (meta, _) = World(pick_device(args.device)), search_meta(args.model_path)
+    args.img_size = settle('--img_size', args.img_size, [(meta.img_size, args.model_path)], USUAL_SIZE, print)
     full, masks = load_search_checkpoint(args.model_path, SPACE)
     arch = saved_architecture(load_checkpoint(args.model_path), args.model_path, SPACE)
     found = {'arch': arch or parse_architecture(full, SPACE), 'widths': mask_widths(masks)}

@@ -1,5 +1,6 @@
 """The results of three_freedoms.py: results.jsonl, a table in Markdown, a picture."""
 
+import itertools
 import json
 import re
 import statistics
@@ -62,12 +63,9 @@ def result_of(run: Run, args, table) -> dict | None:
     result |= read_numbers(records['test']['output'], top1=r'top1: ([\d.]+)', top5=r'top5: ([\d.]+)')
     parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')
     result |= read_numbers(records['parse']['output'], **parsed)
-    device, batch = ('GPU', 32) if 'Lat_GPU' in records['parse']['output'] else ('CPU', 1)
-    times = [
-        read_numbers(record['output'], ms=rf'Lat_{device} bs={batch}: ([\d.]+)')['ms']
-        for name, record in records.items()
-        if name.startswith('measure-') and record['finished']
-    ]
+    measured = [r['output'] for name, r in records.items() if name.startswith('measure-') and r['finished']]
+    device = 'GPU bs=32' if any('Lat_GPU' in text for text in measured) else 'CPU bs=1'
+    times = [read_numbers(text, ms=rf'Lat_{device}\b[^:]*: ([\d.]+)')['ms'] for text in measured]
     if times:
         result['measured'] = statistics.median(times)
     result['off_target'] = 100 * (result['predicted'] / target - 1)
@@ -77,17 +75,18 @@ def result_of(run: Run, args, table) -> dict | None:
         result |= {'search_s': records['search']['wall_s'], 'search_cpu_s': records['search']['cpu_s']}
         result |= search_result(folder, args)
     result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
-    if 'paths' in records and records['paths']['finished']:
-        own, *others = (float(value) for value in re.findall(r'supernet top1 ([\d.]+)', records['paths']['output']))
-        result |= {'own_path_top1': own, 'path_top1': others}
+    paths = [r['output'] for name, r in records.items() if name.startswith('paths-') and r['finished']]
+    if paths:
+        own, *others = max((re.findall(r'supernet top1 ([\d.]+)', text) for text in paths), key=len)
+        result |= {'own_path_top1': float(own), 'path_top1': [float(value) for value in others]}
     return result
 
 
 def search_result(folder: Path, args) -> dict:
     """Return what the metrics of a search show: the supernet's top-1 when architecture steps begin and at the end, the
     mean entropy of operators by epoch, and the operator that wins most blocks."""
-    (metrics,) = folder.glob('search/*/metrics.jsonl')
-    epochs = read_run(metrics).of('epoch')
+    (model,) = folder.glob('search/*/searched_model_*.pth.tar')  # a search killed early leaves a folder without one
+    epochs = read_run(model.with_name('metrics.jsonl')).of('epoch')
     entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
     winners = [int(np.argmax(row)) for row in epochs[-1]['ops']]
     most = statistics.mode(winners)
@@ -201,7 +200,7 @@ def correlation(results: list[dict]) -> tuple[str, list[tuple[float, float]]]:
 def draw(results: list[dict], pairs: list, save: Path) -> None:
     """Draw the accuracy of each arm's networks, entropy over epochs, and supernet against trained-alone accuracy."""
     arms = list(dict.fromkeys(r['arm'] for r in results))
-    colours = dict(zip(arms, plt.get_cmap('tab10').colors, strict=False))
+    colours = dict(zip(arms, itertools.cycle(plt.get_cmap('tab10').colors), strict=False))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), dpi=110)
     for row, arm in enumerate(arms):
         mine = [r for r in results if r['arm'] == arm]

@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -54,6 +55,9 @@ ARMS = ('depth',) if WITHOUT_DEPTH else ('full', 'operator', 'width', 'random', 
 
 BASELINES = {'most-macs': most_macs, 'uniform': uniform}
 """Functions of (table, space, target) that give the architecture and widths of an arm."""
+
+KEPT_OUTPUT = 20_000
+"""Characters of a step's output that are kept, the last ones."""
 
 TIMED_BATCHES = 6
 """Batches of each kind that the estimate times."""
@@ -150,12 +154,14 @@ class Scripts:
             done: pattern in the output of a finished step.
 
         Raises:
-            BadInput: the step failed.
+            BadInput: the step failed, or was finished by another command.
             Stopped: see there.
         """
-        path = folder / f'{step}.json'
+        path, command = folder / f'{step}.json', shlex.join(map(str, words))
         record = json.loads(path.read_text()) if path.exists() else {'finished': False, 'wall_s': 0.0, 'cpu_s': 0.0}
         if record['finished']:
+            if record['command'] != command:
+                raise BadInput(f'{path}: of another command; give its flags, or another --save: {record["command"]}')
             return record
         folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
@@ -163,9 +169,9 @@ class Scripts:
         record['wall_s'] += time.monotonic() - start
         record['cpu_s'] += cpu
         record |= {
-            'command': shlex.join(map(str, words)),
-            'output': out[-4000:],
-            'finished': bool(re.search(done, out)),
+            'command': command,
+            'output': out[-KEPT_OUTPUT:],
+            'finished': code == 0 and bool(re.search(done, out)),
         }
         write_text(path, json.dumps(record) + '\n')
         if self.signal:
@@ -231,9 +237,9 @@ def random_of_target(seed: int, table, target: float) -> tuple:
     rng = random.Random(seed)
     while True:
         arch, _ = random_network(rng, False, SPACE)
-        least, most = latency_range(arch, table, SPACE)
+        least, most = latency_range(arch, table, SPACE, table.width_divisor)
         if least <= target <= most:
-            return arch, fit_widths(arch, SPACE.start_widths(), table, SPACE, target)
+            return arch, fit_widths(arch, SPACE.start_widths(), table, SPACE, target, table.width_divisor)
 
 
 def draw_network(run: Run, folder: Path, table, args) -> None:
@@ -249,7 +255,7 @@ def draw_network(run: Run, folder: Path, table, args) -> None:
 
 def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
     """Search, or draw at random, and write model.config."""
-    parse = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat', '--save_path',
+    parse = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--save_path',
              folder / 'model.config']  # fmt: skip
     if run.freedoms is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -309,7 +315,7 @@ def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
             words = ['experiments/path_accuracy.py', *shared_flags(args), '--model_path', model, '--val_root',
                      args.img_root, '--val_list', args.val_list, '--batch_size', args.batch_size, '--architectures',
                      *drawn]  # fmt: skip
-            scripts.once(save / run.name, 'paths', words, 'supernet top1')
+            scripts.once(save / run.name, f'paths-{len(drawn)}', words, 'supernet top1')
 
 
 def measure(runs: list[Run], scripts: Scripts, args) -> None:
@@ -324,7 +330,7 @@ def measure(runs: list[Run], scripts: Scripts, args) -> None:
 def step_seconds(folder: Path, kind: str) -> list[float]:
     """Return the seconds that a step takes in each epoch of a timed run, from its metrics."""
     by_epoch = {}
-    (metrics,) = folder.glob(f'{kind}/*/metrics.jsonl')
+    metrics = max(folder.glob(f'{kind}/*/metrics.jsonl'), key=lambda path: path.stat().st_mtime_ns)
     for line in read_run(metrics).of('step'):
         by_epoch.setdefault(line['epoch'], []).append((line['step'], line['time']))
     return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in ((v[0], v[-1]) for v in by_epoch.values() if len(v) > 1)]
@@ -362,6 +368,18 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
     )
 
 
+def check_table(path: Path, lookup_path: str) -> None:
+    """Keep a fingerprint of the latency table in `path`.
+
+    Raises:
+        BadInput: an earlier call had another table.
+    """
+    found = sha256(Path(lookup_path).read_bytes()).hexdigest()
+    if path.exists() and path.read_text() != found:
+        raise BadInput(f'--lookup_path {lookup_path}: {path.parent} was begun with another table; give another --save')
+    write_text(path, found)
+
+
 def main(args):
     """Plan, follow every run, test paths of the supernets, measure latencies."""
     save = Path(args.save)
@@ -371,6 +389,7 @@ def main(args):
     if args.test_root == args.img_root and {path for path, _ in tested} & {path for path, _ in lists[0] + lists[1]}:
         raise BadInput(f'--test_list {args.test_list}: has images of the search or the training')
     save.mkdir(parents=True, exist_ok=True)
+    check_table(save / 'table.sha256', args.lookup_path)
     write_text(save / 'both.txt', ''.join(f'{path} {label}\n' for part in lists for path, label in part))
     runs, scripts = planned(args), Scripts(args.jobs)
     for run in runs:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from tools.environment import _libc, keep_freed_memory
+from tools.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,14 +62,18 @@ class FreshProcess:
         """Return the result of the call.
 
         Raises:
+            BadInput: the call raised it.
             RuntimeError: the call failed (its traceback is on stderr) or the process died.
         """
         with bound_to(self._core):  # a call from another core would wake that up, and slow this one down
             try:
                 self._connection.send(args)
-                return self._connection.recv()
+                result = self._connection.recv()
             except (EOFError, OSError):
                 raise RuntimeError(f'the process of {self._call} ended without a result') from None
+        if isinstance(result, BadInput):
+            raise result
+        return result
 
 
 def in_fresh_process(call: Callable, *args: Any) -> Any:
@@ -165,6 +170,8 @@ def _answer(connection: Connection, threads: int, core: int | None, call: Callab
             args = connection.recv()
             try:
                 result = call(*args)
+            except BadInput as e:  # for the user, raised by the caller
+                result = e
             except BaseException:  # the caller sees a closed connection
                 traceback.print_exc()
                 os._exit(1)

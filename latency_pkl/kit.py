@@ -396,8 +396,12 @@ def found_networks(timings: Timings, table: LatencyTable, log: Callable[[str], o
     the reference network was timed too, in the setting of the table, times are at its speed when the table was made.
 
     Raises:
-        BadInput: no line names a network, or a file is no config of the table's space.
+        BadInput: no line names a network, a file is no config of the table's space, or the times are of another input
+            or batch size than the table's.
     """
+    for name, own in (('img_size', table.img_size), ('batch_size', table.meta.get('batch_size'))):
+        if own is not None and timings.meta.get(name, str(own)) != str(own):
+            raise BadInput(f'{timings.path}: timed with {name} {timings.meta[name]}, the table has {own}')
     beside = timings.path.parent
     networks = read_kit(beside).networks if (beside / 'networks.json').exists() else {}
     slowness, found = _slowness(timings, table), []

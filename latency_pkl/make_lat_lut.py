@@ -74,6 +74,7 @@ from tools.options import (
     number,
     run_script,
 )
+from tools.settle import settle
 
 
 def get_args(argv=None):
@@ -109,7 +110,7 @@ def get_args(argv=None):
         '--save_path',
         metavar='FILE',
         help='table to write; default: latency_pkl/<metric>_<device, runtime or card>_<size>_bs<batch>.pkl, '
-        'with --timings latency_<csv>_<size>.pkl',
+        'with --timings latency_<folder>_<csv>_<size>.pkl',
     )
     table.add_argument('--seed', type=count(0), default=2, help='seed of the random networks')
     table.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
@@ -200,17 +201,17 @@ def check(table, args, engine):
     return mean <= args.tolerance
 
 
-def make_kit(args):
-    """Write a kit of random networks, or of given ones."""
+def make_kit(args, configs):
+    """Write a kit of random networks, or of given ones: `configs` by path."""
     divisor = args.width_divisor or WIDTH_DIVISOR
     check_divisor(divisor, SPACE)
-    if args.configs:
+    if configs:
         networks = {REFERENCE: reference_config(args.num_classes, SPACE)}
-        for path in args.configs:
+        for path, config in configs.items():
             name = Path(path).name.removesuffix('.config')
             if name in networks:
                 raise BadInput(f'--configs: two networks are named {name}; rename one')
-            networks[name] = load_config(path)
+            networks[name] = config
         held_back = 0
     else:
         number = args.networks or NETWORKS
@@ -234,7 +235,8 @@ def table_of_timings(args):
     """Write the table of a kit's times."""
     timings = read_timings(args.timings)
     kit = read_kit(args.kit or Path(args.timings).parent)
-    path = args.save_path or f'latency_pkl/latency_{Path(args.timings).stem}_{kit.settings["img_size"]}.pkl'
+    csv = Path(args.timings).absolute()
+    path = args.save_path or f'latency_pkl/latency_{csv.parent.name}_{csv.stem}_{kit.settings["img_size"]}.pkl'
     check_target(path, '--save_path', [args.timings])
     fit, meta = timed_table(timings, kit, SPACE, args.note)
     if warning := warn_of_errors(meta):
@@ -248,6 +250,10 @@ def table_of_timings(args):
 def main(args):
     """Make a table, check one, or write a kit."""
     start = time.monotonic()
+    configs = {path: load_config(path) for path in args.configs or ()}
+    if configs:
+        known = [(config.meta.img_size, path) for path, config in configs.items()]
+        args.img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
     args.img_size = args.img_size or (table_size(args.check) if args.check else None) or USUAL_SIZE
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
     args.num_classes = args.num_classes or (table.setting('num_classes', USUAL_CLASSES) if table else USUAL_CLASSES)
@@ -255,7 +261,7 @@ def main(args):
         table_of_timings(args)
         return
     if args.kit:
-        make_kit(args)
+        make_kit(args, configs)
         return
     if args.estimate and args.metric != 'latency':
         raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')

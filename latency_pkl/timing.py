@@ -267,6 +267,7 @@ class Bench:
         """Warm up, then time some passes. On a GPU all are launched before one wait, then as many are queued."""
         warm_up = WARM_AGAIN if 'parts' in self.__dict__ else WARM_UP
         clock = Clock(self.device)
+        _ = self.parts, self.images  # built before the warm-up is timed
         with torch.inference_mode():
             start, warm = time.perf_counter(), 0
             while warm < warm_up or clock.probes and time.perf_counter() - start < WARM_SECONDS:

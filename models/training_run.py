@@ -88,7 +88,8 @@ def open_training(
     Raises:
         BadInput: weights or a snapshot of another network, images that changed within an epoch, no run folder.
     """
-    flags, differences = vars(args) | images.flags, compare_data(config, source, images)
+    flags = vars(args) | images.flags | {'train_root': str(Path(args.train_root).absolute())}
+    differences = compare_data(config, source, images)
     config = describe_data(config, args.img_size, images)
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32)

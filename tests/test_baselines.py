@@ -1,12 +1,14 @@
 """Networks of a target latency that need no search, against brute force and by their properties."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from conftest import NUM_CLASSES, make_table
 from experiments import baselines
+from experiments.three_freedoms import random_of_target
 from models.config import build_config
 from models.describe import count_mult_adds
 from models.elasticity import latency_range
@@ -76,3 +78,16 @@ def test_a_uniform_network_has_one_operator_and_nearly_one_expansion():
         baselines.uniform(table, SPACE, table.target('0%', SPACE))
     with pytest.raises(BadInput, match='no network has it'):
         baselines.most_macs(table, SPACE, 0.9)
+
+
+def test_networks_without_a_search_keep_to_the_tables_grid():
+    table = replace(make_table(img_size=32), meta={'width_divisor': 4})
+    target = table.target('50%', SPACE)
+    for arch, widths in (
+        baselines.most_macs(table, SPACE, target),
+        baselines.uniform(table, SPACE, target),
+        random_of_target(0, table, target),
+    ):
+        chosen = [widths[block.stage][block.name][index] for block, index in SPACE.chosen(arch)]
+        assert all(width % 4 == 0 for width in chosen)
+        assert table.total(arch, widths, SPACE) == pytest.approx(target, rel=5e-3)

@@ -350,6 +350,28 @@ def test_training_images_are_never_tested_on_unasked(photos, tmp_path):
     assert evaluation_images(args, 3, NAMES, trained, print).samples[0] == [('green/0.png', 1)]
 
 
+def test_a_training_remembers_where_its_images_were(photos, tmp_path, monkeypatch):
+    """Its flags lead to them from any folder, though it was started beside them."""
+    monkeypatch.chdir(photos.parent)
+    words = ['--train_root', photos.name, '--config_path', ROOT / 'models' / 'zoo' / 'tf_nas_a.config', '--epochs', 1]
+    words += ['--max_steps', 1, '--batch_size', 4, '--img_size', 32, '--device', 'cpu', '--save', tmp_path / 'runs']
+    assert run_here(monkeypatch, 'train_eval.py', [*words, '--workers', 0]) == 0
+    (weights,) = (tmp_path / 'runs').glob('*/checkpoint.pth.tar')
+    trained = torch.load(weights, weights_only=True)['flags']
+    monkeypatch.chdir(ROOT)
+    found = evaluation_images(data_flags(val_root=photos, weights=weights), 3, NAMES, trained, print)
+    assert found.samples[0] == parse_list(weights.with_name('val.txt'))
+
+
+def test_a_training_takes_classes_that_are_too_small_for_a_search(photos):
+    for path in sorted((photos / 'green').iterdir())[2:]:
+        path.unlink()
+    samples = training_images(data_flags(train_root=photos), None, lambda _: None).samples
+    assert [sum(label == 1 for _, label in part) for part in samples] == [1, 1]
+    with pytest.raises(BadInput, match='is the only image of its class'):
+        search_images(data_flags(img_root=photos), World(CPU), None, lambda _: None)
+
+
 def test_the_default_lists_are_imagenets(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not is_imagenet(photos)

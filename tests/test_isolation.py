@@ -13,6 +13,8 @@ import torch
 
 from latency_pkl import isolation
 from latency_pkl.isolation import FreshProcess, bound_to, fastest_core, in_fresh_process
+from models.config import load_config
+from tools.errors import BadInput
 
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
@@ -118,3 +120,11 @@ def test_large_tensors_are_in_huge_pages():
     made = "[__import__('torch').ones(2**23), open('/proc/self/smaps_rollup').read()][1]"
     found = next(line for line in in_fresh_process(eval, made).splitlines() if line.startswith('AnonHugePages'))
     assert int(found.split()[1]) >= 30 * 1024  # kB, of 32 MB
+
+
+def test_bad_input_is_raised_by_the_caller_and_the_process_goes_on(capfd):
+    with FreshProcess(load_config) as there:
+        for name in ('one.config', 'other.config'):
+            with pytest.raises(BadInput, match=name):
+                there(name)
+    assert not capfd.readouterr().err

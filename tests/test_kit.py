@@ -7,6 +7,8 @@ import re
 import zipfile
 import zlib
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from conftest import SMALL_SPACE, physical_curves
-from latency_pkl import make_lat_lut, time_networks
+from latency_pkl import closed_loop, make_lat_lut, time_networks
 from latency_pkl.closed_loop import Fitter, fit_to_timings
 from latency_pkl.kit import (
     REFERENCE,
@@ -29,6 +31,7 @@ from latency_pkl.kit import (
 )
 from models.config import dump_config
 from models.latency import LatencyTable, load_table
+from models.meta import Meta
 from models.search_space import SPACE
 from tools.errors import BadInput
 
@@ -363,6 +366,10 @@ def test_the_maker_writes_kits_and_tables(kit, tmp_path, capsys):
     (tmp_path / 'found.config').write_text(dump_config(kit[1]['net_000']))
     make_lat_lut.main(make_lat_lut.get_args(words))
     assert list(read_kit(folder).networks) == [REFERENCE, 'found'] and (folder / 'networks' / 'found.onnx').exists()
+    sized = replace(kit[1]['net_000'], meta=Meta(img_size=64))
+    (tmp_path / 'found.config').write_text(dump_config(sized))
+    make_lat_lut.main(make_lat_lut.get_args(['--kit', str(tmp_path / 'sized'), *words[2:-2]]))
+    assert read_kit(tmp_path / 'sized').settings['img_size'] == 64 and '--img_size 64: from' in capsys.readouterr().out
     (tmp_path / 'timings.csv').write_text('\n'.join(lines_of(kit[1])))
     words = ['--timings', str(tmp_path / 'timings.csv'), '--kit', str(kit[0]), '--save_path', str(tmp_path / 'a.pkl')]
     make_lat_lut.main(make_lat_lut.get_args(words))
@@ -395,6 +402,23 @@ def test_times_of_found_networks_correct_the_next_fit():
     assert re.fullmatch(r'Corrected by 1 timings of this architecture: .* ms expected', log[0])
 
 
+def test_of_two_timed_architectures_that_alternate_the_last_is_kept(monkeypatch):
+    """Above 14 ms a network takes 1.2 times as long as in the table, below as long. Each aim leads to the other."""
+
+    def fit(aim, arch=None):
+        arch = arch or ('deep' if aim > 14 else 'wide')
+        return arch, (arch, aim), aim
+
+    fit.table, fit.nearest, said = LatencyTable(TRUTH.base, TRUTH.curves, {}, 32), lambda aim: aim, []
+    monkeypatch.setattr(closed_loop, '_architecture', lambda config, _: config[0])
+    found = [Found(('deep', 15.0), 15.0, 18.0), Found(('wide', 12.0), 12.0, 12.0)]
+    assert fit_to_timings(fit, 15.0, found, said.append) == ('wide', 15.0) and len(said) == 1
+    narrow = partial(fit, arch=None)
+    narrow.table, narrow.nearest = fit.table, lambda aim: min(aim, 13.0)
+    fit_to_timings(narrow, 15.0, found[1:], said.append)
+    assert said[-1] == 'warning: this is 13.3 % off the target of 15.0000 ms: no width is nearer'
+
+
 def test_found_networks_are_named_by_their_files(kit, tmp_path):
     table = LatencyTable(TRUTH.base, TRUTH.curves, {'kit_reference_ms': 2.0, 'batch_size': 1, 'threads': 1}, 32)
     table.meta.update(img_size=32, num_classes=10)
@@ -412,6 +436,10 @@ def test_found_networks_are_named_by_their_files(kit, tmp_path):
     (tmp_path / 'found.csv').write_text('\n'.join([*meta, 'reference,2.2', *lines]))
     (found,) = found_networks(read_timings(tmp_path / 'found.csv'), table, log.append)
     assert found.ms == pytest.approx(ms) and '1.100 times as long' in log[2]
+    for name, value in (('img_size', 64), ('batch_size', 2)):
+        (tmp_path / 'found.csv').write_text('\n'.join([f'# {name}: {value}', *lines]))
+        with pytest.raises(BadInput, match=f'timed with {name} {value}, the table has {table.meta[name]}'):
+            found_networks(read_timings(tmp_path / 'found.csv'), table)
     (tmp_path / 'found.csv').write_text('other.config,3')
     with pytest.raises(BadInput, match='no timing of a found network'):
         found_networks(read_timings(tmp_path / 'found.csv'), table)

@@ -25,6 +25,7 @@ from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
+from models.meta import Meta
 from models.parsing import mask_widths
 from models.search_space import FREEDOMS, SPACE
 from tools.distributed import World
@@ -178,13 +179,18 @@ def test_a_config_is_rounded_up_and_both_latencies_are_printed(tmp_path, monkeyp
     table = make_table(img_size=32)
     save_table(table.base, table.curves, {'unit': 'ms'}, tmp_path / 'table.pkl')
     odd = random_config(random.Random(3), False, 10, SPACE)
+    latencies = {'table': 'other.pkl', 'target': 15.0, 'target_given': '50%', 'measured': 14.0, 'measured_on': 'x'}
+    odd = replace(odd, meta=Meta.from_dict(latencies, ''))
     (tmp_path / 'odd.config').write_text(dump_config(odd))
     words = ['--config_path', tmp_path / 'odd.config', '--width_divisor', '8', '--save_path', tmp_path / 'up.config']
     words += ['--lookup_path', tmp_path / 'table.pkl', '--img_size', '32', '--device', 'cpu']
     parsing_model.main(parsing_model.get_args(list(map(str, words))))
-    assert replace(load_config(tmp_path / 'up.config'), meta=odd.meta) == odd.rounded_up(8)
+    written = load_config(tmp_path / 'up.config')
+    assert replace(written, meta=odd.meta) == odd.rounded_up(8)
+    assert written.meta.target is written.meta.target_given is written.meta.measured is written.meta.measured_on is None
     table = load_table(tmp_path / 'table.pkl', 32, SPACE)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('Lat_LUT')]
+    assert not any('target' in line for line in printed)
     assert [line.split(',')[0] for line in printed] == [
         f'Lat_LUT: {table.of_config(one):.4f} ms' for one in (odd, odd.rounded_up(8))
     ]

@@ -313,14 +313,16 @@ def test_of_whole_passes_the_faster_half_of_each_build_counts():
 
 
 def test_a_fast_network_is_warmed_up_for_a_time_not_for_a_pass(monkeypatch):
-    """Each look at the clock takes a millisecond, so a pass takes four, and five with the look after it."""
-    calls = []
+    """Each look at the clock takes a tick, so a pass takes four, and five with the look after it; 10 ms are 41 ticks.
+
+    Building the network takes a second, which is no warm-up."""
+    calls, ticks = [], itertools.count(0, 1 / 4096)
     net = SimpleNamespace(parts=lambda: [lambda x: calls.append(x)])
     net.eval = net.to = lambda *_: net
-    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=partial(next, itertools.count(0, 0.001))))
-    bench = Bench(lambda: net, 1, 8, torch.device('cpu'))
-    assert [len(bench(2).parts), len(calls)] == [2, 3 + 2]
-    assert [len(bench(2).parts), len(calls) - 5] == [2, 2 + 2]  # WARM_AGAIN is one
+    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=partial(next, ticks)))
+    bench = Bench(lambda: [net, list(itertools.islice(ticks, 4096))][0], 1, 8, torch.device('cpu'))
+    assert [len(bench(2).parts), len(calls)] == [2, 9 + 2]
+    assert [len(bench(2).parts), len(calls) - 11] == [2, 8 + 2]
 
 
 def test_only_a_network_without_parts_on_a_cpu_is_timed_as_a_whole():
