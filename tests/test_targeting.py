@@ -322,7 +322,7 @@ def test_a_fast_network_is_warmed_up_for_a_time_not_for_a_pass(monkeypatch):
     monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=partial(next, ticks)))
     bench = Bench(lambda: [net, list(itertools.islice(ticks, 4096))][0], 1, 8, torch.device('cpu'))
     assert [len(bench(2).parts), len(calls)] == [2, 9 + 2]
-    assert [len(bench(2).parts), len(calls) - 11] == [2, 8 + 2]
+    assert [len(bench(2).parts), len(calls) - 11] == [2, 9 + 2]
 
 
 def test_only_a_network_without_parts_on_a_cpu_is_timed_as_a_whole():
