@@ -509,6 +509,7 @@ def test_fit_by_the_clock_reports_its_rounds(measured, searched, tmp_path, run_s
         (['--target_lat', '5%', '--config_path', 'models/zoo/tf_nas_a.config'], 'needs a searched model'),
         (['--fit_measured', '--config_path', 'models/zoo/tf_nas_a.config'], '--fit_measured needs a --target_lat'),
         (['--target_lat', '150%'], '--target_lat 150%: should be from'),
+        (['--target_lat', '1/2', '3/4'], '--target_lat 1/2: expected a number, or a share such as 60%'),
     ],
 )
 def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_path, run_script):
@@ -516,6 +517,17 @@ def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_pat
     shared = ['--lookup_path', measured[0], *SIZE, '--save_path', tmp_path / 'n.config']
     done = run_script('parsing_model.py', *network, *words, *shared, code=2)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, tmp_path, monkeypatch):
+    def gone(path, args):
+        assert load_config(path)
+        raise BadInput('train.txt: no such list')
+
+    monkeypatch.setattr(parsing_model, 'suggest_training', gone)
+    words = ['--model_path', str(searched), '--img_size', '32', '--save_path', str(tmp_path / 'n.config')]
+    parsing_model.main(parsing_model.get_args([*words, '--device', 'cpu']))
+    assert (tmp_path / 'n.config').exists()
 
 
 def test_times_of_found_networks_correct_the_next_fit(searched, tmp_path, capsys):
