@@ -75,6 +75,8 @@ def result_of(run: Run, args, table) -> dict | None:
         result |= {'search_s': records['search']['wall_s'], 'search_cpu_s': records['search']['cpu_s']}
         result |= search_result(folder, args)
     result |= {'train_s': records['train']['wall_s'], 'train_cpu_s': records['train']['cpu_s']}
+    for weights in folder.glob('train/*/checkpoint.pth.tar'):
+        result['test_loss'] = read_run(weights.with_name('metrics.jsonl')).of('epoch')[-1]['val']['loss']
     paths = [r['output'] for name, r in records.items() if name.startswith('paths-') and r['finished']]
     if paths:
         own, *others = max((re.findall(r'supernet top1 ([\d.]+)', text) for text in paths), key=len)
@@ -211,13 +213,13 @@ def draw(results: list[dict], pairs: list, save: Path) -> None:
         curves = [r['entropy'] for r in mine if 'entropy' in r]
         if curves:
             axes[1].plot(range(1, 1 + len(curves[0])), np.mean(curves, axis=0), color=colours[arm], label=arm)
-    axes[0].set(xlabel='test top-1 [%]; mean and its 95 % interval above the networks', yticks=range(len(arms)))
+    axes[0].set(xlabel='test top-1 [%]: networks, mean, 95 % interval', yticks=range(len(arms)))
     axes[0].set_yticklabels(arms)
     axes[0].invert_yaxis()
-    axes[1].set(xlabel='epoch of the search', ylabel='mean entropy of operators (1: uniform)')
+    axes[1].set(xlabel='epoch of the search', ylabel='entropy of operators (1: uniform)')
     axes[2].set(xlabel='supernet top-1 of the path [%]', ylabel='trained alone, test top-1 [%]')
     if pairs:
-        axes[2].scatter(*zip(*pairs, strict=True), color='0.3')
+        axes[2].scatter(*zip(*pairs, strict=True), s=12, alpha=0.5, color='0.3')
     for axis in axes:
         axis.grid(alpha=0.3)
     if axes[1].lines:

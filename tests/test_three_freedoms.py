@@ -90,14 +90,16 @@ def test_experiments_are_joined(tmp_path, join):
 
 def test_the_evidence_gives_the_table_of_the_page(join):
     page = (ROOT / 'experiments' / 'README.md').read_text().partition('\n## ')[0]
-    names = 'demo_second', 'demo_first', 'demo_annealed'
-    printed = join(ROOT / 'experiments' / 'evidence' / f'{name}.jsonl' for name in names)
-    assert printed.count('rho = -0.29 (p = 0.49, n = 8)') == 2
+    path = ROOT / 'experiments' / 'evidence' / 'preregistered.jsonl'
+    printed = join([path])
     found = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+) \| (.*) \|$', printed, re.M)}
     shown = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+): .*? \| (.*) \|$', page, re.M)}
-    assert list(shown) == ['full', 'no-operator', 'no-depth', 'no-width', 'random', 'full-annealed']
+    assert list(shown) == list(found) and list(shown)[:2] == ['full', 'random'] and len(shown) == 8
     for arm, cells in shown.items():
-        assert cells == [found[arm][i] for i in (0, 1, 2, 8, 9, 13)]
+        assert cells == [found[arm][i] for i in (0, 1, 2, 3, 9, 13, 14, 15)]
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    full, drawn = ([run['top1'] for run in runs if run['arm'] == arm] for arm in ('full', 'random'))
+    assert difference(full, drawn).replace(' (', ' points (') in page
 
 
 def test_the_arm_without_depth_needs_the_patch(monkeypatch, capsys):
@@ -190,8 +192,13 @@ def test_results_are_read_from_what_the_steps_printed(tmp_path):
         (folder / 'search' / name / 'metrics.jsonl').write_text('')
     (folder / 'search' / 'b' / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (folder / 'search' / 'b' / 'searched_model_02.pth.tar').touch()
+    (folder / 'train' / 'a').mkdir(parents=True)
+    lines[-1]['val']['loss'] = 0.7
+    (folder / 'train' / 'a' / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (folder / 'train' / 'a' / 'checkpoint.pth.tar').touch()
     result = result_of(run, Namespace(save=tmp_path, warmup_epochs=1, num_classes=3), table)
     assert (result['measured'], result['top1'], result['predicted']) == (pytest.approx(4.3), 70.5, 4.1)
+    assert result['test_loss'] == 0.7
     assert (result['own_path_top1'], result['path_top1']) == (8, [2, 3])
     assert (result['supernet_top1'], result['supernet_top1_end'], result['entropy']) == (30, 31, [1, 1])
 
