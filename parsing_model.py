@@ -25,7 +25,6 @@ Within limits in other tables; several targets then also draw what each costs:
 
 """
 
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -298,8 +297,10 @@ def main(args):
     for path, config in configs:
         report(path, config, table, args, engine, limits)
     if save_path:
-        with suppress(BadInput):  # images of the search that are gone are no fault of the config
+        try:
             suggest_training(paths[0], args)
+        except BadInput as e:  # images of the search that are gone are no fault of the config
+            print(f'no command to train it: {e}')
 
 
 if __name__ == '__main__':

@@ -88,14 +88,14 @@ def set_path(net, full, masks, chosen):
 def main(args):
     """Print one line for each network."""
     world, (meta, _) = World(pick_device(args.device)), search_meta(args.model_path)
-    args.img_size = settle('--img_size', args.img_size, [(meta.img_size, args.model_path)], USUAL_SIZE, print)
+    img_size = settle('--img_size', args.img_size, [(meta.img_size, args.model_path)], USUAL_SIZE, print)
     full, masks = load_search_checkpoint(args.model_path, SPACE)
     arch = saved_architecture(load_checkpoint(args.model_path), args.model_path, SPACE)
     found = {'arch': arch or parse_architecture(full, SPACE), 'widths': mask_widths(masks)}
     num_classes = len(full['classifier.linear.bias'])
     net = Network(mask_widths(masks), num_classes, SPACE).to(world.device)
     samples = read_list(args.val_list, args.val_root, num_classes)
-    transform = val_transform(args.img_size)
+    transform = val_transform(img_size)
     # batch norms use the statistics of the batch: shuffled images, whole batches only
     loader = make_loader(args.val_root, samples, transform, args, world, args.val_list, for_training=True)
     for path in [args.model_path, *args.architectures]:

@@ -259,7 +259,8 @@ def find_network(run: Run, folder: Path, table, scripts: Scripts, args) -> None:
              folder / 'model.config']  # fmt: skip
     if run.freedoms is None:
         folder.mkdir(parents=True, exist_ok=True)
-        draw_network(run, folder, table, args)
+        if not (folder / 'drawn.config').exists():
+            draw_network(run, folder, table, args)
         scripts.once(folder, 'parse', [*parse, '--config_path', folder / 'drawn.config'], 'Lat_LUT')
         return
     scripts.once(folder, 'search', search_words(run, folder, args), 'searched model: ')
@@ -377,7 +378,8 @@ def check_table(path: Path, lookup_path: str) -> None:
     found = sha256(Path(lookup_path).read_bytes()).hexdigest()
     if path.exists() and path.read_text() != found:
         raise BadInput(f'--lookup_path {lookup_path}: {path.parent} was begun with another table; give another --save')
-    write_text(path, found)
+    if not path.exists():
+        write_text(path, found)
 
 
 def main(args):

@@ -519,7 +519,7 @@ def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_pat
     assert message in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, tmp_path, monkeypatch):
+def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, tmp_path, monkeypatch, capsys):
     def gone(path, args):
         assert load_config(path)
         raise BadInput('train.txt: no such list')
@@ -527,7 +527,7 @@ def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, 
     monkeypatch.setattr(parsing_model, 'suggest_training', gone)
     words = ['--model_path', str(searched), '--img_size', '32', '--save_path', str(tmp_path / 'n.config')]
     parsing_model.main(parsing_model.get_args([*words, '--device', 'cpu']))
-    assert (tmp_path / 'n.config').exists()
+    assert (tmp_path / 'n.config').exists() and 'no command to train it: train.txt: no such' in capsys.readouterr().out
 
 
 def test_times_of_found_networks_correct_the_next_fit(searched, tmp_path, capsys):

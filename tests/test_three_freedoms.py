@@ -102,6 +102,17 @@ def test_the_evidence_gives_the_table_of_the_page(join):
     assert difference(full, drawn).replace(' (', ' points (') in page
 
 
+def test_the_evidence_gives_the_figures_of_the_appendix(join):
+    appendix = (ROOT / 'experiments' / 'README.md').read_text().partition('\n# Appendix')[2]
+    names = 'demo_second', 'demo_first', 'demo_annealed'
+    printed = join(ROOT / 'experiments' / 'evidence' / f'{name}.jsonl' for name in names)
+    assert printed.count('rho = -0.29 (p = 0.49, n = 8)') == 2 and 'rho = -0.29 (p = 0.49, n = 8)' in appendix
+    found = {arm: cells.split(' | ') for arm, cells in re.findall(r'^\| ([\w-]+) \| (.*) \|$', printed, re.M)}
+    for arm in ('full', 'no-operator', 'no-depth', 'no-width', 'random'):
+        n, top1 = found[arm][:2]
+        assert re.search(rf'{re.escape(top1)} (% )?\((n = )?{n}\)', appendix), (arm, n, top1)
+
+
 def test_the_arm_without_depth_needs_the_patch(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['three_freedoms.py', '--arms', 'depth'])
     with pytest.raises(SystemExit) as ended:
