@@ -315,23 +315,8 @@ def timed_table(
     Raises:
         BadInput: timings of another kit, in another unit, or too few good ones.
     """
-    if timings.meta.get('kit', kit.settings['kit']) != kit.settings['kit']:
-        raise BadInput(f'{timings.path}: timings of another kit; --kit names the folder of their networks.json')
     img_size, divisor = kit.settings['img_size'], kit.settings['width_divisor']
-    known = [row for row in timings.rows if row.name in kit.networks]
-    for row in timings.rows:
-        if row.name not in kit.networks:
-            log(f'{timings.where(row)} is no network of the kit; left out')
-    if absent := sorted(kit.networks.keys() - {row.name for row in known}):
-        some = f'{", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}'
-        log(f'{timings.path}: {len(absent)} networks have no timing: {some}')
-    check_unit(timings, known, img_size)
-    timed = [(kit.networks[row.name], row.ms) for row in known]
-    wild = wild_timings(timed, img_size, space) if len(timed) >= LEAST_FITTED else {}
-    for i, expected in wild.items():
-        unit = '; is it in seconds?' if 300 < expected / known[i].ms < 3000 else ''
-        log(f'{timings.where(known[i])} took {known[i].ms:.5g} ms, by all others {expected:.5g}{unit}; left out')
-    good = {row.name: timed[i] for i, row in enumerate(known) if i not in wild}
+    good, wild = _good_timings(timings, kit, space, log)
     unseen = [one for name, one in good.items() if name in kit.held_back]
     fitted = [one for name, one in good.items() if name not in kit.held_back and name != REFERENCE]
     if len(fitted) < LEAST_FITTED or len(unseen) < LEAST_HELD_BACK:
@@ -342,7 +327,7 @@ def timed_table(
     fit = fit_whole(fitted, img_size, space, divisor)
     table = LatencyTable(fit.base, fit.curves, {}, img_size)
     mean, worst, bias = errors_of((table.of_config(config), ms) for config, ms in unseen)
-    log(f'{len(fitted)} networks fitted; {len(known) - len(good)} wild timings left out')
+    log(f'{len(fitted)} networks fitted; {wild} wild timings left out')
     log(f'Against {len(unseen)} held-back networks: mean error {mean:.2f} %, worst {worst:.2f} %, bias {bias:+.2f} %')
     meta = {
         'unit': 'ms',
@@ -363,6 +348,30 @@ def timed_table(
     if 'threads' in timings.meta:
         meta['threads'] = timings.setting('threads', 1)
     return fit, meta | ({'kit_reference_ms': good[REFERENCE][1]} if REFERENCE in good else {})
+
+
+def _good_timings(
+    timings: Timings, kit: Kit, space: SearchSpace, log: Callable[[str], object]
+) -> tuple[dict[str, tuple[NetworkConfig, float]], int]:
+    """Return (config, ms) of the networks whose timings count, by name, and the number of wild timings."""
+    if timings.meta.get('kit', kit.settings['kit']) != kit.settings['kit']:
+        raise BadInput(f'{timings.path}: timings of another kit; --kit names the folder of their networks.json')
+    img_size = kit.settings['img_size']
+    known = [row for row in timings.rows if row.name in kit.networks]
+    for row in timings.rows:
+        if row.name not in kit.networks:
+            log(f'{timings.where(row)} is no network of the kit; left out')
+    if absent := sorted(kit.networks.keys() - {row.name for row in known}):
+        some = f'{", ".join(absent[:5])}{", ..." if len(absent) > 5 else ""}'
+        log(f'{timings.path}: {len(absent)} networks have no timing: {some}')
+    check_unit(timings, known, img_size)
+    timed = [(kit.networks[row.name], row.ms) for row in known]
+    wild = wild_timings(timed, img_size, space) if len(timed) >= LEAST_FITTED else {}
+    for i, expected in wild.items():
+        unit = '; is it in seconds?' if 300 < expected / known[i].ms < 3000 else ''
+        log(f'{timings.where(known[i])} took {known[i].ms:.5g} ms, by all others {expected:.5g}{unit}; left out')
+    good = {row.name: timed[i] for i, row in enumerate(known) if i not in wild}
+    return good, len(known) - len(good)
 
 
 def check_unit(timings: Timings, rows: Sequence[Row], img_size: int) -> None:

@@ -74,7 +74,7 @@ from tools.options import (
     number,
     run_script,
 )
-from tools.settle import settle
+from tools.settle import settle, with_flags
 
 
 def get_args(argv=None):
@@ -253,10 +253,11 @@ def main(args):
     configs = {path: load_config(path) for path in args.configs or ()}
     if configs:
         known = [(config.meta.img_size, path) for path, config in configs.items()]
-        args.img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
-    args.img_size = args.img_size or (table_size(args.check) if args.check else None) or USUAL_SIZE
+        args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE, print))
+    args = with_flags(args, img_size=args.img_size or (table_size(args.check) if args.check else None) or USUAL_SIZE)
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
-    args.num_classes = args.num_classes or (table.setting('num_classes', USUAL_CLASSES) if table else USUAL_CLASSES)
+    classes = table.setting('num_classes', USUAL_CLASSES) if table else USUAL_CLASSES
+    args = with_flags(args, num_classes=args.num_classes or classes)
     if args.timings:
         table_of_timings(args)
         return
@@ -273,11 +274,14 @@ def main(args):
     if args.launch and engine.clock.type != 'cuda':
         raise BadInput(f'--launch {args.launch}: only for times that torch measures on a GPU; leave it out')
     usual = 32 if device.type == 'cuda' or args.estimate else 1
-    args.batch_size = args.batch_size or (table.setting('batch_size', usual) if table else usual)
-    args.threads = args.threads or (table.setting('threads', 1) if table else 1)
-    usual = 'queued' if engine.clock.type == 'cuda' else 'eager'
-    args.launch = args.launch or (launch_of(table, engine.clock) if table else usual)
-    args.tf32 = args.tf32 if args.tf32 is not None else tf32_of(table) if table else True
+    launch = 'queued' if engine.clock.type == 'cuda' else 'eager'
+    args = with_flags(
+        args,
+        batch_size=args.batch_size or (table.setting('batch_size', usual) if table else usual),
+        threads=args.threads or (table.setting('threads', 1) if table else 1),
+        launch=args.launch or (launch_of(table, engine.clock) if table else launch),
+        tf32=args.tf32 if args.tf32 is not None else tf32_of(table) if table else True,
+    )
     torch.set_num_threads(args.threads)
     set_tf32(args.tf32)
     if table:

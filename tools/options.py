@@ -324,7 +324,6 @@ def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: 
 
 def add_search_args(parser: Parser) -> None:
     """Add the flags of the search, except those of its freedoms. Defaults are the paper's recipe."""
-    positive = number(float, 0, open_low=True)
     data = parser.groups['data']
     data.add_argument(
         '--img_root',
@@ -344,36 +343,7 @@ def add_search_args(parser: Parser) -> None:
         help='images a step, over all devices; at most as many as there are images',
     )
     add_image_args(parser)
-
-    search = parser.groups['search']
-    search.add_argument('--epochs', type=count(), default=90, help='epochs in all')
-    search.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
-    search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
-    search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
-    search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    search.add_argument(
-        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 1, by the number of steps'
-    )
-    search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
-    search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
-    search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
-    search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
-    search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    search.add_argument(
-        '--T_decay',
-        type=number(float, 0, 1, open_low=True),
-        help='factor on T an epoch; default: lowers T to 4 %% over the epochs after the warm-up, 0.96 for 80',
-    )
-    search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
-    search.add_argument(
-        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
-    )
-    search.add_argument(
-        '--largest_epochs',
-        type=count(0),
-        default=0,
-        help='first epochs, which train the largest operators alone; then all start from these; for short searches',
-    )
+    add_schedule_args(parser)
 
     latency = parser.groups['latency']
     latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
@@ -408,6 +378,39 @@ def add_search_args(parser: Parser) -> None:
     )
     add_step_args(parser)
     add_rank_arg(parser)
+
+
+def add_schedule_args(parser: Parser) -> None:
+    """Add the flags of a search's length and of its two optimizers. Defaults are the paper's recipe."""
+    positive, search = number(float, 0, open_low=True), parser.groups['search']
+    search.add_argument('--epochs', type=count(), default=90, help='epochs in all')
+    search.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
+    search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
+    search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
+    search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
+    search.add_argument(
+        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 1, by the number of steps'
+    )
+    search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
+    search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
+    search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
+    search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
+    search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
+    search.add_argument(
+        '--T_decay',
+        type=number(float, 0, 1, open_low=True),
+        help='factor on T an epoch; default: lowers T to 4 %% over the epochs after the warm-up, 0.96 for 80',
+    )
+    search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
+    search.add_argument(
+        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
+    )
+    search.add_argument(
+        '--largest_epochs',
+        type=count(0),
+        default=0,
+        help='first epochs, which train the largest operators alone; then all start from these; for short searches',
+    )
 
 
 def add_training_args(parser: Parser) -> None:

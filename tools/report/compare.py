@@ -15,8 +15,7 @@ from tools.files import write_text
 from tools.report.draw import save_figure
 from tools.report.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE
 from tools.report.page import make_comparison
-from tools.run.metrics import Run
-from tools.run.resume import HARMLESS
+from tools.run.metrics import HARMLESS, Run
 
 SETTING = ('device', 'batch_size', 'threads', 'img_size')
 """Settings that measured latencies must share to be drawn on one axis."""

@@ -97,6 +97,13 @@ class MetricsFile:
             self.board.close()
 
 
+HARMLESS = {
+    'snapshot', 'save', 'note', 'device', 'workers', 'val_workers', 'print_freq', 'save_freq', 'keep_checkpoints',
+    'local_rank', 'max_steps', 'tensorboard', 'report', 'deterministic',
+}  # fmt: skip
+"""Flags that may change within an epoch."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run read back from its file: the last of its headers, and all other lines."""

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of
 from tools.run.folder import run_folders
-from tools.run.metrics import METRICS
+from tools.run.metrics import HARMLESS, METRICS
 
 CHECKPOINT = 'checkpoint.pth.tar'
 
@@ -23,20 +22,11 @@ IMAGES = 'images'
 """Key of the digest of a run's image lists in its checkpoints."""
 
 
-HARMLESS = {
-    'snapshot', 'save', 'note', 'device', 'workers', 'val_workers', 'print_freq', 'save_freq', 'keep_checkpoints',
-    'local_rank', 'max_steps', 'tensorboard', 'report', 'deterministic',
-}  # fmt: skip
-"""Flags that may change within an epoch."""
-
-
 POSITION = {'batch_size', 'seed', 'grad_accum'}
 """Flags that the position within an epoch depends on."""
 
 
 NUMBER = int | float
-
-NO_LATENCY = torch.zeros(())
 
 UNREADABLE = math.inf, math.inf
 """Position of a file that cannot be read, beyond all others."""
@@ -212,7 +202,7 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items())
         and all(isinstance(number, NUMBER) for number in checkpoint.get('sums', ()))
         and len(checkpoint.get('sums', [0] * kind.sums)) == kind.sums
-        and checkpoint.get('latency', NO_LATENCY).ndim <= 1
+        and ('latency' not in checkpoint or checkpoint['latency'].ndim <= 1)
     )
 
 
