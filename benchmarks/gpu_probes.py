@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import itertools
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -31,9 +30,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.counting import seconds  # noqa: E402
 
 PACKAGES = 'numpy scipy PIL torchvision tqdm simplejpeg matplotlib pytest hypothesis xdist safetensors'.split()
-NEW_SHAPES, SEARCHED_EPOCHS = 290, 80
-"""New convolution shapes in an epoch of the paper's search, counted; and its epochs after the warm-up."""
-
 HALF = 'bfloat16', 'float16'
 FORMATS = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 NO_GPU = 'skipped: no GPU'
@@ -131,17 +127,6 @@ def make_images(folder, count, size, batch):
     ]  # fmt: skip
 
 
-WATCHED = """
-import atexit, runpy, sys, torch
-if torch.cuda.is_available():
-    atexit.register(lambda: print('memory: %.0f MB' % (torch.cuda.max_memory_allocated() / 1e6), flush=True))
-sys.argv = sys.argv[1:]
-sys.path.insert(0, '.')
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-"""Program that runs a script and prints the most memory that it had on the GPU."""
-
-
 def start(words, log=None):
     """Start a script of the project; its output goes to a file, if there is one."""
     command = [sys.executable, *map(str, words)]
@@ -181,7 +166,8 @@ def checks(device, smoke):
             words = ['train_search.py', *flags, *more, '--device', device.type, '--save', folder / f'save {kind}']
             running[f'search, {kind}'] = start(words, folder / f'search, {kind}.log')
         if device.type == 'cuda':
-            words = ['-m', 'pytest', 'tests', '-m', 'gpu', '-v', '--continue-on-collection-errors']
+            words = ['-m', 'pytest', 'tests', '-m', 'gpu', '-v', '--tb=short', '--continue-on-collection-errors']
+            words += ['-p', 'benchmarks.failures_at_once']  # its report at the end may come too late
             words += ['-n', '6'] if importlib.util.find_spec('xdist') else []
             running['pytest -m gpu'] = start(words)
         else:
@@ -222,71 +208,87 @@ def profiled(step, device):
 
 
 def search_steps(device, smoke):
-    """Both steps of a search, ours and plain: time, kernels, launches, and hours of the paper's search."""
+    """Steps of a search, ours and plain, eager and as a graph: time, kernels, launches, hours of the paper's search."""
     from tools.environment import prepare
 
     prepare(device, shapes_change=True)
-    for plain, amp in itertools.product((False, True), [None] if smoke else [None, 'bfloat16']):
-        time_form(plain, amp, device, smoke)
+    forms = [None] if smoke else ['bfloat16', None], [False, True] if device.type == 'cuda' else [False]
+    for amp, graphed in itertools.product(*forms):
+        time_form(False, amp, graphed, device, smoke)
+    time_form(True, None, False, device, smoke)
 
 
-def time_form(plain, amp, device, smoke):
-    """Print the costs of both steps of one implementation in one number format."""
+def time_form(plain, amp, graphed, device, smoke):
+    """Print the costs of both steps of one implementation in one number format; of a graph the architecture's.
+
+    The two paths of the weight steps stay the same, so that no new shape comes while they are timed.
+    """
     from benchmarks.search_step import ARCHITECTURE_STEPS, WEIGHT_STEPS, make_form
+    from models.cuda_graph import EAGER_STEPS
     from models.model_search import UNFUSED, ExecutionMode
+    from models.search_space import SPACE
 
-    batch, size, tops = (2, 32, 1) if smoke else (32, 224, 25)
+    batch, size, tops = (2, 32, 1) if smoke else (32, 224, 12)
     args = argparse.Namespace(batch_size=batch, img_size=size, amp=amp)
     mode = UNFUSED if plain else ExecutionMode(fused=device.type == 'cuda')
-    steps = make_form(args, device, mode, plain)[:2]
-    times, name = [], f'{"plain" if plain else "ours"}, {amp or "float32"}'
-    with torch.autocast(device.type, torch.bfloat16, enabled=plain and amp is not None):
-        for what, step in zip(('weight', 'architecture'), steps, strict=True):
-            for _ in range(1 if smoke else 10):  # touches most operators
-                step()
-            times.append(best(step, device, smoke, 5))
-            busy, launches, kernels = profiled(step, device)
-            say(
-                f'search_steps: {name}: {what} step {1000 * times[-1]:.1f} ms, kernels {1000 * busy:.1f} ms,'
-                f' {launches} launches, batch {batch}, size {size}'
-            )
-            for took, calls, kernel in kernels[:tops]:
-                say(f'    {1000 * took:8.3f} ms {calls:5d} x {kernel[:90]}')
-    hours = (WEIGHT_STEPS * times[0] + ARCHITECTURE_STEPS * times[1]) / 3600
-    say(f"search_steps: {name}: the paper's search at this speed {hours:.2f} h")
+    paths = [[op] * len(SPACE.blocks()) for op in (SPACE.largest_op, 0)]
+    weights, architecture, _ = make_form(args, device, mode, plain, graphed, paths)
+    times, name = [], f'{"plain" if plain else "ours"}, {amp or "float32"}{", as a graph" if graphed else ""}'
+    for what, step in (('weight', weights), ('architecture', architecture)):
+        if graphed and what == 'weight':
+            continue
+        first = seconds(step, device)
+        for _ in range(0 if smoke else EAGER_STEPS):
+            step()
+        times.append(best(step, device, smoke, 5))
+        busy, launches, kernels = profiled(step, device)
+        say(
+            f'search_steps: {name}: {what} step {1000 * times[-1]:.1f} ms, kernels {1000 * busy:.1f} ms, {launches}'
+            f' launches, first {first:.1f} s, batch {batch}, size {size}'
+        )
+        for took, calls, kernel in kernels[:tops]:
+            say(f'    {1000 * took:8.3f} ms {calls:5d} x {kernel[:90]}')
+    if not graphed:
+        hours = (WEIGHT_STEPS * times[0] + ARCHITECTURE_STEPS * times[1]) / 3600
+        say(f"search_steps: {name}: the paper's search at this speed {hours:.2f} h")
 
 
 def first_touch(device, smoke):
-    """Time that a convolution takes at its first call for a new shape, by how cuDNN chooses kernels."""
-    modes = (('tries up to 10', True, 10), ('tries up to 2', True, 2), ('heuristics', False, 10))
-    widths, cudnn = itertools.count(97), torch.backends.cudnn
-    batch, size = (2, 8) if smoke else (32, 28)
-    for (name, dtype), (mode, tries, limit) in itertools.product(FORMATS.items(), modes):
-        cudnn.benchmark = tries
-        if device.type == 'cuda':
-            cudnn.benchmark_limit = limit
-        first, later = [], []
-        for turn, width in enumerate(itertools.islice(widths, 2 if smoke else 8)):
-            kinds = (40, width, 1, 1), (width, width, 5, width), (width, 40, 1, 1)  # in, out, kernel, groups
-            for ins, outs, kernel, groups in kinds:
-                conv = nn.Conv2d(ins, outs, kernel, padding=kernel // 2, groups=groups, bias=False)
-                conv = conv.to(device, dtype, memory_format=torch.channels_last)
-                x = images_of(batch, ins, size, size, device=device, dtype=dtype)
-                grad = torch.ones(batch, outs, size, size, device=device, dtype=dtype)
-                grad = grad.contiguous(memory_format=torch.channels_last)
+    """Time of the first call of a convolution for a new shape, and of later ones, by pass, layer and width."""
+    from tools.environment import prepare
 
-                def step(conv=conv, x=x, grad=grad):
-                    torch.autograd.grad(conv(x), (x, conv.weight), grad)
+    prepare(device, shapes_change=True)
+    batch, size, count = (2, 8, 2) if smoke else (32, 28, 5)
+    layers = ('pointwise', 1), ('depthwise 3', 3), ('depthwise 5', 5)
+    for (name, dtype), (layer, kernel), step in itertools.product(FORMATS.items(), layers, (2, 8)):
+        found = {}
+        start = 104 if step == 8 else 105
+        for width in range(start, start + step * count, step):  # the first one also loads libraries
+            ins, groups = (40, 1) if kernel == 1 else (width, width)
+            x = images_of(batch, ins, size, size, device=device, dtype=dtype)
+            weight = images_of(width, ins // groups, kernel, kernel, device=device, dtype=dtype)
+            options = [1, 1], [kernel // 2] * 2, [1, 1]
+            y = torch.empty(batch, width, size, size, dtype=dtype, device=device)
+            grad = y.normal_().contiguous(memory_format=torch.channels_last)
 
-                times = [seconds(step, device) for _ in range(3)]
-                if turn:  # the first one also loads libraries
-                    first.append(times[0])
-                    later.append(min(times[1:]))
-        extra = statistics.mean(first) - statistics.mean(later)
-        say(
-            f'first_touch: {name}, {mode}: {1000 * extra:.1f} ms more at first, then {1e6 * statistics.mean(later):.0f}'
-            f" us; in the paper's search {extra * NEW_SHAPES * SEARCHED_EPOCHS / 60:.1f} min"
-        )
+            def back(*wanted, x=x, weight=weight, grad=grad, options=options, groups=groups):
+                args = grad, x, weight, None, *options, False, [0, 0], groups, wanted
+                return torch.ops.aten.convolution_backward(*args)
+
+            passes = {
+                'forward': lambda x=x, w=weight, o=options, g=groups: torch.conv2d(x, w, None, *o, g),
+                'input gradient': partial(back, True, False, False),
+                'weight gradient': partial(back, False, True, False),
+            }
+            for one, call in passes.items():
+                found.setdefault(one, []).append([seconds(call, device) for _ in range(4)])
+        for one, times in found.items():
+            first = statistics.median(each[0] for each in times[1:])
+            later = statistics.median(min(each[1:]) for each in times[1:])
+            say(
+                f'first_touch: {name}, {layer}, widths {"of eight" if step == 8 else "odd"}, {one}:'
+                f' first {1000 * first:.1f} ms, later {1000 * later:.3f} ms'
+            )
 
 
 def depthwise(device, smoke):
@@ -326,42 +328,6 @@ def norms(device, smoke):
             f'norms: {name}, {channels} channels, size {size}, {act}: norm_act {speeds[0]:.3g} GB/s, torch'
             f' {speeds[1]:.3g} GB/s'
         )
-
-
-def captured_step(device, smoke):
-    """A search with --cuda_graph against one without, both --deterministic: weights, seconds of steps, memory."""
-    if device.type == 'cpu':
-        say(f'captured_step: {NO_GPU}')
-        return
-    if '--cuda_graph' not in ''.join((ROOT / name).read_text() for name in ('train_search.py', 'tools/options.py')):
-        say('captured_step: skipped: train_search.py has no --cuda_graph')
-        return
-    found = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        flags = make_images(folder, *((32, 32, 2) if smoke else (1536, 224, 32)))
-        flags += ['--deterministic', '--workers', 0 if smoke else 8, '--print_freq', 2]
-        for kind, more in (('eager', []), ('captured', ['--cuda_graph'])):
-            log = folder / f'{kind}.log'
-            words = ['-c', WATCHED, 'train_search.py', *flags, *more, '--save', folder / kind]
-            if code := start(words, log).wait():
-                say(f'captured_step: {kind}: exit code {code}: {last_lines(log, 10)}')
-                return
-            memory = re.findall(r'memory: (\d+) MB', log.read_text())[-1]
-            took = pair_of_steps(folder / kind)
-            found[kind] = weights_of(folder / kind)
-            say(f'captured_step: {kind}: {1000 * took:.1f} ms for two weight steps and one of the architecture')
-            say(f'captured_step: {kind}: at most {memory} MB')
-    say(f'captured_step: largest difference of weights {difference(*found.values()):.1e}')
-
-
-def pair_of_steps(save):
-    """Return the mean seconds of two steps in a search's second epoch; metrics have times to a tenth."""
-    from tools.run.metrics import read_run
-
-    (folder,) = Path(save).glob('search-*')
-    lines = [line for line in read_run(folder).lines if 'step' in line and line['epoch'] == 1]
-    return 2 * (lines[-1]['time'] - lines[0]['time']) / (lines[-1]['step'] - lines[0]['step'])
 
 
 def single_operators(device, smoke):
@@ -460,17 +426,17 @@ def networks(device, smoke):
 
 
 def training(device, smoke):
-    """A training step of TF-NAS-A without its update, by number format and layout."""
+    """A training step of TF-NAS-A without its update, by number format and layout; kernels by cuDNN's heuristics."""
     from benchmarks.train_step import CONFIG, make_step
     from models.config import load_config
     from models.model_eval import NetworkEval
     from tools.environment import prepare
     from tools.precision import Precision
 
-    prepare(device)
+    prepare(device, shapes_change=True)  # a training tries kernels out, which takes minutes of this benchmark
     batch, size = (2, 32) if smoke else (128, 224)
     last, contiguous = torch.channels_last, torch.contiguous_format
-    for name, layout in (('float32', contiguous), ('float32', last), *((half, last) for half in HALF)):
+    for name, layout in (*((half, last) for half in HALF), ('float32', last), ('float32', contiguous)):
         dtype = None if name == 'float32' else getattr(torch, name)
         net = NetworkEval(load_config(CONFIG)).to(device)
         x = torch.randn(batch, 3, size, size, device=device)
@@ -481,8 +447,8 @@ def training(device, smoke):
 
 
 PARTS = (
-    environment, ceilings, checks, search_steps, first_touch, depthwise, norms, captured_step, single_operators, widths,
-    loading, networks, training,
+    environment, ceilings, checks, search_steps, training, networks, loading, first_touch, depthwise, widths, norms,
+    single_operators,
 )  # fmt: skip
 
 

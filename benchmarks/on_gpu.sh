@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Ten minutes of a GPU, used well: what only a card can show, the most important first, within eight minutes.
+# Ten minutes of a GPU, used well: what only a card can show, the most important first, within eight minutes. The last
+# parts may be left out; each also runs by its name, see gpu_probes.py.
 #
 #     bash benchmarks/on_gpu.sh --out DIR            each part's lines in DIR/PART.txt, all of them in DIR/all.txt
 #     bash benchmarks/on_gpu.sh --out DIR --seconds 300    stops earlier
@@ -50,23 +51,22 @@ probe() { # name, most seconds
 
 probe environment 30
 probe ceilings 30
-probe checks 110
-probe search_steps 90
-probe first_touch 40
-probe depthwise 30
-probe norms 30
-probe captured_step 60
-probe single_operators 30
-probe widths 30
-probe loading 60
+probe checks 175
+probe search_steps 120
 if ((${#smoke[@]})) || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo 'table: skipped: no GPU, or --smoke' | tee "$out/table.txt" | tee -a "$out/all.txt"
 else
     lut=(latency_pkl/make_lat_lut.py --device cuda)
-    part table 130 "$python" "${lut[@]}" --budget 60 --save_path "$out/table.pkl" &&
+    part table 130 "$python" "${lut[@]}" --budget 40 --save_path "$out/table.pkl" &&
         part table_check 60 "$python" "${lut[@]}" --check "$out/table.pkl" --networks 8 --rounds 2
 fi
+probe training 60
 probe networks 30
-probe training 40
+probe loading 60
+probe first_touch 60
+probe depthwise 40
+probe widths 30
+probe norms 30
+probe single_operators 30
 echo "== $((SECONDS - begin)) s, $failed parts failed; all lines are in $out/all.txt" | tee -a "$out/all.txt"
 ((failed == 0))

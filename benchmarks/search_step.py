@@ -87,8 +87,12 @@ def make_net(form, plain, device):
     return make_plain(net) if plain else net
 
 
-def make_steps(net, plain, images, labels, table, dtype, graphs):
-    """Return the weight step and the architecture step, with their draws, and the forward pass of a mixture."""
+def make_steps(net, plain, images, labels, table, dtype, graphs, fixed=None):
+    """Return the weight step and the architecture step, with their draws, and the forward pass of a mixture.
+
+    Args:
+        fixed: the two paths of each weight step, instead of draws.
+    """
     device, draws = images.device, generator_for(0, 'benchmark')
     latency_loss = LatencyLoss(table, net.widths(), SPACE, TARGET_LAT, LAMBDA_LAT, device)
     weight_params, arch_params = net.weight_parameters(), net.arch_parameters()
@@ -110,10 +114,10 @@ def make_steps(net, plain, images, labels, table, dtype, graphs):
 
     def train_weights():
         if plain:
-            plain_weight_step(net, w_optimizer, images, labels, plain_paths(net, draws), GRAD_CLIP)
+            plain_weight_step(net, w_optimizer, images, labels, fixed or plain_paths(net, draws), GRAD_CLIP)
             return
         first = net.sample('gumbel', draws, log_alphas=log_alphas)
-        paths = [first, net.sample('random', draws, exclude=first)]
+        paths = fixed or [first, net.sample('random', draws, exclude=first)]
         train_only(weight_params, arch_params)
         backward_on_paths(net, images, labels, paths, precision)
         precision.step(w_optimizer, GRAD_CLIP)
@@ -139,14 +143,15 @@ def make_steps(net, plain, images, labels, table, dtype, graphs):
     return train_weights, train_architecture, mixture
 
 
-def make_form(args, device, form, plain, graphed=False):
+def make_form(args, device, form, plain, graphed=False, fixed=None):
     """Return the functions of `make_steps` for one implementation, on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator).to(device)
     labels = torch.arange(args.batch_size, device=device) % NUM_CLASSES
     net = make_net(form, plain, device)
     graphs = Graphs(graphed, lambda form, *rest: print(form % rest, flush=True))
-    return make_steps(net, plain, images, labels, straight_table(args.img_size), DTYPES.get(args.amp), graphs)
+    table, dtype = straight_table(args.img_size), DTYPES.get(args.amp)
+    return make_steps(net, plain, images, labels, table, dtype, graphs, fixed)
 
 
 def functions(args, device, form, plain, graphed=False):

@@ -33,6 +33,7 @@ SMALL_SPACE = SearchSpace(
 NUM_CLASSES = 3
 
 
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # --deterministic needs it before a GPU's first product
 torch.set_num_threads(1)  # with more, processes beside the tests slow them down many times over
 
 
@@ -66,6 +67,18 @@ def physical_curves(img_size: int) -> dict[str, np.ndarray]:
         shape = features(block, op, np.arange(1, widths[key][1] + 1)) @ coefficients
         curves[key] = shape * (1 + 0.1 * np.sin(len(curves)))
     return curves
+
+
+@pytest.fixture
+def settings():
+    """Restores torch's settings of kernels."""
+    cudnn, matmul, fill = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory
+    precisions = matmul.fp32_precision, cudnn.conv.fp32_precision
+    yield
+    cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory = before
+    matmul.fp32_precision, cudnn.conv.fp32_precision = precisions
+    torch.use_deterministic_algorithms(False)
 
 
 def random_arch(space: SearchSpace, rng: random.Random):

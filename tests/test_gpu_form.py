@@ -129,16 +129,11 @@ def test_probabilities_are_copied_once_an_architecture_step(small_space, monkeyp
     assert len({tuple(copy.read().flatten().tolist()) for copy in copies}) == len(copies)
 
 
-def test_one_precision_of_products_and_convolutions(monkeypatch):
+def test_one_precision_of_products_and_convolutions(settings):
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
-    before = matmul.fp32_precision, conv.fp32_precision
-    try:
-        for tf32, expected in ((True, 'tf32'), (False, 'ieee')):
-            environment.prepare(CPU, tf32=tf32)
-            assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
-    finally:
-        matmul.fp32_precision, conv.fp32_precision = before
+    for tf32, expected in ((True, 'tf32'), (False, 'ieee')):
+        environment.prepare(CPU, tf32=tf32)
+        assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
 
 
 @pytest.mark.parametrize('fused', [False, True])
@@ -234,8 +229,8 @@ def test_a_search_with_a_rehearsal_has_the_same_bits(small_space, monkeypatch):
 def assert_same(got, expected, atol=0.0):
     (weights, latencies), (expected_weights, expected_latencies) = got, expected
     assert latencies == pytest.approx(expected_latencies, abs=atol)
-    for name, value in weights.items():
-        assert torch.allclose(value, expected_weights[name], rtol=0, atol=atol), name
+    far = {name: (value - expected_weights[name]).abs().max().item() for name, value in weights.items()}
+    assert max(far.values()) <= atol, max(far.items(), key=lambda item: item[1])
 
 
 def test_a_graphed_search_equals_the_eager_one(small_space):
@@ -282,8 +277,10 @@ def test_other_shapes_run_eagerly(small_space):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-def test_a_cuda_graph_equals_the_eager_steps(small_space):
+def test_a_cuda_graph_equals_the_eager_steps(small_space, settings):
+    """With deterministic kernels: the least difference of two steps grows in the steps after them."""
     cuda, lines, recorded = torch.device('cuda'), [], []
+    environment.prepare(cuda, deterministic=True, tf32=False)
 
     def record(run):
         recorded.append(1)
@@ -291,7 +288,7 @@ def test_a_cuda_graph_equals_the_eager_steps(small_space):
 
     got = train_epochs(small_space, Graphs(True, lambda form, *rest: lines.append(form % rest), record), 2, cuda)
     assert (lines, len(recorded)) == ([], 2)
-    assert_same(got, train_epochs(small_space, Graphs(False, print), 2, cuda), atol=1e-4)
+    assert_same(got, train_epochs(small_space, Graphs(False, print), 2, cuda), atol=1e-6)
 
 
 @pytest.mark.gpu

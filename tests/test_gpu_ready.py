@@ -82,16 +82,6 @@ def test_moments_saved_in_another_layout_train_as_without_fusion(before, after, 
         assert (fused - unfused).abs().max() < 1e-5
 
 
-@pytest.fixture
-def settings():
-    """Restores torch's settings of kernels."""
-    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
-    before = cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory
-    yield
-    cudnn.benchmark, cudnn.deterministic, fill.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ('asked', 'tries_out'),
     [({}, True), ({'shapes_change': True}, False), ({'deterministic': True}, False)],
@@ -268,19 +258,28 @@ def test_ceilings_are_counted_from_times(capsys, monkeypatch):
         assert line.endswith(f'product of 64: {2 * 64**3 / 1e-6 / 1e12:.2f} TFLOP/s')
 
 
-def test_the_first_touch_of_a_shape_is_projected_to_a_search(capsys, monkeypatch, settings):
+def test_the_first_touch_of_a_shape_is_told_from_later_ones(capsys, monkeypatch, settings):
     calls = []
 
     def seconds(step, device):
-        step()
-        calls.append(step)
-        return 0.1 if len(calls) % 3 == 1 else 0.02
+        calls.append(step())
+        return 0.1 if len(calls) % 4 == 1 else 0.02
 
     monkeypatch.setattr(gpu_probes, 'seconds', seconds)
     lines = lines_of(capsys, gpu_probes.first_touch)
-    assert len(lines) == 6
-    for line in lines:
-        assert f": 80.0 ms more at first, then 20000 us; in the paper's search {0.08 * 290 * 80 / 60:.1f} min" in line
+    assert len(lines) == 2 * 3 * 2 * 3 and all(line.endswith(': first 100.0 ms, later 20.000 ms') for line in lines)
+    widths = {y.shape[1] for y in calls[::12]}
+    assert widths == {104, 112, 105, 107}  # forward passes
+
+
+@pytest.mark.parametrize('processes', [(), ('-n', '1')])
+def test_a_failing_test_is_told_before_the_report_at_the_end(tmp_path, processes):
+    (tmp_path / 'test_one.py').write_text('def test_it(): assert "this value" == "that"\n')
+    words = ['-m', 'pytest', *processes, '-p', 'benchmarks.failures_at_once', '--rootdir', tmp_path, tmp_path]
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    at_once, at_end = done.stdout.split('= FAILURES =')
+    assert 'test_one.py::test_it, call:' in at_once
+    assert "assert 'this value' == 'that'" in at_once and "assert 'this value' == 'that'" in at_end
 
 
 @pytest.mark.parametrize(
@@ -296,9 +295,8 @@ def test_probes_of_a_gpu_run_on_a_cpu(capsys, settings, part, count, numbers):
         assert all(float(number) > 0 for number in found)
 
 
-@pytest.mark.parametrize('part', ['captured_step', 'single_operators'])
-def test_parts_that_need_a_gpu_say_so(capsys, part):
-    assert lines_of(capsys, getattr(gpu_probes, part)) == [f'{part}: skipped: no GPU']
+def test_a_part_that_needs_a_gpu_says_so(capsys):
+    assert lines_of(capsys, gpu_probes.single_operators) == ['single_operators: skipped: no GPU']
 
 
 def test_the_profile_of_a_step_counts_its_kernels():
@@ -344,7 +342,7 @@ def test_what_ran_before_the_time_was_over_is_kept(tmp_path):
     assert code == 1
     assert 'ran ceilings\n' in text and 'ran checks\n' in text
     assert '== checks: ran out of time' in text
-    assert '== training: left out, the 6 s are over' in text
+    assert '== norms: left out, the 6 s are over' in text
 
 
 @pytest.mark.parametrize('words', [(), ('--out',), ('--out', 'out', '--seconds', 'x'), ('--out', 'out', '--other')])
