@@ -9,12 +9,14 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from conftest import ROOT, make_table
 from experiments import join as join_freedoms
-from experiments import three_freedoms
+from experiments import repeated, three_freedoms
 from experiments.results import Run, difference, holm, interval, p_values, read_numbers, result_of
 from models.config import load_config
 from tools.errors import BadInput
@@ -302,3 +304,54 @@ def test_searches_without_depth(project_copy, images, tmp_path, run_script):
     assert skipped and depths == {f'stage{i}': sum(name[5] == str(i) for name in kept) for i in range(1, 7)}
     fitted = load_config(save / 'model.config').stages
     assert all(fitted.values()) and sum(map(len, fitted.values())) < 10
+
+
+def test_networks_are_told_from_trainings_by_hand():
+    """Means 1, 3, 8 with two trainings each: between 13, times two; within 2, 2, 8 on average 4."""
+    top1 = np.array([[0.0, 2.0], [2.0, 4.0], [6.0, 10.0]])
+    found = repeated.spread(top1)
+    expected = stats.f_oneway(*top1)
+    assert found.statistic == pytest.approx(expected.statistic) == pytest.approx(2 * 13 / 4)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.trainings == 2 and found.networks == pytest.approx(((26 - 4) / 2) ** 0.5)
+    assert found.reliability == pytest.approx(11 / 13)
+    # quantiles of F with 2 and 3 degrees of freedom: 16.0441 and 0.0255 (1 / 39.1655)
+    assert (found.low, found.high) == (0, pytest.approx((4 * (6.5 * 39.1655 - 1) / 2) ** 0.5, rel=1e-4))
+
+
+def test_the_interval_of_the_networks_deviation_has_its_share():
+    """Of 400 drawn experiments with deviations of 1 and 2, 95 % have 1 within the interval."""
+    rng = np.random.default_rng(0)
+    drawn = (rng.normal(0, 1, (20, 1)) + rng.normal(0, 2, (20, 3)) for _ in range(400))
+    inside = [spread.low <= 1 <= spread.high for spread in map(repeated.spread, drawn)]
+    assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
+    common = {'arm': 'random', 'unit': 'ms', 'predicted': 3.0}
+    first = [common | {'seed': seed, 'top1': 10.0 * seed} for seed in range(4)]
+    first += [common | {'arm': 'full', 'seed': seed, 'top1': 0.0, 'path_top1': [4, 3, 2, 1]} for seed in range(2)]
+    again = [common | {'seed': i, 'train_seed': s, 'at': '50%', 'top1': i + s} for i in range(4) for s in (0.0, 0.5)]
+    again += [common | {'seed': i, 'train_seed': 0, 'at': at, 'top1': i + add} for i in range(3) for at, add in
+              (('90%', 2), ('10%', 1))]  # fmt: skip
+
+    def run(lines):
+        for name, results in (('first', first), ('again', lines)):
+            (tmp_path / name).write_text(''.join(json.dumps(result) + '\n' for result in results))
+        monkeypatch.setattr(
+            sys, 'argv', ['repeated.py', *map(str, (tmp_path / 'again', '--first', tmp_path / 'first'))]
+        )
+        repeated.main(repeated.get_args())
+        return capsys.readouterr().out.splitlines()
+
+    printed = run(again)
+    assert printed[0].startswith('4 networks, 2 trainings each: F = 26.67 (p = 0.004)')
+    assert printed[2:] == [
+        'first training and mean: rho = +1.00 (p = 0.00, n = 4)',
+        'mean of 2 supernets and mean: rho = -1.00 (p = 0.00, n = 4)',
+        '90% against 10%: +1.00 (-1.27 to +3.27)',
+    ]
+    with pytest.raises(BadInput, match=r'as many trainings of each network, two or more; found \[1, 2\]'):
+        run(again[1:])
+    with pytest.raises(BadInput, match=r'has no random networks \[9\], which'):
+        run([line | {'seed': 9} if line['seed'] == 3 else line for line in again])
