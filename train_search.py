@@ -83,6 +83,9 @@ from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapsho
 from tools.run.stop import ended_with
 from tools.training import PassResult, Tally, accuracies, to_device
 
+CLOSE = 0.01
+"""Distance from the target, as a share of it, from which the log names it after scaling."""
+
 VALIDATED_EPOCHS = 5
 
 
@@ -233,6 +236,8 @@ def scale_to_target(state, table, target, limits, args, log):
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
+    if 'width' in args.freedoms and abs(after / target - 1) > CLOSE:
+        log('the target is missed by %.1f %%: widths have steps of %d', 100 * (after / target - 1), divisor)
     if limits:
         more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log)
     least, most = latency_range(arch, table, SPACE, divisor)
@@ -343,7 +348,8 @@ def main(args):
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
         latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device, limits)
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
-    header = make_header(flags, table, target, limits, world, args, steps)
+    followed = flags | {name: getattr(args, name) for name in scheduled}
+    header = make_header(followed, table, target, limits, world, args, steps)
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest()}
     about |= {META: make_meta(images, table, target, args).to_dict()}
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)

@@ -13,15 +13,13 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+from models.describe import hardly_learned
 from models.search_space import FREEDOMS, SPACE
 from tools.files import write_atomic, write_text
 from tools.run.metrics import read_run
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
-
-ABOVE_CHANCE = 2.0
-"""A search counts if its supernet has this many times the accuracy of chance when architecture steps begin."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def result_of(run: Run, args, table) -> dict | None:
 
 
 def search_result(folder: Path, args) -> dict:
-    """Return what the metrics of a search show: the supernet's top-1 when architecture steps begin and at the end, the
-    mean entropy of operators by epoch, and the operator that wins most blocks."""
+    """Return what the metrics of a search show: the supernet's top-1 when architecture steps begin and at the end,
+    whether it counts, the mean entropy of operators by epoch, and the operator that wins most blocks."""
     (model,) = folder.glob('search/*/searched_model_*.pth.tar')  # a search killed early leaves a folder without one
     epochs = read_run(model.with_name('metrics.jsonl')).of('epoch')
     entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
@@ -96,7 +94,7 @@ def search_result(folder: Path, args) -> dict:
     return {
         'supernet_top1': begin,
         'supernet_top1_end': epochs[-1]['val']['top1'],
-        'counts': begin >= ABOVE_CHANCE * 100 / args.num_classes,
+        'counts': not hardly_learned(begin, args.num_classes),
         'entropy': entropies,
         'winner': most,
         'winner_share': winners.count(most) / len(winners),

@@ -59,6 +59,9 @@ BASELINES = {'most-macs': most_macs, 'uniform': uniform}
 KEPT_OUTPUT = 20_000
 """Characters of a step's output that are kept, the last ones."""
 
+MOST_DRAWS = 10_000
+"""Random architectures drawn until one can meet the target."""
+
 TIMED_BATCHES = 6
 """Batches of each kind that the estimate times."""
 
@@ -235,11 +238,15 @@ def train_words(config: Path, save: Path, seed: int, args) -> list:
 def random_of_target(seed: int, table, target: float) -> tuple:
     """Return a random architecture that can meet the target, and fitted widths."""
     rng = random.Random(seed)
-    while True:
+    for _ in range(MOST_DRAWS):
         arch, _ = random_network(rng, False, SPACE)
         least, most = latency_range(arch, table, SPACE, table.width_divisor)
         if least <= target <= most:
             return arch, fit_widths(arch, SPACE.start_widths(), table, SPACE, target, table.width_divisor)
+    raise BadInput(
+        f'--target_lat: none of {MOST_DRAWS} random architectures can meet {target:.4f} {table.unit}; take a target'
+        ' further from the ends of the range'
+    )
 
 
 def draw_network(run: Run, folder: Path, table, args) -> None:

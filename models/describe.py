@@ -179,19 +179,24 @@ def mean_entropy(ops: Sequence[Sequence[float]]) -> float:
     return sum(entropy / limit for entropy, limit in zip(entropies, most, strict=True)) / len(ops)
 
 
+def hardly_learned(top1: float, num_classes: int) -> bool:
+    """Whether an accuracy in % is hardly better than chance: below twice its accuracy, or halfway to 100 %."""
+    chance = 100 / num_classes
+    return top1 < min(2 * chance, (chance + 100) / 2)
+
+
 def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
-    """Log a warning if a supernet is hardly better than chance: below twice its accuracy, or halfway to 100 %.
+    """Log a warning if a supernet has `hardly_learned`.
 
     Args:
         top1: accuracy on Gumbel paths at the end of the warm-up, %.
     """
-    chance = 100 / num_classes
-    if top1 < min(2 * chance, (chance + 100) / 2):
+    if hardly_learned(top1, num_classes):
         log(
             'The supernet has hardly learned: %.1f %% on Gumbel paths, chance is %.1f %%. Noise would choose the'
             ' architecture. --largest_epochs or more --warmup_epochs help, or a smaller --batch_size for more steps.',
             top1,
-            chance,
+            100 / num_classes,
         )
 
 
@@ -204,7 +209,7 @@ def warn_not_decided(ops: Sequence[Sequence[float]], log: Callable) -> None:
     if (entropy := mean_entropy(ops)) > UNDECIDED:
         log(
             'The search has not decided: the mean entropy of its operators is %.2f, and 1 is uniform.'
-            ' More --epochs after the warm-up help, or a higher --a_lr.',
+            ' A higher --a_lr helps.',
             entropy,
         )
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ LARGEST_A_LR = 1.0
 
 
 def default_t_decay(epochs: int) -> float:
-    """Return the factor by which `epochs` epochs of the architecture lower T as much as the paper's 80: to 4 %."""
+    """Return the factor of T after each of `epochs` epochs; together they are that of the paper's 80, 0.04."""
     return PUBLISHED_T_DECAY ** (PUBLISHED_EPOCHS / max(epochs, 1))
 
 
@@ -103,21 +104,29 @@ def with_schedule(args: Namespace, snapshot: Snapshot, steps_an_epoch: int) -> t
 
     Args:
         args: T, T_decay, a_lr, epochs, warmup_epochs.
+
+    Raises:
+        BadInput: a value of the snapshot is no number.
     """
     before, epochs = (snapshot.checkpoint or {}).get('flags', {}), args.epochs - args.warmup_epochs
     steps = architecture_steps(args.epochs, 0, steps_an_epoch, args)
     defaults = {'T_decay': default_t_decay(epochs), 'a_lr': default_a_lr(steps)}
+    last = args.T * defaults['T_decay'] ** max(epochs - 1, 0)
     why = {
-        'T_decay': f'lowers T from {args.T:g} to {args.T * defaults["T_decay"] ** epochs:.2f} in {epochs} epochs',
+        'T_decay': f'T falls from {args.T:g} to {last:.2f} in {epochs} epochs',
         'a_lr': f'for {steps:,} steps of the architecture',
     }
     kept, values, lines = {}, {}, []
     for name, default in defaults.items():
         given, earlier = getattr(args, name), before.get(name)
+        if not isinstance(earlier, (int, float, NoneType)):
+            raise BadInput(f'--snapshot {snapshot.path}: its {name} is {earlier!r}, should be a number')
         kept[name] = earlier if given is None else given
         values[name] = default if kept[name] is None else kept[name]
         if given is None and epochs:
             lines.append(f'--{name} {values[name]:.4g} ({why[name] if earlier is None else "as before"})')
+    if not epochs:
+        lines = [f'no epoch trains the architecture: --warmup_epochs is {args.warmup_epochs} of --epochs {args.epochs}']
     return with_flags(args, **values), kept, ', '.join(lines)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import NUM_CLASSES, make_table
-from experiments import baselines
+from experiments import baselines, three_freedoms
 from experiments.three_freedoms import random_of_target
 from models.config import build_config
 from models.describe import count_mult_adds
@@ -91,3 +91,12 @@ def test_networks_without_a_search_keep_to_the_tables_grid():
         chosen = [widths[block.stage][block.name][index] for block, index in SPACE.chosen(arch)]
         assert all(width % 4 == 0 for width in chosen)
         assert table.total(arch, widths, SPACE) == pytest.approx(target, rel=5e-3)
+
+
+def test_a_target_that_hardly_any_random_network_meets_is_refused(monkeypatch):
+    monkeypatch.setattr(three_freedoms, 'MOST_DRAWS', 20)
+    table = make_table(img_size=32)
+    with pytest.raises(
+        BadInput, match='none of 20 random architectures can meet .*; take a target further from the ends'
+    ):
+        random_of_target(0, table, table.target('100%', SPACE))

@@ -80,6 +80,10 @@ def test_otherwise_the_next_one_that_can_is_current(seed, divisor):
         (found, new, latency), lines = scaled(state, table, target, divisor=divisor)
         assert logp(found, state, SMALL_SPACE) == pytest.approx(logp(ranked[place], state, SMALL_SPACE), abs=1e-9)
         assert latency['least'] <= target <= latency['most'] and latency['after'] <= target * (1 + 1e-9)
+        missed_by = 100 * (latency['after'] / target - 1)
+        far = [f'the target is missed by {missed_by:.1f} %: widths have steps of {divisor}'] if missed_by < -1 else []
+        assert lines[len(lines) - len(far) :] == far and missed_by > (-2 if divisor == 1 else -7)
+        lines = lines[: len(lines) - len(far)]
         if place:
             missed += 1
             lost = logp(ranked[0], state, SMALL_SPACE) - logp(found, state, SMALL_SPACE)

@@ -177,7 +177,7 @@ def test_a_preempted_training_saves_and_goes_on_without_a_console(data, tmp_path
 def test_output_that_nobody_reads_ends_a_listing_quietly(tmp_path):
     for i in range(2):
         (tmp_path / f'class{i}').mkdir()
-        shutil.copy(ROOT / 'docs' / 'images' / 'network.png', tmp_path / f'class{i}' / 'a.png')
+        shutil.copy(ROOT / 'docs' / 'images' / 'search.png', tmp_path / f'class{i}' / 'a.png')
     words = [sys.executable, 'dataset/make_lists.py', '--img_root', str(tmp_path), '--list', str(tmp_path / 'all.txt')]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -10,6 +10,8 @@ from training_runs import load, only_run
 from models import search_state
 from models.describe import mean_entropy, warn_not_decided, warn_not_learned
 from models.search_state import default_a_lr, temperature, with_schedule
+from tools.errors import BadInput
+from tools.run.metrics import read_run
 from tools.run.resume import Snapshot
 
 
@@ -41,7 +43,12 @@ def test_the_published_length_has_the_published_schedule():
 def test_the_temperature_falls_as_far_in_any_number_of_epochs(epochs):
     args, _, line = with_schedule(arguments(epochs=10 + epochs), Snapshot(), 10)
     assert temperature(10, args) == 5 and temperature(10 + epochs, args) == pytest.approx(5 * 0.96**80)
-    assert f'T from 5 to 0.19 in {epochs} epochs' in line
+    assert f'T falls from 5 to {temperature(9 + epochs, args):.2f} in {epochs} epochs' in line
+
+
+def test_a_search_without_epochs_of_the_architecture_is_named():
+    _, _, line = with_schedule(arguments(epochs=10), Snapshot(), 10)
+    assert line == 'no epoch trains the architecture: --warmup_epochs is 10 of --epochs 10'
 
 
 def test_the_rate_of_the_architecture_falls_with_the_number_of_steps():
@@ -65,6 +72,8 @@ def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
     assert line == '--T_decay 0.9 (as before), --a_lr 0.742 (for 200 steps of the architecture)'
     again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
     assert again == args and kept == {'T_decay': 0.9, 'a_lr': None}
+    with pytest.raises(BadInput, match="its a_lr is 'x', should be a number"):
+        with_schedule(longer, from_flags(a_lr='x'), 20)
 
 
 def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor_decided(images, monkeypatch, tmp_path):
@@ -76,11 +85,13 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (lowers T from 5 to 0.19 in 2 epochs), --a_lr 0.2 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.2 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
     assert log.index('epoch 2 Gumbel paths') < log.index('has not decided')
+    followed = read_run(folder).header['flags']
+    assert (followed['T_decay'], followed['a_lr']) == (pytest.approx(decay, abs=1e-6), 0.2)
     checkpoint = load(folder / 'searched_model_03.pth.tar')
     assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] is None
 

@@ -399,7 +399,7 @@ def add_schedule_args(parser: Parser) -> None:
     search.add_argument(
         '--T_decay',
         type=number(float, 0, 1, open_low=True),
-        help='factor on T an epoch; default: lowers T to 4 %% over the epochs after the warm-up, 0.96 for 80',
+        help='factor on T after an epoch; default: the same product over the epochs after the warm-up as 0.96 over 80',
     )
     search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
     search.add_argument(
