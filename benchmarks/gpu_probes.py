@@ -148,8 +148,8 @@ def weights_of(save):
 
 
 def difference(a, b):
-    """Return the largest difference of two sets of weights."""
-    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+    """Return the largest difference of two sets of weights, or NaN."""
+    return torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max().item()
 
 
 def checks(device, smoke):
@@ -158,9 +158,12 @@ def checks(device, smoke):
     if not smoke:
         kinds |= {name: ['--amp', name] for name in HALF}
         kinds |= {'deterministic': ['--deterministic'], 'deterministic again': ['--deterministic']}
+        kinds |= {'as a graph': ['--cuda_graph', '--deterministic']}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder, begin, running = Path(name), time.monotonic(), {}
-        flags = make_images(folder, *((8, 32, 2) if smoke else (96, 64, 8)))
+        folder, begin, running, ended = Path(name), time.monotonic(), {}, set()
+        flags = make_images(
+            folder, *((8, 32, 2) if smoke else (192, 64, 8))
+        )  # graphs begin with the fourth step of six
         flags += ['--workers', 0 if smoke else 2]
         for kind, more in kinds.items():
             words = ['train_search.py', *flags, *more, '--device', device.type, '--save', folder / f'save {kind}']
@@ -181,10 +184,16 @@ def checks(device, smoke):
                 say(f'checks: {what}: exit code {code} after {time.monotonic() - begin:.0f} s')
                 if log.exists():
                     say(f'    {last_lines(log, 12 if code else 1)}')
+                    for line in log.read_text(errors='replace').splitlines():
+                        if '--cuda_graph:' in line:  # the run went on without graphs
+                            say(f'    {line}')
+                ended |= set() if code else {what}
+                for other in ('deterministic again', 'as a graph'):
+                    pair = {f'search, {kind}' for kind in ('deterministic', other)}
+                    if pair <= ended and what in pair:
+                        saves = [folder / f'save {kind}' for kind in ('deterministic', other)]
+                        say(f'checks: deterministic and {other}: differ by {difference(*map(weights_of, saves)):.1e}')
             time.sleep(0.1)
-        if 'deterministic' in kinds:
-            saves = [folder / f'save {kind}' for kind in ('deterministic', 'deterministic again')]
-            say(f'checks: --deterministic twice: largest difference {difference(*map(weights_of, saves)):.1e}')
 
 
 def profiled(step, device):
@@ -218,6 +227,15 @@ def search_steps(device, smoke):
     time_form(True, None, False, device, smoke)
 
 
+def peak(device):
+    """Return the most memory in MB that tensors had on a GPU since the last call."""
+    if device.type == 'cpu':
+        return 0
+    most = torch.cuda.max_memory_allocated() / 1e6
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
 def time_form(plain, amp, graphed, device, smoke):
     """Print the costs of both steps of one implementation in one number format; of a graph the architecture's.
 
@@ -231,7 +249,7 @@ def time_form(plain, amp, graphed, device, smoke):
     batch, size, tops = (2, 32, 1) if smoke else (32, 224, 12)
     args = argparse.Namespace(batch_size=batch, img_size=size, amp=amp)
     mode = UNFUSED if plain else ExecutionMode(fused=device.type == 'cuda')
-    paths = [[op] * len(SPACE.blocks()) for op in (SPACE.largest_op, 0)]
+    paths = [[op] * len(SPACE.blocks()) for op in (0, len(SPACE.ops) - 1)]
     weights, architecture, _ = make_form(args, device, mode, plain, graphed, paths)
     times, name = [], f'{"plain" if plain else "ours"}, {amp or "float32"}{", as a graph" if graphed else ""}'
     for what, step in (('weight', weights), ('architecture', architecture)):
@@ -244,7 +262,7 @@ def time_form(plain, amp, graphed, device, smoke):
         busy, launches, kernels = profiled(step, device)
         say(
             f'search_steps: {name}: {what} step {1000 * times[-1]:.1f} ms, kernels {1000 * busy:.1f} ms, {launches}'
-            f' launches, first {first:.1f} s, batch {batch}, size {size}'
+            f' launches, first {first:.1f} s, at most {peak(device):.0f} MB, batch {batch}, size {size}'
         )
         for took, calls, kernel in kernels[:tops]:
             say(f'    {1000 * took:8.3f} ms {calls:5d} x {kernel[:90]}')
@@ -262,8 +280,8 @@ def first_touch(device, smoke):
     layers = ('pointwise', 1), ('depthwise 3', 3), ('depthwise 5', 5)
     for (name, dtype), (layer, kernel), step in itertools.product(FORMATS.items(), layers, (2, 8)):
         found = {}
-        start = 104 if step == 8 else 105
-        for width in range(start, start + step * count, step):  # the first one also loads libraries
+        narrowest = 104 if step == 8 else 105
+        for width in range(narrowest, narrowest + step * count, step):  # the first one also loads libraries
             ins, groups = (40, 1) if kernel == 1 else (width, width)
             x = images_of(batch, ins, size, size, device=device, dtype=dtype)
             weight = images_of(width, ins // groups, kernel, kernel, device=device, dtype=dtype)

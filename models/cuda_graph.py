@@ -18,8 +18,9 @@ def record_cuda_graph(run: Callable[[], list[Tensor | None]]) -> tuple[Callable[
     The kernels read and write the same memory in each replay, so the graph keeps all memory of `run`.
     """
     graph = torch.cuda.CUDAGraph()
+    # a recording that fails at its end leaves its stream current; the outer context restores the one before.
     # not 'global', which forbids other threads, such as the one that pins batches, to allocate meanwhile
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode='thread_local'):
         results = run()
     return graph.replay, results
 

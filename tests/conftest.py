@@ -33,7 +33,6 @@ SMALL_SPACE = SearchSpace(
 NUM_CLASSES = 3
 
 
-os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # --deterministic needs it before a GPU's first product
 torch.set_num_threads(1)  # with more, processes beside the tests slow them down many times over
 
 

@@ -109,6 +109,8 @@ def test_the_commands_of_a_page_run(page, tiny):
     command = ['bash', '-x', '-c', script]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-5000:]}'
+    if page == ROOT / 'README.md':  # the demo's summary of the found network and a random one
+        assert re.search(r'\n  off the target +[+-]\d+\.\d % +[+-]\d+\.\d %\nMACs ', done.stdout)
 
 
 @pytest.mark.slow

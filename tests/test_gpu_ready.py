@@ -258,7 +258,7 @@ def test_ceilings_are_counted_from_times(capsys, monkeypatch):
         assert line.endswith(f'product of 64: {2 * 64**3 / 1e-6 / 1e12:.2f} TFLOP/s')
 
 
-def test_the_first_touch_of_a_shape_is_told_from_later_ones(capsys, monkeypatch, settings):
+def test_the_first_touch_of_a_shape_is_not_counted_in_later_ones(capsys, monkeypatch, settings):
     calls = []
 
     def seconds(step, device):
@@ -273,7 +273,7 @@ def test_the_first_touch_of_a_shape_is_told_from_later_ones(capsys, monkeypatch,
 
 
 @pytest.mark.parametrize('processes', [(), ('-n', '1')])
-def test_a_failing_test_is_told_before_the_report_at_the_end(tmp_path, processes):
+def test_a_failure_is_printed_before_the_report_at_the_end(tmp_path, processes):
     (tmp_path / 'test_one.py').write_text('def test_it(): assert "this value" == "that"\n')
     words = ['-m', 'pytest', *processes, '-p', 'benchmarks.failures_at_once', '--rootdir', tmp_path, tmp_path]
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)

@@ -306,7 +306,7 @@ def test_searches_without_depth(project_copy, images, tmp_path, run_script):
     assert all(fitted.values()) and sum(map(len, fitted.values())) < 10
 
 
-def test_networks_are_told_from_trainings_by_hand():
+def test_the_spread_of_networks_by_hand():
     """Means 1, 3, 8 with two trainings each: between 13, times two; within 2, 2, 8 on average 4."""
     top1 = np.array([[0.0, 2.0], [2.0, 4.0], [6.0, 10.0]])
     found = repeated.spread(top1)
