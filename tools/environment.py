@@ -58,8 +58,8 @@ def prepare(
         deterministic: instead use only kernels that give the same bits each time. On a CPU all used here do.
         tf32: compute float32 products and convolutions of a GPU in TF32, with 10 bits of mantissa instead of 23.
         shapes_change: the convolutions get new shapes all the time, as in a search, whose widths change. Then cuDNN
-            chooses kernels by its heuristics. Trying ten out takes 2.4 times as long, and compiling one for a new shape
-            a seventh of a second; a search has some 290 new shapes an epoch (docs/gpu.md).
+            chooses kernels by its heuristics: a new shape takes a seventh of a second on average, and 2.4 times as long
+            if ten kernels are tried out. A search has some 290 new shapes an epoch (docs/gpu.md).
     """
     set_tf32(tf32)
     torch.backends.cudnn.benchmark = not (deterministic or shapes_change)
