@@ -1,6 +1,8 @@
 """Print the accuracy of networks with the weights of a searched supernet, without training them.
 
-The first line is of the network that the search found, with the widths at its end.
+The first line is of the network that the search found, with the widths at its end. With `--runner_ups` the networks
+that differ from it in one block follow: each has that block's most probable other operator that can meet the same
+latency.
 
     python experiments/path_accuracy.py --model_path searched.pth.tar \\
         --architectures a.json b.json --val_root images --val_list val.txt \\
@@ -24,7 +26,8 @@ from dataset.images import USUAL_SIZE
 from dataset.lists import read_list
 from dataset.loaders import make_loader
 from dataset.transforms import val_transform
-from models.elasticity import gather, update_masks
+from models.elasticity import fit_widths, gather, latency_range, update_masks
+from models.latency import load_table
 from models.model_search import Network
 from models.parsing import (
     load_search_checkpoint,
@@ -48,6 +51,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument('--model_path', metavar='FILE', required=True, help='a searched model')
     parser.add_argument('--architectures', metavar='FILE', nargs='*', default=[], help='JSON files')
+    parser.add_argument('--runner_ups', metavar='TABLE', help='a latency table; tests the runner-ups of the choice too')
     add_eval_data_args(parser, batch_size=128, workers=0)
     parser.set_defaults(seed=0)
     add_device_arg(parser)
@@ -85,6 +89,23 @@ def set_path(net, full, masks, chosen):
     return path
 
 
+def runner_ups(found, full, table):
+    """Return the networks that differ from a found one in one block, by the block's place and operator."""
+    target, networks = table.total(found['arch'], found['widths'], SPACE), {}
+    for stage, ops in found['arch'].items():
+        for place, op in enumerate(ops):
+            ranked = full[f'{stage}.block{place + 1}.log_alphas'].argsort(descending=True).tolist()
+            for other in (index for index in ranked if index != op):
+                arch = found['arch'] | {stage: [*ops[:place], other, *ops[place + 1 :]]}
+                least, most = latency_range(arch, table, SPACE, table.width_divisor)
+                if least <= target <= most:
+                    widths = fit_widths(arch, found['widths'], table, SPACE, target, table.width_divisor)
+                    label = f'{stage}.block{place + 1} {SPACE.ops[other].label}'
+                    networks[label] = {'arch': arch, 'widths': widths}
+                    break
+    return networks
+
+
 def main(args):
     """Print one line for each network."""
     world, (meta, _) = World(pick_device(args.device)), search_meta(args.model_path)
@@ -98,9 +119,12 @@ def main(args):
     transform = val_transform(img_size)
     # batch norms use the statistics of the batch: shuffled images, whole batches only
     loader = make_loader(args.val_root, samples, transform, args, world, args.val_list, for_training=True)
-    for path in [args.model_path, *args.architectures]:
+    chosen_ones = {args.model_path: found}
+    if args.runner_ups:
+        chosen_ones |= runner_ups(found, full, load_table(args.runner_ups, img_size, SPACE))
+    for path in [*chosen_ones, *args.architectures]:
         try:
-            chosen = found if path is args.model_path else json.loads(Path(path).read_text())
+            chosen = chosen_ones[path] if path in chosen_ones else json.loads(Path(path).read_text())
             one = OnePath(net, set_path(net, full, masks, chosen))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f'{path}: not an architecture of this search space ({type(e).__name__}: {e})') from e

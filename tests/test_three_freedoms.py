@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from test_targeting import random_state
 
-from conftest import ROOT, make_table
+from conftest import ROOT, SMALL_SPACE, make_table
 from experiments import join as join_freedoms
-from experiments import repeated, three_freedoms
+from experiments import path_accuracy, repeated, three_freedoms
 from experiments.results import Run, difference, holm, interval, p_values, read_numbers, result_of
 from models.config import load_config
+from models.elasticity import fit_widths, latency_range
+from models.parsing import parse_architecture
 from tools.errors import BadInput
 from tools.run.metrics import VERSION
 
@@ -355,3 +358,30 @@ def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
         run(again[1:])
     with pytest.raises(BadInput, match=r'has no random networks \[9\], which'):
         run([line | {'seed': 9} if line['seed'] == 3 else line for line in again])
+
+
+@pytest.mark.parametrize(('seed', 'share', 'without'), [(5, 0.8, 2), (7, 0.5, 0)])
+def test_runner_ups_differ_in_one_block_and_meet_the_same_latency(monkeypatch, seed, share, without):
+    """`without`: blocks that have no other operator that can."""
+    monkeypatch.setattr(path_accuracy, 'SPACE', SMALL_SPACE)
+    table, state = make_table(SMALL_SPACE, 32, base=0.1), random_state(SMALL_SPACE, seed)
+    arch = parse_architecture(state, SMALL_SPACE)
+    least, most = latency_range(arch, table, SMALL_SPACE)
+    widths = fit_widths(arch, SMALL_SPACE.start_widths(), table, SMALL_SPACE, least + share * (most - least))
+    found = {'arch': arch, 'widths': widths}
+    target, networks = table.total(*found.values(), SMALL_SPACE), path_accuracy.runner_ups(found, state, table)
+    places = [(stage, place) for stage, ops in arch.items() for place in range(len(ops))]
+    assert len(places) == 4 and len(networks) == len(places) - without
+    for label, network in networks.items():
+        (changed,) = [(s, i) for s, i in places if network['arch'][s][i] != arch[s][i]]
+        stage, place = changed
+        block = f'{stage}.block{place + 1}'
+        op = network['arch'][stage][place]
+        assert label == f'{block} {SMALL_SPACE.ops[op].label}'
+        assert table.total(*network.values(), SMALL_SPACE) == pytest.approx(target, rel=0.02)
+        for other in set(range(3)) - {op, arch[stage][place]}:
+            more_probable = state[f'{block}.log_alphas'][other] > state[f'{block}.log_alphas'][op]
+            if more_probable:
+                swapped = arch | {stage: [*arch[stage][:place], other, *arch[stage][place + 1 :]]}
+                least, most = latency_range(swapped, table, SMALL_SPACE)
+                assert not least <= target <= most
