@@ -271,6 +271,100 @@ def time_form(plain, amp, graphed, device, smoke):
         say(f"search_steps: {name}: the paper's search at this speed {hours:.2f} h")
 
 
+class Branch(nn.Module):
+    """An operator of a block as a module of one input, which torch can record."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.branch = op, op.branch
+
+    def forward(self, x):
+        """Run the operator without the residual connection."""
+        return self.branch(x)
+
+
+def record_operators(net, ops, batch, size, dtype, device):
+    """Replace these operators of each block by CUDA graphs of their forward and backward pass, in one memory pool."""
+    branches, inputs = [], []
+    for mixed, block in zip(net.mixed_ops(), net.space.blocks(size), strict=True):
+        for index in ops:
+            branches.append(Branch(mixed.m_ops[index]))
+            inputs.append((images_of(batch, block.in_ch, block.in_size, block.in_size, device=device, dtype=dtype),))
+    with torch.autocast(device.type, dtype, cache_enabled=False):
+        recorded = torch.cuda.make_graphed_callables(tuple(branches), tuple(inputs))
+    for branch, graph in zip(branches, recorded, strict=True):
+        object.__setattr__(branch.op, 'branch', graph)  # not as a submodule, which would contain its parent
+
+
+def learn_on_paths(net, images, labels, paths, precision):
+    """Add gradients as `backward_on_paths` does, and copy those of each path: the next path's graphs overwrite them."""
+    with precision.autocast():
+        shared = net.stem(images)
+    features = shared.detach().requires_grad_()
+    for path in paths:
+        with precision.autocast():
+            logits = net.searched(features, path).float()
+        precision.backward(F.cross_entropy(logits, labels))
+        learned = [p for p in (features, *net.weight_parameters()) if p.grad is not None]
+        for p, copy in zip(learned, torch._foreach_mul([p.grad for p in learned], 1), strict=True):
+            p.grad = copy
+    shared.backward(features.grad)
+
+
+def operator_graphs(device, smoke):
+    """Weight steps with a graph for each operator of a block: gradients against eager ones, time, launches, memory."""
+    if device.type == 'cpu':
+        say(f'operator_graphs: {NO_GPU}')
+    else:
+        compare_operator_graphs(device, smoke)
+
+
+def compare_operator_graphs(device, smoke):
+    """Print the lines of `operator_graphs`."""
+    from benchmarks.search_step import FLAGS, GRAD_CLIP, NUM_CLASSES, make_net
+    from models.model_search import ExecutionMode
+    from models.search_steps import make_optimizers, train_only
+    from tools.environment import prepare
+    from tools.precision import Precision
+
+    prepare(device, shapes_change=True)
+    batch, size = (2, 32) if smoke else (32, 224)
+    net, precision = make_net(ExecutionMode(fused=True), False, device), Precision(device, torch.bfloat16)
+    train_only(net.weight_parameters(), net.arch_parameters())
+    optimizer, _ = make_optimizers(net, 0.025, FLAGS)
+    images = images_of(batch, 3, size, size, device=device, grad=False)
+    labels = torch.arange(batch, device=device) % NUM_CLASSES
+    ops = 0, len(net.space.ops) - 1
+    paths = [[op] * net.num_blocks for op in ops]
+    learn = partial(learn_on_paths, net, images, labels, paths, precision)
+
+    def gradients():
+        optimizer.zero_grad()
+        learn()
+        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    def step():
+        learn()
+        precision.step(optimizer, GRAD_CLIP)
+
+    eager, again = gradients(), gradients()
+    record = partial(record_operators, net, ops, batch, size, torch.bfloat16, device)
+    seconds_to_record = seconds(record, device)
+    for form, found in (('eager again', again), ('graphs', gradients()), ('graphs again', gradients())):
+        largest = max(grad.abs().max().item() for grad in eager.values())
+        far = [name for name in eager if not (found[name] - eager[name]).abs().max() <= 1e-2 * eager[name].abs().max()]
+        say(
+            f'operator_graphs: {form}: gradients differ by {difference(found, eager):.1e}, the largest is'
+            f' {largest:.1e}; more than a hundredth apart: {len(far)} of {len(eager)}: {" ".join(far[:3])}'
+        )
+    took = best(step, device, smoke, 5)
+    busy, launches, _ = profiled(step, device)
+    say(
+        f'operator_graphs: {len(ops) * net.num_blocks} operators recorded in {seconds_to_record:.1f} s; weight step'
+        f' {1000 * took:.1f} ms, kernels {1000 * busy:.1f} ms, {launches} launches, at most {peak(device):.0f} MB'
+    )
+
+
 def first_touch(device, smoke):
     """Time of the first call of a convolution for a new shape, and of later ones, by pass, layer and width."""
     from tools.environment import prepare
@@ -465,8 +559,8 @@ def training(device, smoke):
 
 
 PARTS = (
-    environment, ceilings, checks, search_steps, training, networks, loading, first_touch, depthwise, widths, norms,
-    single_operators,
+    environment, ceilings, checks, search_steps, operator_graphs, training, networks, loading, first_touch, depthwise,
+    widths, norms, single_operators,
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ probe environment 30
 probe ceilings 30
 probe checks 175
 probe search_steps 120
+probe operator_graphs 60
 if ((${#smoke[@]})) || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo 'table: skipped: no GPU, or --smoke' | tee "$out/table.txt" | tee -a "$out/all.txt"
 else

@@ -295,8 +295,29 @@ def test_probes_of_a_gpu_run_on_a_cpu(capsys, settings, part, count, numbers):
         assert all(float(number) > 0 for number in found)
 
 
-def test_a_part_that_needs_a_gpu_says_so(capsys):
-    assert lines_of(capsys, gpu_probes.single_operators) == ['single_operators: skipped: no GPU']
+@pytest.mark.parametrize('part', ['operator_graphs', 'single_operators'])
+def test_parts_that_need_a_gpu_say_so(capsys, part):
+    assert lines_of(capsys, getattr(gpu_probes, part)) == [f'{part}: skipped: no GPU']
+
+
+@pytest.mark.parametrize('spoiled', [False, True])
+def test_gradients_of_operator_graphs_are_compared_with_eager_ones(capsys, monkeypatch, settings, spoiled):
+    """With a stand-in that records nothing on a CPU, and one that gives an operator another gradient."""
+
+    def record(modules, inputs):
+        assert len(modules) == len(inputs) == 2 * len(SPACE.blocks())
+        assert all(module(x).shape[0] == 2 for module, (x,) in zip(modules, inputs, strict=True))
+        if spoiled:
+            modules[5].op.point_linear.conv.weight.register_hook(lambda grad: grad * float('nan'))
+        return modules
+
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', record)
+    again, graphs, _, cost = lines_of(capsys, gpu_probes.compare_operator_graphs)
+    assert again.startswith('operator_graphs: eager again: gradients differ by 0.0e+00')
+    assert again.endswith('more than a hundredth apart: 0 of 190: ')
+    assert graphs.startswith(f'operator_graphs: graphs: gradients differ by {"nan" if spoiled else "0.0e+00"}')
+    assert not spoiled or graphs.endswith('1 of 190: stage2.block1.m_ops.7.point_linear.conv.weight')
+    assert cost.startswith('operator_graphs: 36 operators recorded in ')
 
 
 def test_the_profile_of_a_step_counts_its_kernels():
