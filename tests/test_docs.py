@@ -159,6 +159,7 @@ MORE_SCRIPTS = [
     'benchmarks/latency_methods.py',
     'benchmarks/runtimes.py',
     'experiments/join.py',
+    'experiments/repeated.py',
     'tools/plots.py',
 ]
 NOT_OURS = {'differences.md': {'--on_nan'}, 'latency.md': {'--onnx', '--shapes', '--fp16', '--graph', '--num_threads'}}

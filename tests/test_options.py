@@ -10,7 +10,13 @@ from tools.options import Parser, changed_flags, count, run_script
 
 SCRIPTS = ['train_search', 'parsing_model', 'train_eval', 'train_eval_amp', 'test', 'latency_pkl.make_lat_lut']
 SCRIPTS += ['dataset.make_lists', 'tools.plots', 'experiments.three_freedoms', 'experiments.path_accuracy']
-SCRIPTS += ['experiments.join', 'benchmarks.search_step', 'benchmarks.input_pipeline', 'dataset.demo.unpack']
+SCRIPTS += [
+    'experiments.join',
+    'experiments.repeated',
+    'benchmarks.search_step',
+    'benchmarks.input_pipeline',
+    'dataset.demo.unpack',
+]
 USERS = SCRIPTS[:8]
 """The scripts of the steps, whose flags all have a group and a sentence."""
 

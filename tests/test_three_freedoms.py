@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from test_targeting import random_state
 from conftest import ROOT, SMALL_SPACE, make_table
 from experiments import join as join_freedoms
 from experiments import path_accuracy, repeated, three_freedoms
-from experiments.results import Run, difference, holm, interval, p_values, read_numbers, result_of
+from experiments.results import Run, difference, half_interval, holm, interval, p_values, read_numbers, result_of
 from models.config import load_config
 from models.elasticity import fit_widths, latency_range
 from models.parsing import parse_architecture
@@ -105,6 +106,36 @@ def test_the_evidence_gives_the_table_of_the_page(join):
     runs = [json.loads(line) for line in path.read_text().splitlines()]
     full, drawn = ([run['top1'] for run in runs if run['arm'] == arm] for arm in ('full', 'random'))
     assert difference(full, drawn).replace(' (', ' points (') in page
+
+
+def test_the_evidence_gives_the_figures_of_the_follow_up(monkeypatch, capsys):
+    evidence = ROOT / 'experiments' / 'evidence'
+    page = ' '.join((ROOT / 'experiments' / 'README.md').read_text().partition('\n# Appendix')[0].split())
+    words = [evidence / 'follow_up.jsonl', '--first', evidence / 'preregistered.jsonl']
+    monkeypatch.setattr(sys, 'argv', ['repeated.py', *map(str, words)])
+    repeated.main(repeated.get_args())
+    printed = capsys.readouterr().out
+    assert printed.startswith('20 networks, 2 trainings each')
+    for pattern in (
+        r'F = [\d.]+',
+        r'p = [\d.]+\)',
+        r'[\d.]+ \([\d.]+ to [\d.]+',
+        r'(?<=of trainings )[\d.]+',
+        r'(?<=mean )0\.\d+',
+        r'(?<=training and mean: )rho = \S+ \(p = [\d.]+',
+        r'(?<=supernets and mean: )rho = \S+ \(p = [\d.]+',
+        r'(?<=90% against 10%: ).*',
+    ):
+        (found,) = re.findall(pattern, printed)[:1]
+        assert found in page, found
+    runs = [json.loads(line) for line in (evidence / 'preregistered.jsonl').read_text().splitlines()]
+    searched = [(run['own_path_top1'], np.array(run['runner_up_top1'])) for run in runs if run['arm'] == 'full']
+    margins = [(own - others).mean() for own, others in searched]
+    half = half_interval(margins)
+    mean = statistics.mean(margins)
+    assert f'{mean:.2f} points better ({mean - half:.2f} to {mean + half:+.2f})' in page
+    better = np.concatenate([own > others for own, others in searched])
+    assert f'{100 * better.mean():.0f} % of these {len(better)}' in page
 
 
 def test_the_evidence_gives_the_figures_of_the_appendix(join):
