@@ -226,7 +226,7 @@ def settle_flags(args, found, is_config):
     """Return the flags with what the search or config has, the table if it is needed, and the meta of the network."""
     source, meta = args.model_path or args.config_path, found.meta
     lookup_path = args.lookup_path or meta.table or DEFAULT_TABLE
-    needed = args.print_lat or args.target_lat or args.width_divisor
+    needed = args.lookup_path or args.print_lat or args.target_lat or args.width_divisor
     if needed and lookup_path == meta.table and not Path(lookup_path).is_file():
         raise BadInput(f'{lookup_path}, the latency table of {source}, is not there; name one with --lookup_path')
     if needed and meta.table and Path(lookup_path).resolve() != Path(meta.table).resolve():

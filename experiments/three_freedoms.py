@@ -180,7 +180,11 @@ class Scripts:
         if self.signal:
             raise Stopped
         if code or not record['finished']:
-            last = (folder / f'{step}.err').read_text().strip().splitlines()[-1:]
+            last = (
+                (folder / f'{step}.err').read_text().strip().splitlines()[-1:]
+                if code
+                else [f'and did not print {done!r}']
+            )
             raise BadInput(f'{folder.name}: {step} ended with {code}: {" ".join(last)}')
         return record
 

@@ -32,7 +32,7 @@ from latency_pkl.runtimes import Engine
 from latency_pkl.sampling import Decks, Sample, random_config, reference_config
 from latency_pkl.timing import QUEUED, TOGETHER, UNCONFIRMED, WAITED, Measured, Passes, pool_timings, take_turns
 from latency_pkl.width_grid import MULTIPLES, WidthGrid
-from models.config import load_config
+from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
 from models.latency import load_table, save_table
 from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
@@ -528,6 +528,18 @@ def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, 
     words = ['--model_path', str(searched), '--img_size', '32', '--save_path', str(tmp_path / 'n.config')]
     parsing_model.main(parsing_model.get_args([*words, '--device', 'cpu']))
     assert (tmp_path / 'n.config').exists() and 'no command to train it: train.txt: no such' in capsys.readouterr().out
+
+
+def test_a_table_that_is_given_predicts_the_latency_of_a_config_without_timing_it(tmp_path, capsys):
+    table, config = make_table(img_size=32), reference_config(10, SPACE)
+    save_table(table.base, table.curves, {'unit': 'ms'}, tmp_path / 'table.pkl')
+    (tmp_path / 'n.config').write_text(dump_config(config))
+    words = ['--config_path', str(tmp_path / 'n.config'), *SIZE, '--device', 'cpu']
+    parsing_model.main(parsing_model.get_args([*words, '--lookup_path', str(tmp_path / 'table.pkl')]))
+    printed = capsys.readouterr().out
+    assert f'Lat_LUT: {table.of_config(config):.4f} ms, predicted by' in printed and 'Timing' not in printed
+    parsing_model.main(parsing_model.get_args(words))
+    assert 'Lat_LUT' not in capsys.readouterr().out
 
 
 def test_times_of_found_networks_correct_the_next_fit(searched, tmp_path, capsys):
