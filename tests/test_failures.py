@@ -183,7 +183,7 @@ def test_2000_steps_need_no_more_memory_or_files_than_200(project):
     memory, files = resources(process.pid)
     print(f'memory {start_memory:.1f} -> {memory:.1f} MB, open files {start_files} -> {files}')
     finish(process)
-    assert memory - start_memory < 20 and files <= start_files + 1
+    assert memory - start_memory < 20 and files < start_files + 10  # those of workers and of a save come and go
 
 
 @pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT])
