@@ -20,7 +20,7 @@ MOMENTS = {
     'in a step': {'pattern': r' step \d+/'},
     'while saving': {'pattern': r' step \d+/', 'writing': True},
     'between epochs': {'pattern': r' step (\d+)/\1 '},
-    'while scaling': {'pattern': r'stage3 exits'},
+    'while scaling': {'pattern': r'After, the current lat'},
 }
 """When a search is killed: after a line of its output, and then perhaps as soon as it writes a checkpoint."""
 
