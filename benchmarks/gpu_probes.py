@@ -161,9 +161,8 @@ def checks(device, smoke):
         kinds |= {'as a graph': ['--cuda_graph', '--deterministic']}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder, begin, running, ended = Path(name), time.monotonic(), {}, set()
-        flags = make_images(
-            folder, *((8, 32, 2) if smoke else (192, 64, 8))
-        )  # graphs begin with the fourth step of six
+        # a graph begins with the fourth of six steps of the architecture
+        flags = make_images(folder, *((8, 32, 2) if smoke else (192, 64, 8)))
         flags += ['--workers', 0 if smoke else 2]
         for kind, more in kinds.items():
             words = ['train_search.py', *flags, *more, '--device', device.type, '--save', folder / f'save {kind}']

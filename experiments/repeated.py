@@ -1,4 +1,4 @@
-"""Separate the differences between networks from those between trainings, and compare with them what supernets say.
+"""Separate differences of networks from differences of trainings, and compare networks with their ranks in supernets.
 
     python experiments/repeated.py experiments/evidence/follow_up.jsonl \\
         --first experiments/evidence/preregistered.jsonl
@@ -8,6 +8,7 @@ networks at the target of most lines are analysed, the others compared by target
 each network, and its accuracy in supernets.
 """
 
+import re
 import sys
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -69,7 +70,13 @@ def rank_correlation(one, other) -> str:
 
 def trainings(results: list[dict], path: str) -> tuple[list[int], np.ndarray, dict[str, list[float]]]:
     """Return the seeds of the networks of the usual target, their accuracies [networks, trainings], and by target those
-    of the other networks."""
+    of the other networks.
+
+    Raises:
+        BadInput: a line has no target, or the networks have not equally many trainings, two or more.
+    """
+    if odd := [result for result in results if not re.fullmatch(r'[\d.]+%?', str(result.get('at')))]:
+        raise BadInput(f"{path}: 'at' is {odd[0].get('at')!r} in a line, should be a target such as 50%")
     usual = Counter(result['at'] for result in results).most_common(1)[0][0]
     by_network, others = defaultdict(list), defaultdict(list)
     for result in results:

@@ -180,12 +180,9 @@ class Scripts:
         if self.signal:
             raise Stopped
         if code or not record['finished']:
-            last = (
-                (folder / f'{step}.err').read_text().strip().splitlines()[-1:]
-                if code
-                else [f'and did not print {done!r}']
-            )
-            raise BadInput(f'{folder.name}: {step} ended with {code}: {" ".join(last)}')
+            errors = (folder / f'{step}.err').read_text().strip().splitlines()
+            why = ' '.join(errors[-1:]) if code else f'and did not print {done!r}'
+            raise BadInput(f'{folder.name}: {step} ended with {code}: {why}')
         return record
 
     def _run(self, words: list, errors: Path, name: str) -> tuple[int, str, float]:

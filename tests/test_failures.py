@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -167,9 +168,15 @@ def test_a_lost_worker_is_not_taken_for_another_process():
 
 
 def resources(pid):
-    """Resident memory in MB and open files of a process."""
-    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20, len(list(Path(f'/proc/{pid}/fd').iterdir()))
+    """Resident memory in MB and open files of a process; of the files the fewest of ten looks.
+
+    Those of starting workers and of a save come and go.
+    """
+    pages, files = int(Path(f'/proc/{pid}/statm').read_text().split()[1]), []
+    for _ in range(10):
+        files.append(len(list(Path(f'/proc/{pid}/fd').iterdir())))
+        time.sleep(0.02)
+    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20, min(files)
 
 
 @pytest.mark.slow
@@ -183,7 +190,7 @@ def test_2000_steps_need_no_more_memory_or_files_than_200(project):
     memory, files = resources(process.pid)
     print(f'memory {start_memory:.1f} -> {memory:.1f} MB, open files {start_files} -> {files}')
     finish(process)
-    assert memory - start_memory < 20 and files < start_files + 10  # those of workers and of a save come and go
+    assert memory - start_memory < 20 and files <= start_files + 1
 
 
 @pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT])

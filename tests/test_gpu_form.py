@@ -231,7 +231,7 @@ def assert_same(got, expected, atol=0.0):
     (weights, latencies), (expected_weights, expected_latencies) = got, expected
     assert latencies == pytest.approx(expected_latencies, abs=atol)
     far = {name: (value - expected_weights[name]).abs().max().item() for name, value in weights.items()}
-    assert all(distance <= atol for distance in far.values()), far  # no NaN either
+    assert all(distance <= atol for distance in far.values()), (atol, far)  # no NaN either
 
 
 def test_a_graphed_search_equals_the_eager_one(small_space):
@@ -306,10 +306,12 @@ def test_other_shapes_run_eagerly(small_space):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-def test_a_cuda_graph_equals_the_eager_steps(small_space, settings):
-    """With deterministic kernels: the least difference of two steps grows in the steps after them."""
-    cuda, lines, recorded = torch.device('cuda'), [], []
-    environment.prepare(cuda, deterministic=True, tf32=False)
+@pytest.mark.parametrize('deterministic', [True, False])
+def test_a_cuda_graph_equals_the_eager_steps(small_space, settings, deterministic):
+    """Other kernels may round differently each time, and differences grow with the steps: then as two eager runs do."""
+    cuda, lines, recorded, atol = torch.device('cuda'), [], [], 1e-6
+    if deterministic:
+        environment.prepare(cuda, deterministic=True, tf32=False)
 
     def record(run):
         recorded.append(1)
@@ -317,7 +319,12 @@ def test_a_cuda_graph_equals_the_eager_steps(small_space, settings):
 
     got = train_epochs(small_space, Graphs(True, lambda form, *rest: lines.append(form % rest), record), 2, cuda)
     assert (lines, len(recorded)) == ([], 2)
-    assert_same(got, train_epochs(small_space, Graphs(False, print), 2, cuda), atol=1e-6)
+    expected = train_epochs(small_space, Graphs(False, print), 2, cuda)
+    if not deterministic:
+        again = train_epochs(small_space, Graphs(False, print), 2, cuda)
+        apart = max((value - again[0][name]).abs().max().item() for name, value in expected[0].items())
+        atol = max(1e-4, 10 * apart)
+    assert_same(got, expected, atol)
 
 
 @pytest.mark.gpu

@@ -394,6 +394,8 @@ def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
     ]
     with pytest.raises(BadInput, match=r'as many trainings of each network, two or more; found \[1, 2\]'):
         run(again[1:])
+    with pytest.raises(BadInput, match="'at' is None in a line, should be a target such as 50%"):
+        run([*again, first[0]])
     with pytest.raises(BadInput, match=r'has no random networks \[9\], which'):
         run([line | {'seed': 9} if line['seed'] == 3 else line for line in again])
 
