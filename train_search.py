@@ -225,8 +225,9 @@ def scale_to_target(state, table, target, limits, args, log):
     scaled, more, divisor = widths, {}, args.width_divisor or table.width_divisor
     if 'width' in args.freedoms:
         first, arch = arch, most_probable(state.full, table, SPACE, target, divisor, limits)
-        scale = fit_widths if limits else scale_widths  # proportional steps stop at the first limit
-        scaled = scale(arch, widths, table, SPACE, target, divisor, limits)
+        scaled = scale_widths(arch, widths, table, SPACE, target, divisor)
+        if limits or abs(table.total(arch, scaled, SPACE) / target - 1) > CLOSE:  # as with coarse steps of widths
+            scaled = fit_widths(arch, widths, table, SPACE, target, divisor, limits)
         if arch != first:
             more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
             least, most = latency_range(first, table, SPACE, divisor)
@@ -237,7 +238,8 @@ def scale_to_target(state, table, target, limits, args, log):
     for when, latency in (('Before', before), ('After', after)):
         log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
     if 'width' in args.freedoms and abs(after / target - 1) > CLOSE:
-        log('the target is missed by %.1f %%: widths have steps of %d', 100 * (after / target - 1), divisor)
+        why = 'limits leave no nearer widths' if limits else f'widths have steps of {divisor}'
+        log('the target is missed by %.1f %%: %s', 100 * (after / target - 1), why)
     if limits:
         more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log)
     least, most = latency_range(arch, table, SPACE, divisor)
@@ -390,7 +392,7 @@ def main(args):
             if not warming_up:
                 log_probabilities(state.net, logger.detail)
                 scale = partial(scale_to_target, state, table, target, limits, args, logger.log)
-                state.arch, widths, numbers['latency'] = world.from_rank0(scale)
+                before, (state.arch, widths, numbers['latency']) = state.arch, world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)
             numbers |= trained.numbers
@@ -398,7 +400,7 @@ def main(args):
             logger.watch_loss(epoch, numbers['w_loss'])
             logger.record('epoch', epoch, **numbers, **found)
             if epoch == args.epochs - 1 and not warming_up:
-                warn_not_decided(found['ops'], logger.log)
+                warn_not_decided(found['ops'], before, state.arch, logger.log)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))
             remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)

@@ -16,6 +16,9 @@ from models.search_space import Arch, Op, SearchSpace, after_stride
 UNDECIDED = 0.9
 """Mean entropy of operator probabilities above which a search has not decided."""
 
+UNSETTLED = 1 / 3
+"""Share of blocks above which a choice that changed in the last epoch has not settled."""
+
 
 def describe_space(img_size: int, space: SearchSpace) -> dict:
     """Return operators, blocks with the (least, start, most) width of each operator, and exit depths.
@@ -200,11 +203,15 @@ def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
         )
 
 
-def warn_not_decided(ops: Sequence[Sequence[float]], log: Callable) -> None:
-    """Log a warning if a search ends with operators that are nearly equally probable.
+def warn_not_decided(ops: Sequence[Sequence[float]], before: Arch | None, arch: Arch, log: Callable) -> None:
+    """Log a warning if a search ends with operators that are nearly equally probable, or with a choice that changes.
+
+    A high learning rate of the architecture makes noise decide, by any entropy; then each epoch has another choice.
 
     Args:
         ops: probabilities [blocks][ops].
+        before: current architecture before the last epoch, if there was one.
+        arch: current architecture after it.
     """
     if (entropy := mean_entropy(ops)) > UNDECIDED:
         log(
@@ -212,6 +219,23 @@ def warn_not_decided(ops: Sequence[Sequence[float]], log: Callable) -> None:
             ' A higher --a_lr helps.',
             entropy,
         )
+    changed, blocks = changed_blocks(before or arch, arch)
+    if changed > UNSETTLED * blocks:
+        log(
+            'The choice has not settled: %d of %d blocks changed in the last epoch, so noise may have chosen.'
+            ' More epochs with a lower --a_lr help.',
+            changed,
+            blocks,
+        )
+
+
+def changed_blocks(before: Arch, after: Arch) -> tuple[int, int]:
+    """Return how many blocks two architectures do not share, operator included, and how many are in any of them."""
+    one, other = (
+        {(stage, place): op for stage, ops in arch.items() for place, op in enumerate(ops)} for arch in (before, after)
+    )
+    blocks = one.keys() | other.keys()
+    return sum(one.get(block) != other.get(block) for block in blocks), len(blocks)
 
 
 def largest_activation(config: NetworkConfig, img_size: int) -> int:

@@ -16,6 +16,7 @@ from tools.errors import BadInput
 from tools.report.compare import PUBLISHED, _epochs_figure, _macs_figure, compare_runs, results, results_text
 from tools.report.draw import draw_at_end, draw_run
 from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure, training_figure, with_measured
+from tools.report.page import _with_unit
 from tools.run.metrics import METRICS, read_run
 
 
@@ -234,6 +235,20 @@ def test_measured_latencies_fill_the_table_of_blocks(trained):
     text = Page((trained / 'report.html').read_text()).text.splitlines()
     assert {'measured latency (ms)', 'MACs (M)', 'input size (pixels)', 'val top1 (%)', 'stage1.1'} <= set(text)
     assert 'stage1.0' not in text and 'latency by the table (None)' not in text and text.count('0.33333') == 18
+
+
+def test_numbers_of_epochs_have_their_units():
+    about = {'unit': 'ms', 'limits': {'params': {'unit': 'M parameters'}}}
+    units = {
+        'val top1': '%',
+        'latency after': 'ms',
+        'latency given_up': 'log-probability',
+        'latency limits params before': 'M parameters',
+        'mixture_latency': 'ms',
+        'mixture_params': 'M parameters',
+    }
+    assert [_with_unit(name, about) for name in units] == [f'{name} ({unit})' for name, unit in units.items()]
+    assert _with_unit('w_loss', about) == 'w_loss' and _with_unit('latency after', {}) == 'latency after (ms)'
 
 
 def test_long_titles_are_wrapped(trained):

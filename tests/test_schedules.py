@@ -8,7 +8,7 @@ from bad_files import good_flags, run_here, words_of, write_table
 from training_runs import load, only_run
 
 from models import search_state
-from models.describe import mean_entropy, warn_not_decided, warn_not_learned
+from models.describe import changed_blocks, mean_entropy, warn_not_decided, warn_not_learned
 from models.search_state import default_a_lr, temperature, with_schedule
 from tools.errors import BadInput
 from tools.run.metrics import read_run
@@ -108,5 +108,24 @@ def test_a_supernet_near_chance_is_warned_of(top1, classes, warned):
 def test_a_search_that_ends_undecided_is_warned_of():
     lines = []
     for row in ([0.5, 0.3, 0.2], [0.6, 0.2, 0.2]):  # entropies 0.94 and 0.86
-        warn_not_decided([row, row], lambda text, *values: lines.append(text % values))
+        warn_not_decided([row, row], None, {'stage1': [0, 1]}, lambda text, *values: lines.append(text % values))
     assert len(lines) == 1 and 'is 0.94' in lines[0]
+
+
+@pytest.mark.parametrize(
+    ('before', 'changed', 'blocks'),
+    [
+        ({'stage1': [0, 1], 'stage2': [2]}, 0, 3),
+        ({'stage1': [0, 1], 'stage2': [1]}, 1, 3),  # a third
+        ({'stage1': [0], 'stage2': [1]}, 2, 3),  # another operator and a block less
+        ({'stage1': [0, 1, 1], 'stage2': [1]}, 2, 4),
+    ],
+)
+def test_a_search_whose_choice_still_changes_is_warned_of(before, changed, blocks):
+    after, lines = {'stage1': [0, 1], 'stage2': [2]}, []
+    assert changed_blocks(before, after) == changed_blocks(after, before) == (changed, blocks)
+    warn_not_decided([[0.9, 0.1]], before, after, lambda text, *values: lines.append(text % values))
+    if changed < 2:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and f'not settled: {changed} of {blocks} blocks' in lines[0]

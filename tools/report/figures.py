@@ -272,9 +272,9 @@ def operators_figure(run: Run) -> Figure:
             extent=(*ends, len(labels) - 0.5, -0.5),
         )
         undecided = np.ptp(values[:, i, : len(lines[-1]['ops'][i])], axis=1) < 1e-6
-        winners = np.where(undecided, np.nan, values[:, i].argmax(axis=1))
-        axis.step(epochs, winners, where='mid', color='white', linewidth=2.4)
-        axis.step(epochs, winners, where='mid', color=BLACK, linewidth=1.1)
+        chosen = np.where(undecided, np.nan, [_operator(run, line, i) for line in lines])
+        axis.step(epochs, chosen, where='mid', color='white', linewidth=2.4)
+        axis.step(epochs, chosen, where='mid', color=BLACK, linewidth=1.1)
         name, current = block_label(blocks[i]), _current(run, lines[-1], i)
         found = 'dropped' if current is None else labels[current]
         axis.set_title(f'{name}: {found}', fontsize=8, color='#767676' if current is None else BLACK)
@@ -283,7 +283,7 @@ def operators_figure(run: Run) -> Figure:
         axis.tick_params(length=2)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     bar = top.colorbar(image, ax=grid, shrink=0.6 if rows > 1 else 1, pad=0.01, aspect=10 * rows)
-    bar.set_label('probability (line: the most probable)' if rows > 1 else 'probability')
+    bar.set_label('probability (line: the current operator)' if rows > 1 else 'probability')
     ticks = [0, even / 2, even, *np.linspace(even, norm.vmax, 4)[1:]]
     bar.set_ticks(ticks, labels=[f'{tick:.2g}' if tick != even else f'1/{len(labels)}' for tick in ticks])
     _draw_entropy(bottom.subplots(), lines, values, run)
@@ -295,10 +295,22 @@ def _current(run: Run, line: dict, block: int) -> int | None:
     blocks = run.header['space']['blocks']
     stage = blocks[block]['stage']
     number = sum(other['stage'] == stage for other in blocks[: block + 1])
+    if number > _depth(run, line, stage):
+        return None
+    return line['arch'][stage][number - 1] if 'arch' in line else int(np.argmax(line['ops'][block]))
+
+
+def _operator(run: Run, line: dict, block: int) -> int:
+    """Return the operator of a block in the current architecture, or the most probable one if the block is dropped."""
+    current = _current(run, line, block)
+    return int(np.argmax(line['ops'][block])) if current is None else current
+
+
+def _depth(run: Run, line: dict, stage: str) -> int:
+    """Return the number of blocks of a stage in the current architecture."""
     if 'arch' in line:
-        return line['arch'][stage][number - 1] if number <= len(line['arch'][stage]) else None
-    depth = run.header['space']['exits'][stage][int(np.argmax(line['exits'][stage]))]
-    return int(np.argmax(line['ops'][block])) if number <= depth else None
+        return len(line['arch'][stage])
+    return run.header['space']['exits'][stage][int(np.argmax(line['exits'][stage]))]
 
 
 def _draw_entropy(axis: Axes, lines: list[dict], values: np.ndarray, run: Run) -> None:
@@ -339,11 +351,11 @@ def depth_figure(run: Run) -> Figure:
     image = left.imshow(weights, vmin=0, vmax=1, extent=(*ends, len(names) - 0.5, -0.5), **look)
     depths = [f'{exits[stage][i]} block{"s" * (exits[stage][i] != 1)}' for stage, i in names]
     left.set_yticks(range(len(names)), [f'{stage}: {depth}' for (stage, _), depth in zip(names, depths, strict=True)])
-    left.set_title('Weight of each exit (■ most probable)')
+    left.set_title('Weight of each exit (■ current)')
     final = lines[-1]['exits']
     for y, (stage, i) in enumerate(names):
-        best = final[stage][i] == max(final[stage])
-        _at_right(left, y, f'{final[stage][i]:.2f}' + (' ■' if best else ''))
+        current = exits[stage][i] == _depth(run, lines[-1], stage)
+        _at_right(left, y, f'{final[stage][i]:.2f}' + (' ■' if current else ''))
     figure.colorbar(image, ax=left, pad=0.13, aspect=30, label='weight')
     image = right.imshow(_width_shares(run, lines), vmin=0, vmax=1, extent=(*ends, len(blocks) - 0.5, -0.5), **look)
     right.set_yticks(range(len(blocks)), [block_label(block) for block in blocks])
@@ -381,8 +393,7 @@ def _width_shares(run: Run, lines: list[dict]) -> np.ndarray:
     shares = np.zeros((len(run.header['space']['blocks']), len(lines)))
     for y, block in enumerate(run.header['space']['blocks']):
         for x, line in enumerate(lines):
-            current = _current(run, line, y)
-            op = int(np.argmax(line['ops'][y])) if current is None else current
+            op = _operator(run, line, y)
             low, _, high = block['widths'][op]
             shares[y, x] = (line['widths'][y][op] - low) / max(high - low, 1)
     return shares

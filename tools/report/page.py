@@ -95,15 +95,24 @@ def _summary(run: Run) -> str:
 def _epochs(run: Run) -> str:
     rows = [_flat({key: line[key] for key in line if key not in SKIPPED}) for line in run.of('epoch')]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    unit = run.header.get('latency', {}).get('unit', 'ms')
-    return _table([_with_unit(name, unit) for name in names], [[row.get(name, '') for name in names] for row in rows])
+    about = run.header.get('latency', {})
+    return _table([_with_unit(name, about) for name in names], [[row.get(name, '') for name in names] for row in rows])
 
 
-def _with_unit(name: str, unit: str) -> str:
-    """Return the name of an epoch's number with its unit, if it has one."""
+def _with_unit(name: str, about: dict) -> str:
+    """Return the name of an epoch's number with its unit, if it has one.
+
+    Args:
+        about: the header's description of the latency table, with the limits' tables.
+    """
     if name.endswith(('top1', 'top5')):
         return f'{name} (%)'
-    return f'{name} ({unit})' if 'latency' in name else name
+    if name.endswith(' given_up'):
+        return f'{name} (log-probability)'
+    for limit, table in about.get('limits', {}).items():
+        if name == f'mixture_{limit}' or name.startswith(f'latency limits {limit} '):
+            return f'{name} ({table["unit"]})'
+    return f'{name} ({about.get("unit", "ms")})' if 'latency' in name else name
 
 
 SKIPPED = {'kind', 'time', 'ops', 'exits', 'widths', 'network'}
