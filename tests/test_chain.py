@@ -14,9 +14,11 @@ from training_runs import small_config
 
 import parsing_model
 from conftest import ROOT, make_table
-from dataset.lists import parse_list
+from dataset.lists import parse_list, split_by_class
 from dataset.loaders import fitting_batch
 from dataset.splits import (
+    RATIO,
+    SEED,
     Images,
     evaluation_images,
     find_roots,
@@ -298,6 +300,8 @@ def data_flags(**flags):
 
 def test_search_and_training_split_a_folder_alike_whatever_their_seed(photos):
     lists = split_folder(find_roots(photos)).samples
+    by_class = [[sample for sample in lists['train'] if sample[1] == label] for label in range(3)]
+    assert (lists['search_train'], lists['search_val']) == split_by_class(by_class, RATIO, SEED)
     for seed in (2, 5):
         found = search_images(data_flags(img_root=photos, seed=seed), World(CPU), None, lambda _: None)
         trained = training_images(data_flags(train_root=photos, seed=seed), None, lambda _: None)
