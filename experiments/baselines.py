@@ -27,11 +27,7 @@ def most_macs(table: LatencyTable, space: SearchSpace, target: float) -> tuple[A
     """
     blocks = space.blocks(table.img_size)
     options = [(block, *option) for block in blocks for option in _options(block, table, space)]
-    exits = [
-        (name, depth)
-        for name, stage in zip(space.stage_names, space.stages, strict=True)
-        for depth in stage.exit_depths
-    ]
+    exits = [(name, depth) for name, stage in space.named_stages for depth in stage.exit_depths]
     amount = np.array([0.0] * len(exits) + [option[3] for option in options])
     latency = np.array([0.0] * len(exits) + [option[4] for option in options])
     at_most = np.array([0.0] * len(exits) + [option[5] for option in options])
@@ -81,7 +77,7 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
                 widths[block.stage][block.name][index] = min(max(width, least), most)
             return widths
 
-        arch = {name: [index] * stage.depth for name, stage in zip(space.stage_names, space.stages, strict=True)}
+        arch = {name: [index] * stage.depth for name, stage in space.named_stages}
         if not table.total(arch, widths_at(0), space) <= target <= table.total(arch, widths_at(1), space):
             continue
         for _ in range(40):

@@ -89,7 +89,7 @@ def kit_networks(
     for number in range(count):
         arch: Arch = {}
         held_back = number >= count - held_back_of(count)
-        for name, stage in zip(space.stage_names, space.stages, strict=True):
+        for name, stage in space.named_stages:
             depths, ops = list(stage.exit_depths), range(len(space.ops))
             depth = rng.choice(depths) if held_back else decks.draw(name, depths + [stage.depth] * len(depths))
             places = range(depth)

@@ -68,7 +68,7 @@ def random_network(
     """
     arch: Arch = {}
     blocks, ops = space.blocks(), range(len(space.ops))
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         full = ends and rng.random() < FULL_DEPTH_SHARE
         depth = stage.depth if full else rng.choice(stage.exit_depths)
         own = [block for block in blocks if block.stage == name]
