@@ -209,13 +209,13 @@ def test_checkpoints_of_other_times_and_programs():
 
 def test_classes_of_a_search_reach_the_config_and_published_ones_have_1000(tmp_path):
     write_searched(tmp_path / 'old.pth.tar')
-    assert load_architecture(tmp_path / 'old.pth.tar', None, SPACE).classifier.out_features == 1000
+    assert load_architecture(tmp_path / 'old.pth.tar', SPACE).classifier.out_features == 1000
     checkpoint = torch.load(tmp_path / 'old.pth.tar', weights_only=True)
     checkpoint |= {'flags': {'num_classes': 3}, 'meta': {'img_size': 64, 'class_names': NAMES}}
     torch.save(checkpoint, tmp_path / 'new.pth.tar')
-    config = load_architecture(tmp_path / 'new.pth.tar', None, SPACE)
+    config = load_architecture(tmp_path / 'new.pth.tar', SPACE)
     assert config.classifier.out_features == 3 and list(config.meta.class_names) == NAMES
-    assert load_architecture(tmp_path / 'new.pth.tar', 7, SPACE).meta == Meta(64)
+    assert config.with_classes(7).meta == Meta(64)
 
 
 def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
