@@ -96,8 +96,7 @@ def rehearse_architecture_step(
         torch.OutOfMemoryError: the step needs more memory than there is.
     """
     _widest_step(net, shape, latency_loss, Precision(precision.device, precision.dtype), args)
-    if precision.device.type == 'cuda':
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _widest_step(net: Network, shape: Sequence[int], latency_loss: LatencyLoss, precision: Precision, args) -> None:

@@ -15,7 +15,7 @@ from models.elasticity import full_weights, start_masks
 from models.layers import MBInvertedResBlock
 from models.parsing import load_architecture, parse_architecture
 from models.search_space import SPACE
-from tools.files import load_weights, save_checkpoint
+from tools.files import put_weights, read_weights, save_checkpoint
 
 TF_NAS_A = ROOT / 'models' / 'zoo' / 'tf_nas_a.config'
 
@@ -171,7 +171,7 @@ def test_weights_load_with_and_without_prefix(tmp_path, small_space, wrap, prefi
     config = build_config(*random_arch(small_space, random.Random(2)), NUM_CLASSES, small_space)
     net, other = NetworkEval(config).eval(), NetworkEval(config).eval()
     save_checkpoint(wrap({prefix + name: value for name, value in net.state_dict().items()}), tmp_path / 'w.pth')
-    load_weights(other, tmp_path / 'w.pth')
+    put_weights(other, read_weights(tmp_path / 'w.pth').state, 'w.pth')
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net(x), other(x))
 
@@ -185,4 +185,4 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path, small_space):
     save_checkpoint(state, tmp_path / 'w.pth')
     message = r'1 missing \(first_stem.conv.weight\); 1 unexpected \(extra\); 1 wrong shape \(classifier.linear.bias'
     with pytest.raises(ValueError, match=message):
-        load_weights(net, tmp_path / 'w.pth')
+        put_weights(net, read_weights(tmp_path / 'w.pth').state, 'w.pth')
