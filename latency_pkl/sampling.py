@@ -14,6 +14,7 @@ from latency_pkl.timing import LAUNCHES, Passes, typical_parts
 from models.config import NetworkConfig, build_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
+from models.onnx_graph import RANDOM_BOUND
 from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 
@@ -107,7 +108,7 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
         net = NetworkEval(config).eval()
     with torch.no_grad():
         for p in net.parameters():
-            p.uniform_(-0.1, 0.1, generator=generator)
+            p.uniform_(-RANDOM_BOUND, RANDOM_BOUND, generator=generator)
     return net
 
 
