@@ -64,7 +64,7 @@ def backward_on_mixture(
     """Add the gradients of log_alphas and betas: cross entropy of the mixture plus its latency loss (section 3.1).
 
     Args:
-        op_weights: mixture weights [blocks, ops], from `Network.mixture_weights`.
+        op_weights: mixture weights [blocks, ops], from `Network.noisy_weights` with noise from `mixture_noise`.
         precision: that of the architecture's optimizer.
 
     Returns:
