@@ -269,7 +269,7 @@ def main(args):
     is_config = names_config(args)
     save_path = args.save_path or (None if is_config else 'model.config')
     paths = config_paths(save_path, args.target_lat)
-    found = load_architecture(args.model_path or args.config_path, args.num_classes, SPACE)
+    found = load_architecture(args.model_path or args.config_path, SPACE)
     found = found.with_classes(args.num_classes) if args.num_classes else found
     for path in filter(None, paths):
         check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])

@@ -111,7 +111,7 @@ def load_net(args):
         print(f'--num_classes {num_classes}: from {args.weights}')
     if in_weights and in_weights != num_classes:
         raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes is {num_classes}')
-    config = load_architecture(path, num_classes, SPACE)
+    config = load_architecture(path, SPACE)
     own = checkpoint_meta(about, args.weights)
     known = [(own.img_size, args.weights), (config.meta.img_size, path)]
     args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE, print))

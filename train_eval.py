@@ -40,7 +40,7 @@ def main(args):
     """Join the other processes if there are any, load the images, build the network, train."""
     world = join_world(args.device, args.local_rank)
     snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
-    config = load_architecture(source, None, SPACE)
+    config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
     snapshot = snapshot.with_notes(*notes)
     precision = Precision(world.device)

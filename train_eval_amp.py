@@ -58,7 +58,7 @@ def main(args):
         check_sync_bn(world)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm if args.sync_bn and world.size > 1 else nn.Identity()
     snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
-    config = load_architecture(source, None, SPACE)
+    config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
     snapshot = snapshot.with_notes(*notes)
     run = open_training(args, config, source, images, len(loaders[0]), precision, snapshot, world, SPACE, convert)

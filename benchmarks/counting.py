@@ -46,36 +46,6 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-class Layouts(TorchDispatchMode):
-    """Recorder of operators that read or write a four-dimensional tensor that is not in channels-last order.
-
-    `broken` names each such operator, with size and strides of the tensor. Tensors of one channel or one pixel are left
-    out, since their order is ambiguous. A view may have gaps: a slice of channels or columns keeps the order.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.broken = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for role, values in (('input', (args, kwargs)), ('output', out)):
-            wrong = [t for t in tree_leaves(values) if isinstance(t, Tensor) and not _is_channels_last(t)]
-            if wrong:
-                size, stride = tuple(wrong[0].shape), wrong[0].stride()
-                self.broken.append(f'{func}: {role} of size {size} has strides {stride}')
-                break
-        return out
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if x.dim() != 4 or x.shape[1] == 1 or x.shape[2:].numel() == 1:
-        return True
-    (_, channels, rows, columns), stride = x.shape, x.stride()
-    in_order = stride[3] >= channels and stride[2] >= columns * stride[3] and stride[0] >= rows * stride[2]
-    return stride[1] == 1 and in_order
-
-
 def saved_megabytes(forward: Callable[[], Tensor]) -> float:
     """Return the memory that autograd keeps for the backward pass of the result of `forward`, in MB."""
     storages, alive = {}, []

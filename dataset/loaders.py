@@ -255,25 +255,8 @@ def load_training_data(
     args = settle_data(args, world, images, 1, [(img_size, source)], notes.append)
     args = with_flags(args, val_root=args.val_root or args.train_root)
     notes += [lr_note(args), fewer_workers({'--workers': args.workers}, world)]
-    return args, images, make_train_val_loaders(args, world, images), notes
-
-
-def make_train_val_loaders(args, world: World, images: Images) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of a training script: training, validation.
-
-    Args:
-        args: img_size, batch_size, workers, seed, auto_augment, device_aug, bad_images.
-
-    Raises:
-        BadInput: see `make_loader`.
-    """
-    train_loader, val_loader = (
-        make_loader(root, samples, transform, args, world, source, for_training=first)
-        for root, samples, source, transform, first in zip(
-            images.roots, images.samples, images.sources, transforms(args), (True, False), strict=True
-        )
-    )
-    return train_loader, val_loader
+    loaders = _make_loaders(args, world, images, (True, False), (args.workers, args.workers))
+    return args, images, loaders, notes
 
 
 def make_search_loaders(
@@ -291,13 +274,20 @@ def make_search_loaders(
     """
     workers = args.workers, -(-args.workers // 2) if args.val_workers is None else args.val_workers
     note(fewer_workers({'--workers': workers[0], '--val_workers': workers[1]}, world))
-    weights_loader, architecture_loader = (
-        make_loader(root, samples, transform, args, world, source, for_training=True, workers=count)
-        for root, samples, source, transform, count in zip(
-            images.roots, images.samples, images.sources, transforms(args), workers, strict=True
+    return _make_loaders(args, world, images, (True, True), workers)
+
+
+def _make_loaders(
+    args, world: World, images: Images, for_training: tuple[bool, bool], workers: tuple[int, int]
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of both parts of `images`; see `make_loader`."""
+    first, second = (
+        make_loader(root, samples, transform, args, world, source, for_training=trains, workers=count)
+        for root, samples, source, transform, trains, count in zip(
+            images.roots, images.samples, images.sources, transforms(args), for_training, workers, strict=True
         )
     )
-    return weights_loader, architecture_loader
+    return first, second
 
 
 def transforms(args) -> tuple[Callable, Callable]:

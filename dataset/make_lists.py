@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tools.needed  # noqa: F401  # isort: skip
-from dataset.lists import list_folder, read_classes, read_numbering, split_by_class, write_list
+from dataset.lists import class_file, list_folder, read_classes, read_numbering, split_by_class, write_list
 from dataset.splits import RATIO, SEED, find_roots, flat, split_folder
 from tools.files import write_text
 from tools.next_step import command
@@ -111,7 +111,8 @@ def main(args):
         write_list(samples, path)
         print(f'{path}: {len(samples)} images of {len({label for _, label in samples})} classes')
     if args.to:
-        write_text(Path(args.to) / 'classes.txt', ''.join(f'{name}\n' for name in lists.names))
+        for name, text in class_file(lists.names).items():
+            write_text(Path(args.to) / name, text)
         print(next_commands(Path(args.to), lists.train_root, lists.val_root))
 
 

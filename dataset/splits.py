@@ -4,6 +4,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +89,16 @@ class Images:
     @property
     def names(self) -> list[str] | None:
         """Class names by label; see `class_names`."""
-        names = class_names(self.samples[0])
-        return names if len(names or ()) == self.num_classes else None
+        return self._names if len(self._names or ()) == self.num_classes else None
 
     @property
     def run_files(self) -> dict[str, str]:
         """Files for the run folder: the lists, if they were made, and the class names."""
-        return self.files | class_file(class_names(self.samples[0]))
+        return self.files | class_file(self._names)
+
+    @cached_property
+    def _names(self) -> list[str] | None:
+        return class_names(self.samples[0])
 
     def digest(self) -> str:
         """Return 16 hex digits that change with any path, label or order."""
@@ -158,7 +164,7 @@ def split_folder(
     else:
         parts = split_by_class(train, ratio, seed)
     if for_search:
-        by_class = [[sample for sample in parts[0] if sample[1] == label] for label in range(len(names))]
+        by_class = [list(samples) for _, samples in groupby(parts[0], key=itemgetter(1))]
         parts += split_by_class(by_class, ratio, seed)
     return FolderLists(train_root, val_root, dict(zip(LISTS, parts, strict=False)), names)
 

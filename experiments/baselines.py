@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from latency_pkl.estimate import block_work
-from models.config import op_spec
 from models.elasticity import fit_widths
 from models.latency import LatencyTable
-from models.search_space import Arch, Block, SearchSpace, Widths
+from models.limits import block_macs
+from models.search_space import Arch, Block, Op, SearchSpace, Widths
 from tools.errors import BadInput
 
 LEVELS = 9
@@ -27,11 +26,7 @@ def most_macs(table: LatencyTable, space: SearchSpace, target: float) -> tuple[A
     """
     blocks = space.blocks(table.img_size)
     options = [(block, *option) for block in blocks for option in _options(block, table, space)]
-    exits = [
-        (name, depth)
-        for name, stage in zip(space.stage_names, space.stages, strict=True)
-        for depth in stage.exit_depths
-    ]
+    exits = [(name, depth) for name, stage in space.named_stages for depth in stage.exit_depths]
     amount = np.array([0.0] * len(exits) + [option[3] for option in options])
     latency = np.array([0.0] * len(exits) + [option[4] for option in options])
     at_most = np.array([0.0] * len(exits) + [option[5] for option in options])
@@ -69,7 +64,7 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
         BadInput: no operator can.
     """
     blocks = space.blocks(table.img_size)
-    for index in sorted(range(len(space.ops)), key=lambda i: -_macs_at_most(i, blocks, space)):
+    for index in sorted(range(len(space.ops)), key=lambda i: -_macs_at_most(space.ops[i], blocks)):
         op = space.ops[index]
         low, high = 0.0, 1.0  # of the way from the least widths to the most
 
@@ -81,7 +76,7 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
                 widths[block.stage][block.name][index] = min(max(width, least), most)
             return widths
 
-        arch = {name: [index] * stage.depth for name, stage in zip(space.stage_names, space.stages, strict=True)}
+        arch = {name: [index] * stage.depth for name, stage in space.named_stages}
         if not table.total(arch, widths_at(0), space) <= target <= table.total(arch, widths_at(1), space):
             continue
         for _ in range(40):
@@ -92,22 +87,15 @@ def uniform(table: LatencyTable, space: SearchSpace, target: float) -> tuple[Arc
     raise BadInput(f'target {target:g}: no uniform network of full depth has it')
 
 
-def macs(block: Block, index: int, widths: np.ndarray, space: SearchSpace) -> np.ndarray:
-    """Return the MACs of an operator at some widths."""
-    work = block_work(op_spec(block, space.ops[index], 1), widths, block.in_size, batch=1)
-    return np.asarray(work.dense + work.depthwise + work.squeeze, dtype=float)
-
-
 def _options(block: Block, table: LatencyTable, space: SearchSpace) -> Iterator[tuple[int, int, float, float, float]]:
     """Yield operator, width, M MACs, latency, and latency at the most width, of what a block can be."""
     for index, op in enumerate(space.ops):
         least, most = table.ends(block, op)
         levels = np.linspace(least, most, LEVELS) / table.width_divisor
         widths = np.unique((levels.round() * table.width_divisor).clip(least, most).astype(int))
-        for width, amount in zip(widths.tolist(), macs(block, index, widths, space) / 1e6, strict=True):
+        for width, amount in zip(widths.tolist(), block_macs(block, op, widths), strict=True):
             yield index, width, amount, table.of(block, op, width), table.of(block, op, most)
 
 
-def _macs_at_most(index: int, blocks: list[Block], space: SearchSpace) -> float:
-    op = space.ops[index]
-    return sum(float(macs(block, index, np.array([op.max_width(block.in_ch)]), space)[0]) for block in blocks)
+def _macs_at_most(op: Op, blocks: list[Block]) -> float:
+    return sum(block_macs(block, op, op.max_width(block.in_ch)) for block in blocks)

@@ -31,7 +31,7 @@ def get_args(argv=None):
 def random_probabilities(seed: int, space: SearchSpace) -> dict[str, Tensor]:
     """Return random log_alphas and betas. All architectures are equally likely to be the most probable by them."""
     sizes = {f'{block.stage}.{block.name}.log_alphas': len(space.ops) for block in space.blocks()}
-    sizes |= {f'{n}.betas': len(stage.exit_depths) for n, stage in zip(space.stage_names, space.stages, strict=True)}
+    sizes |= {f'{name}.betas': len(stage.exit_depths) for name, stage in space.named_stages}
     draw = torch.Generator().manual_seed(seed)
     return {name: torch.rand(size, generator=draw).log_softmax(0) for name, size in sizes.items()}
 

@@ -33,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset.lists import read_list
+from dataset.lists import read_list, write_list
 from experiments.baselines import most_macs, uniform
 from experiments.results import Run, report
 from latency_pkl.sampling import random_network
@@ -354,7 +354,7 @@ def estimate(runs: list[Run], table, scripts: Scripts, args) -> str:
         samples = read_list(getattr(args, f'{name}_list'), args.img_root, args.num_classes)
         counts[name] = len(samples)
         few = random.Random(0).sample(samples, min(len(samples), TIMED_BATCHES * args.batch_size))
-        write_text(folder / f'{name}.txt', ''.join(f'{path} {label}\n' for path, label in few))
+        write_list(few, folder / f'{name}.txt')
     timed = Run('timing', 0, args.target_lat)
     more = ['--train_list', folder / 'train.txt', '--val_list', folder / 'val.txt', '--epochs', 2, '--warmup_epochs', 1]
     more += ['--largest_epochs', 0]
@@ -400,7 +400,7 @@ def main(args):
         raise BadInput(f'--test_list {args.test_list}: has images of the search or the training')
     save.mkdir(parents=True, exist_ok=True)
     check_table(save / 'table.sha256', args.lookup_path)
-    write_text(save / 'both.txt', ''.join(f'{path} {label}\n' for part in lists for path, label in part))
+    write_list(lists[0] + lists[1], save / 'both.txt')
     runs, scripts = planned(args), Scripts(args.jobs)
     for run in runs:
         table.target(run.target, SPACE)

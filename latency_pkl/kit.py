@@ -18,7 +18,7 @@ from latency_pkl.measured import errors_of
 from latency_pkl.sampling import Decks, reference_config
 from models.config import NetworkConfig, build_config, load_config, unique_keys
 from models.latency import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS, LatencyTable
-from models.onnx_graph import save_onnx, to_onnx
+from models.onnx_graph import RANDOM_BOUND, save_onnx, to_onnx
 from models.search_space import Arch, SearchSpace
 from tools.errors import BadInput
 from tools.files import write_atomic, write_text
@@ -40,9 +40,6 @@ LEVELLED = 3
 
 NEAR = 0.25
 """Distance of these positions from their network's level."""
-
-BOUND = 0.1
-"""Bound on random weights, as in `latency_pkl.sampling.build_network`."""
 
 PAGE = 4096
 """Bytes at whose multiples weights begin, as ONNX advises for files that are mapped into memory."""
@@ -89,7 +86,7 @@ def kit_networks(
     for number in range(count):
         arch: Arch = {}
         held_back = number >= count - held_back_of(count)
-        for name, stage in zip(space.stage_names, space.stages, strict=True):
+        for name, stage in space.named_stages:
             depths, ops = list(stage.exit_depths), range(len(space.ops))
             depth = rng.choice(depths) if held_back else decks.draw(name, depths + [stage.depth] * len(depths))
             places = range(depth)
@@ -164,7 +161,7 @@ def check_kit_folder(folder: Path) -> None:
 
 def random_weights(count: int) -> np.ndarray:
     """Return uniform random numbers, float32 [count]. They have 8 bits of precision, so that they can be compressed."""
-    values = np.random.default_rng(0).random(count, np.float32) * (2 * BOUND) - BOUND
+    values = np.random.default_rng(0).random(count, np.float32) * (2 * RANDOM_BOUND) - RANDOM_BOUND
     return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 

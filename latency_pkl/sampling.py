@@ -14,6 +14,7 @@ from latency_pkl.timing import LAUNCHES, Passes, typical_parts
 from models.config import NetworkConfig, build_config
 from models.latency import LatencyTable
 from models.model_eval import NetworkEval
+from models.onnx_graph import RANDOM_BOUND
 from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 
@@ -68,7 +69,7 @@ def random_network(
     """
     arch: Arch = {}
     blocks, ops = space.blocks(), range(len(space.ops))
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         full = ends and rng.random() < FULL_DEPTH_SHARE
         depth = stage.depth if full else rng.choice(stage.exit_depths)
         own = [block for block in blocks if block.stage == name]
@@ -107,7 +108,7 @@ def build_network(config: NetworkConfig, device: torch.device, seed: int) -> Net
         net = NetworkEval(config).eval()
     with torch.no_grad():
         for p in net.parameters():
-            p.uniform_(-0.1, 0.1, generator=generator)
+            p.uniform_(-RANDOM_BOUND, RANDOM_BOUND, generator=generator)
     return net
 
 

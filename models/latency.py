@@ -124,7 +124,7 @@ class LatencyTable:
         """Return the latencies that networks of the space can have: (least, least at full depth, most)."""
         least = shallow = most = self.base
         blocks = space.blocks(self.img_size)
-        for name, stage in zip(space.stage_names, space.stages, strict=True):
+        for name, stage in space.named_stages:
             for depth, block in enumerate((b for b in blocks if b.stage == name), start=1):
                 ends = [(op, *self.ends(block, op)) for op in space.ops]
                 low = min(self.of(block, op, width) for op, width, _ in ends)

@@ -43,7 +43,7 @@ def counted_table(what: str, img_size: int, num_classes: int, space: SearchSpace
         high = ranges[key][1]
         ends = block.in_ch + 1, high
         if what == 'macs':  # torch counts the same, in a hundred times the time
-            at = [_block_macs(block, op, width) for width in ends]
+            at = [block_macs(block, op, width) for width in ends]
         else:
             at = [amount(MBInvertedResBlock, op_spec(block, op, w), block.in_ch, block.in_size) for w in ends]
         slope = (at[1] - at[0]) / (ends[1] - ends[0])
@@ -59,8 +59,8 @@ def counted_table(what: str, img_size: int, num_classes: int, space: SearchSpace
     return LatencyTable(base, curves, {'unit': COUNTED[what], 'device': 'any', 'method': 'counted'}, img_size)
 
 
-def _block_macs(block: Block, op: Op, width: int) -> float:
-    """Return the M MACs of an operator: expansion, depthwise, squeeze-excitation, projection."""
+def block_macs(block: Block, op: Op, width: int | np.ndarray) -> float | np.ndarray:
+    """Return the M MACs of an operator at one or more widths: expansion, depthwise, squeeze-excitation, projection."""
     pixels, out_pixels = block.in_size**2, after_stride(block.in_size, block.stride) ** 2
     per_channel = pixels * block.in_ch + out_pixels * (op.kernel**2 + block.out_ch) + 2 * op.se_width(block.in_ch)
     return width * per_channel / 1e6

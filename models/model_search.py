@@ -155,7 +155,7 @@ class Network(nn.Module):
         self.first_stem = ConvLayer(fixed['first_stem'], mode.norm_act)
         self.second_stem = MBInvertedResBlock(fixed['second_stem'], mode.norm_act)
         blocks = space.blocks()
-        for name, stage in zip(space.stage_names, space.stages, strict=True):
+        for name, stage in space.named_stages:
             own = [block for block in blocks if block.stage == name]
             self.add_module(name, MixedStage(space, stage, own, widths[name], mode))
         self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], mode.norm_act)

@@ -20,7 +20,7 @@ USUAL_OPSET = 17
 BATCH_NORM_EPS = 1e-5
 
 RANDOM_BOUND = 0.1
-"""Bound on random weights, as in `latency_pkl.sampling.build_network`."""
+"""Bound on the random weights of networks to be timed."""
 
 
 def to_onnx(

@@ -60,12 +60,10 @@ def is_config_file(path: str | Path) -> bool:
         raise BadInput(f'{path}: cannot be read ({e.strerror}); expected a searched model or a model.config') from e
 
 
-def load_architecture(path: str | Path, num_classes: int | None, space: SearchSpace) -> NetworkConfig:
+def load_architecture(path: str | Path, space: SearchSpace) -> NetworkConfig:
     """Return the config of the network in `path`, a searched model or a `model.config`, with its meta.
 
-    Args:
-        num_classes: classifier outputs for a searched model, None for those of the search; ignored for a config, which
-            has them.
+    A searched model has the classes of its search.
 
     Raises:
         BadInput: the file is neither.
@@ -77,7 +75,7 @@ def load_architecture(path: str | Path, num_classes: int | None, space: SearchSp
     arch = saved_architecture(checkpoint, path, space) or parse_architecture(state, space)
     meta, searched_classes = search_meta(path)
     config = build_config(arch, mask_widths(masks), searched_classes, space)
-    return replace(config, meta=meta).with_classes(num_classes or searched_classes)
+    return replace(config, meta=meta).with_classes(searched_classes)
 
 
 def search_meta(path: str | Path) -> tuple[Meta, int]:

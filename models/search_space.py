@@ -165,6 +165,11 @@ class SearchSpace:
         return [f'stage{i}' for i in range(1, len(self.stages) + 1)]
 
     @property
+    def named_stages(self) -> list[tuple[str, Stage]]:
+        """Each stage with its name, in the network's order."""
+        return list(zip(self.stage_names, self.stages, strict=True))
+
+    @property
     def largest_op(self) -> int:
         """Index of the operator of the largest kernel and expansion, without squeeze-excitation if there is one."""
         return max(range(len(self.ops)), key=lambda i: (not self.ops[i].se, self.ops[i].kernel, self.ops[i].expand))
@@ -172,7 +177,7 @@ class SearchSpace:
     def blocks(self, img_size: int = 224) -> list[Block]:
         """Return all blocks in the network's order, with sizes for a square input of `img_size` pixels."""
         blocks, size = [], after_stride(img_size, self.stem.stride)
-        for stage_name, stage in zip(self.stage_names, self.stages, strict=True):
+        for stage_name, stage in self.named_stages:
             in_ch, stride = stage.in_ch, stage.stride
             for i in range(1, stage.depth + 1):
                 blocks.append(Block(stage_name, f'block{i}', in_ch, stage.out_ch, stride, size, stage.act))

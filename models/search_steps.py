@@ -64,7 +64,7 @@ def backward_on_mixture(
     """Add the gradients of log_alphas and betas: cross entropy of the mixture plus its latency loss (section 3.1).
 
     Args:
-        op_weights: mixture weights [blocks, ops], from `Network.mixture_weights`.
+        op_weights: mixture weights [blocks, ops], from `Network.noisy_weights` with noise from `mixture_noise`.
         precision: that of the architecture's optimizer.
 
     Returns:
@@ -96,8 +96,7 @@ def rehearse_architecture_step(
         torch.OutOfMemoryError: the step needs more memory than there is.
     """
     _widest_step(net, shape, latency_loss, Precision(precision.device, precision.dtype), args)
-    if precision.device.type == 'cuda':
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _widest_step(net: Network, shape: Sequence[int], latency_loss: LatencyLoss, precision: Precision, args) -> None:

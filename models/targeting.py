@@ -49,7 +49,7 @@ def most_probable(
     arch = parse_architecture(state, space)
     if can_meet(arch, table, space, target, divisor, limits):
         return arch
-    exit_logp = [F.log_softmax(state[f'{name}.betas'].double(), dim=0).cpu() for name, _ in _stages(space)]
+    exit_logp = [F.log_softmax(state[f'{name}.betas'].double(), dim=0).cpu() for name, _ in space.named_stages]
     names = [f'{block.stage}.{block.name}.log_alphas' for block in space.blocks()]
     log_alphas = [state[name].double().cpu() for name in names]
     logp = np.concatenate([*exit_logp, *(values - values.max() for values in log_alphas)])
@@ -90,7 +90,7 @@ def log_probability(arch: Arch, state: Mapping[str, Tensor], space: SearchSpace)
     """Return the log-probability of an architecture as `most_probable` counts it, 0 for that of `parse_architecture`
     if its exits are certain."""
     total = 0.0
-    for name, stage in _stages(space):
+    for name, stage in space.named_stages:
         total += float(F.log_softmax(state[f'{name}.betas'].double(), dim=0)[stage.exit_depths.index(len(arch[name]))])
         for number, index in enumerate(arch[name], start=1):
             log_alphas = state[f'{name}.block{number}.log_alphas'].double()
@@ -141,14 +141,14 @@ class _Program:
 
     def __init__(self, table: LatencyTable, space: SearchSpace, divisor: int, limits: Sequence[Limit]):
         self.table, self.space, self.divisor, self.limits = table, space, divisor, limits
-        self.exits = [(name, depth) for name, stage in _stages(space) for depth in stage.exit_depths]
+        self.exits = [(name, depth) for name, stage in space.named_stages for depth in stage.exit_depths]
         blocks = space.blocks(table.img_size)
         self.ops = [(block, index) for block in blocks for index in range(len(space.ops))]
         self.choices = len(self.exits) + len(self.ops)
         self.curves = [[self._curve(one, block, space.ops[index]) for block, index in self.ops] for one in self.tables]
         self.low, self.high = (self._row([curve[end] for curve in self.curves[0]]) for end in (0, -1))
         self.constraints = [
-            LinearConstraint(self._padded([self._exits_of(name) for name, _ in _stages(space)]), 1, 1),
+            LinearConstraint(self._padded([self._exits_of(name) for name, _ in space.named_stages]), 1, 1),
             LinearConstraint(self._padded([self._kept(*place) for place in _places(space)]), 0, 0),
         ]
         if limits:
@@ -311,10 +311,6 @@ class _Program:
         return np.array(exits + [float((b.stage, b.name) == (name, f'block{number}')) for b, _ in self.ops])
 
 
-def _stages(space: SearchSpace) -> list:
-    return list(zip(space.stage_names, space.stages, strict=True))
-
-
 def _places(space: SearchSpace) -> list[tuple[str, int]]:
     """Return (stage name, number from 1) of each block."""
-    return [(name, number) for name, stage in _stages(space) for number in range(1, stage.depth + 1)]
+    return [(name, number) for name, stage in space.named_stages for number in range(1, stage.depth + 1)]

@@ -84,7 +84,7 @@ def random_arch(space: SearchSpace, rng: random.Random):
     """Depths, operators and widths at random."""
     arch = {
         name: [rng.randrange(len(space.ops)) for _ in range(rng.choice(stage.exit_depths))]
-        for name, stage in zip(space.stage_names, space.stages, strict=True)
+        for name, stage in space.named_stages
     }
     widths = space.start_widths()
     for block, index, op in space.positions():

@@ -28,7 +28,7 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
     metrics = MetricsFile(folder, run_header('search', flags, CPU, **about))
     masks = start_masks(space)
     state = {f'{b.stage}.{b.name}.log_alphas': torch.zeros(len(space.ops)) for b in space.blocks()}
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         state[f'{name}.betas'] = torch.zeros(len(stage.exit_depths))
     for block, index, op in space.positions():
         shape = op.max_width(block.in_ch), 1, op.kernel, op.kernel

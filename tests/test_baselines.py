@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from conftest import NUM_CLASSES, make_table
@@ -12,6 +11,7 @@ from experiments.three_freedoms import random_of_target
 from models.config import build_config
 from models.describe import count_mult_adds
 from models.elasticity import latency_range
+from models.limits import block_macs
 from models.model_eval import NetworkEval
 from models.search_space import SPACE
 from tools.errors import BadInput
@@ -20,8 +20,7 @@ from tools.errors import BadInput
 def macs_of(arch, widths, space):
     """M MACs of the searched blocks."""
     return sum(
-        float(baselines.macs(block, i, np.array([widths[block.stage][block.name][i]]), space)[0]) / 1e6
-        for block, i in space.chosen(arch, 32)
+        block_macs(block, space.ops[i], widths[block.stage][block.name][i]) for block, i in space.chosen(arch, 32)
     )
 
 
@@ -46,7 +45,7 @@ def test_most_macs_equals_brute_force(small_space, monkeypatch, share):
                 op = small_space.ops[index]
                 width = (op.min_width, op.max_width)[end](block.in_ch)
                 latency += table.of(block, op, width)
-                amount += float(baselines.macs(block, index, np.array([width]), small_space)[0]) / 1e6
+                amount += block_macs(block, op, width)
             if latency <= target and amount > best[0]:
                 best = amount, arch
     arch, widths = baselines.most_macs(table, small_space, target)

@@ -14,9 +14,11 @@ from training_runs import small_config
 
 import parsing_model
 from conftest import ROOT, make_table
-from dataset.lists import parse_list
+from dataset.lists import parse_list, split_by_class
 from dataset.loaders import fitting_batch
 from dataset.splits import (
+    RATIO,
+    SEED,
     Images,
     evaluation_images,
     find_roots,
@@ -207,13 +209,13 @@ def test_checkpoints_of_other_times_and_programs():
 
 def test_classes_of_a_search_reach_the_config_and_published_ones_have_1000(tmp_path):
     write_searched(tmp_path / 'old.pth.tar')
-    assert load_architecture(tmp_path / 'old.pth.tar', None, SPACE).classifier.out_features == 1000
+    assert load_architecture(tmp_path / 'old.pth.tar', SPACE).classifier.out_features == 1000
     checkpoint = torch.load(tmp_path / 'old.pth.tar', weights_only=True)
     checkpoint |= {'flags': {'num_classes': 3}, 'meta': {'img_size': 64, 'class_names': NAMES}}
     torch.save(checkpoint, tmp_path / 'new.pth.tar')
-    config = load_architecture(tmp_path / 'new.pth.tar', None, SPACE)
+    config = load_architecture(tmp_path / 'new.pth.tar', SPACE)
     assert config.classifier.out_features == 3 and list(config.meta.class_names) == NAMES
-    assert load_architecture(tmp_path / 'new.pth.tar', 7, SPACE).meta == Meta(64)
+    assert config.with_classes(7).meta == Meta(64)
 
 
 def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
@@ -298,6 +300,8 @@ def data_flags(**flags):
 
 def test_search_and_training_split_a_folder_alike_whatever_their_seed(photos):
     lists = split_folder(find_roots(photos)).samples
+    by_class = [[sample for sample in lists['train'] if sample[1] == label] for label in range(3)]
+    assert (lists['search_train'], lists['search_val']) == split_by_class(by_class, RATIO, SEED)
     for seed in (2, 5):
         found = search_images(data_flags(img_root=photos, seed=seed), World(CPU), None, lambda _: None)
         trained = training_images(data_flags(train_root=photos, seed=seed), None, lambda _: None)

@@ -160,7 +160,7 @@ def test_checkpoints_keep_the_current_architecture(tmp_path):
     state.arch, state.epoch = {'stage1': [2], 'stage2': [], 'stage3': [1, 0]}, 2
     path = tmp_path / 'searched_model_02.pth.tar'
     torch.save(state.to_checkpoint({}), path)
-    config = load_architecture(path, NUM_CLASSES, SMALL_SPACE)
+    config = load_architecture(path, SMALL_SPACE)
     kinds = {
         name: [(spec.kernel_size, spec.se_channels > 0) for spec in specs] for name, specs in config.stages.items()
     }
@@ -172,7 +172,7 @@ def test_checkpoints_keep_the_current_architecture(tmp_path):
     published = state.to_checkpoint({})
     del published[ARCH_KEY]
     torch.save(published, path)
-    depths = [len(specs) for specs in load_architecture(path, NUM_CLASSES, SMALL_SPACE).stages.values()]
+    depths = [len(specs) for specs in load_architecture(path, SMALL_SPACE).stages.values()]
     assert depths == [len(ops) for ops in first.values()] != [1, 0, 2]
 
 
@@ -193,7 +193,7 @@ def test_spoiled_architectures_are_refused(tmp_path, arch, stage):
     full = full_weights(NUM_CLASSES, CPU, SMALL_SPACE)
     torch.save({'state_dict': full, MASKS_KEY: start_masks(SMALL_SPACE), ARCH_KEY: arch}, path)
     with pytest.raises(BadInput, match=f'searched.pth.tar: arch.{stage} should be a list of'):
-        load_architecture(path, NUM_CLASSES, SMALL_SPACE)
+        load_architecture(path, SMALL_SPACE)
 
 
 def test_pictures_mark_the_current_architecture(small_space):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_search_steps import FULL, batch, make_loss, make_net
+from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_search
-from benchmarks.counting import Layouts
 from conftest import NUM_CLASSES, make_table
 from models import functions, search_steps
 from models.cuda_graph import EAGER_STEPS, Graphs, record_cuda_graph
@@ -86,6 +88,36 @@ def record_calls(run):
             p.grad = None
 
     return replay, results
+
+
+class Layouts(TorchDispatchMode):
+    """Recorder of operators that read or write a four-dimensional tensor that is not in channels-last order.
+
+    `broken` names each such operator, with size and strides of the tensor. Tensors of one channel or one pixel are left
+    out, since their order is ambiguous. A view may have gaps: a slice of channels or columns keeps the order.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.broken = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for role, values in (('input', (args, kwargs)), ('output', out)):
+            wrong = [t for t in tree_leaves(values) if isinstance(t, Tensor) and not _is_channels_last(t)]
+            if wrong:
+                size, stride = tuple(wrong[0].shape), wrong[0].stride()
+                self.broken.append(f'{func}: {role} of size {size} has strides {stride}')
+                break
+        return out
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() != 4 or x.shape[1] == 1 or x.shape[2:].numel() == 1:
+        return True
+    (_, channels, rows, columns), stride = x.shape, x.stride()
+    in_order = stride[3] >= channels and stride[2] >= columns * stride[3] and stride[0] >= rows * stride[2]
+    return stride[1] == 1 and in_order
 
 
 @pytest.mark.parametrize('precision', [FULL, HALF], ids=['float32', 'bfloat16'])

@@ -390,7 +390,7 @@ def test_times_of_found_networks_correct_the_next_fit():
     log, table = [], LatencyTable(TRUTH.base, {key: 0.8 * curve for key, curve in TRUTH.curves.items()}, {}, 32)
 
     state = {f'{block.stage}.{block.name}.log_alphas': 10 * torch.eye(8)[2] for block in SPACE.blocks()}
-    for name, stage in zip(SPACE.stage_names, SPACE.stages, strict=True):
+    for name, stage in SPACE.named_stages:
         state[f'{name}.betas'] = torch.arange(float(len(stage.exit_depths)))
     fit = Fitter(state, SPACE.start_widths(), table, SPACE, 10)
     target = 0.9 * table.of_config(fit(0.9)[1])

@@ -36,7 +36,7 @@ def test_one_hot_mixture_has_the_latency_of_the_network(small_space):
         arch, widths = random_arch(small_space, rng)
         weights, sinks = torch.zeros(5, 3), []
         row = 0
-        for name, stage in zip(small_space.stage_names, small_space.stages, strict=True):
+        for name, stage in small_space.named_stages:
             for i in range(stage.depth):
                 weights[row, arch[name][i] if i < len(arch[name]) else 0] = 1
                 row += 1
@@ -68,7 +68,7 @@ def test_reach_brackets_random_networks_and_is_reached(small_space):
     assert least < shallow < most
     totals = [table.total(*random_arch(small_space, rng), small_space) for _ in range(300)]
     assert least <= min(totals) and max(totals) <= most
-    biggest = {n: [2] * s.depth for n, s in zip(small_space.stage_names, small_space.stages, strict=True)}
+    biggest = {n: [2] * s.depth for n, s in small_space.named_stages}
     candidates = [
         table.total({n: [i] * len(v) for n, v in biggest.items()}, small_space.max_widths(), small_space)
         for i in range(3)

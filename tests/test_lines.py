@@ -72,7 +72,7 @@ def test_the_loss_of_the_latency_by_hand():
     with torch.no_grad():
         for stage in net.stages():
             stage.betas.copy_(torch.tensor([-1e9] * (len(stage.betas) - 1) + [0.0]))  # full depth
-    arch = {name: [1] * stage.depth for name, stage in zip(SMALL_SPACE.stage_names, SMALL_SPACE.stages, strict=True)}
+    arch = {name: [1] * stage.depth for name, stage in SMALL_SPACE.named_stages}
     expected = table.total(arch, SMALL_SPACE.start_widths(), SMALL_SPACE)
     for target in (0.5 * expected, 2 * expected):
         loss_of = LatencyLoss(table, SMALL_SPACE.start_widths(), SMALL_SPACE, target, 0.3, torch.device('cpu'))

@@ -54,14 +54,14 @@ def random_state(space, seed, spread=2.0):
         f'{b.stage}.{b.name}.log_alphas': torch.randn(len(space.ops), generator=generator) * spread
         for b in space.blocks()
     }
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         state[f'{name}.betas'] = torch.randn(len(stage.exit_depths), generator=generator) * spread
     return state
 
 
 def logp(arch, state, space):
     total = 0.0
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         total += state[f'{name}.betas'].double().log_softmax(0)[stage.exit_depths.index(len(arch[name]))].item()
         for i in range(1, stage.depth + 1):
             logps = state[f'{name}.block{i}.log_alphas'].double().log_softmax(0)

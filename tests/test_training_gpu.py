@@ -21,7 +21,7 @@ from training_runs import (
 
 from models.model_eval import NetworkEval
 from tools.errors import BadInput
-from tools.files import load_weights
+from tools.files import put_weights, read_weights
 from tools.precision import check_format
 
 pytestmark = [
@@ -49,7 +49,8 @@ def test_every_format_trains_and_is_read_in_float32(data, tmp_path, level, dtype
     assert bool(checkpoint['scaler']) == (dtype == 'float16')
     assert all(value.dtype in (torch.float32, torch.int64) for value in checkpoint['state_dict'].values())
     assert distance(weights(tmp_path / 'gpu'), weights(tmp_path / 'cpu')) < (0.5 if level != 'O0' else 0.05)
-    load_weights(NetworkEval(small_config()), only_run(tmp_path / 'gpu') / 'model_best.pth.tar')
+    best = only_run(tmp_path / 'gpu') / 'model_best.pth.tar'
+    put_weights(NetworkEval(small_config()), read_weights(best).state, best)
 
 
 @pytest.mark.parametrize('level', ['O0', 'O1'])
@@ -97,7 +98,8 @@ def test_compiled(data, tmp_path):  # noqa: F811
 @two_gpus
 def test_plain_python_uses_both_gpus(data, tmp_path):  # noqa: F811
     run('train_eval.py', flags(data, tmp_path, epochs=1, device='cuda', **STILL))
-    load_weights(NetworkEval(small_config()), only_run(tmp_path) / 'model_best.pth.tar')
+    best = only_run(tmp_path) / 'model_best.pth.tar'
+    put_weights(NetworkEval(small_config()), read_weights(best).state, best)
 
 
 @two_gpus

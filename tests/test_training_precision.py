@@ -19,7 +19,7 @@ from training_runs import (
 from models.model_eval import NetworkEval
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.files import load_weights
+from tools.files import put_weights, read_weights
 from tools.options import Parser, add_amp_args
 from tools.precision import ApexPrecision, Precision, make_precision
 from tools.run.resume import Snapshot
@@ -226,4 +226,5 @@ def test_the_script_in_every_format_and_resumed(data, tmp_path, monkeypatch, lev
     assert_same_end(whole, part)
     checkpoint = load(whole / 'checkpoint.pth.tar')
     assert bool(checkpoint['scaler']) == (dtype == 'float16')
-    load_weights(NetworkEval(small_config()), whole / 'model_best.pth.tar')
+    best = whole / 'model_best.pth.tar'
+    put_weights(NetworkEval(small_config()), read_weights(best).state, best)

@@ -240,15 +240,6 @@ def _is_weight(item: tuple) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a network's weights from a file; see `read_weights` and `put_weights`.
-
-    Raises:
-        BadInput: the file is unreadable or of another network; the message counts and names what does not fit.
-    """
-    put_weights(model, read_weights(path).state, path)
-
-
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load a state dict without `module.` that came from `where`.
 

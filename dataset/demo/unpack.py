@@ -13,6 +13,7 @@ import tools.needed  # noqa: F401  # isort: skip
 from PIL import Image
 
 from dataset.lists import list_folder, split_by_class, write_list
+from dataset.splits import RATIO, SEED, flat
 from tools.options import Parser, count, run_script
 
 SHEET = Path(__file__).with_name('fashion_mnist.png')
@@ -25,7 +26,7 @@ def get_args():
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument('--to', required=True, help='folder that gets train/, test/ and the lists')
-    parser.add_argument('--seed', type=count(0), default=2, help='of the split of train/ for the search')
+    parser.add_argument('--seed', type=count(0), default=SEED, help='of the split of train/ for the search')
     return parser.parse_args()
 
 
@@ -42,9 +43,9 @@ def unpack(folder: Path, seed: int) -> None:
                 top, left = (first_row + start + i // columns) * TILE, i % columns * TILE
                 sheet.crop((left, top, left + TILE, top + TILE)).save(target / f'{i:04d}.png')
     train, test = list_folder(folder / 'train'), list_folder(folder / 'test')
-    write_list([sample for samples in train for sample in samples], folder / 'train.txt')
-    write_list([sample for samples in test for sample in samples], folder / 'test.txt')
-    for samples, name in zip(split_by_class(train, 0.8, seed), ('search_train.txt', 'search_val.txt'), strict=True):
+    write_list(flat(train), folder / 'train.txt')
+    write_list(flat(test), folder / 'test.txt')
+    for samples, name in zip(split_by_class(train, RATIO, seed), ('search_train.txt', 'search_val.txt'), strict=True):
         write_list(samples, folder / name)
 
 

@@ -101,7 +101,7 @@ HARMLESS = {
     'snapshot', 'save', 'note', 'device', 'workers', 'val_workers', 'print_freq', 'save_freq', 'keep_checkpoints',
     'local_rank', 'max_steps', 'tensorboard', 'report', 'deterministic',
 }  # fmt: skip
-"""Flags that may change within an epoch."""
+"""Flags whose differences are not reported, when a run goes on or when runs are compared."""
 
 
 @dataclass(frozen=True)
