@@ -343,7 +343,7 @@ def main(args):
     args, scheduled, note = with_schedule(args, snapshot, steps)
     flags |= scheduled
     notes.append(note)
-    changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest())
+    changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest)
     snapshot = snapshot.with_notes(*changes, *notes)
     state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
@@ -352,7 +352,7 @@ def main(args):
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
     followed = flags | {name: getattr(args, name) for name in scheduled}
     header = make_header(followed, table, target, limits, world, args, steps)
-    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest()}
+    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
     about |= {META: make_meta(images, table, target, args).to_dict()}
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)
     graphs = Graphs(args.cuda_graph, logger.log)

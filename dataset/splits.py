@@ -100,8 +100,9 @@ class Images:
     def _names(self) -> list[str] | None:
         return class_names(self.samples[0])
 
+    @cached_property
     def digest(self) -> str:
-        """Return 16 hex digits that change with any path, label or order."""
+        """16 hex digits that change with any path, label or order."""
         lines = '\n\n'.join('\n'.join(f'{path} {label}' for path, label in samples) for samples in self.samples)
         return hashlib.sha256(lines.encode(errors='replace')).hexdigest()[:16]
 

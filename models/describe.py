@@ -41,7 +41,7 @@ def describe_space(img_size: int, space: SearchSpace) -> dict:
             }
             for block in blocks
         ],
-        'exits': {name: list(stage.exit_depths) for name, stage in zip(space.stage_names, space.stages, strict=True)},
+        'exits': {name: list(stage.exit_depths) for name, stage in space.named_stages},
     }
 
 

@@ -33,7 +33,7 @@ def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
         state: has log_alphas and betas, names without `module.`.
     """
     arch: Arch = {}
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         depth = stage.exit_depths[int(state[f'{name}.betas'].argmax())]
         arch[name] = [int(state[f'{name}.block{i}.log_alphas'].argmax()) for i in range(1, depth + 1)]
     return arch
@@ -145,7 +145,7 @@ def unpack_search_checkpoint(
             good = False
         if not good or mask.sum() < 1:
             raise BadInput(f'{path}: mask of {where} op {index} is not {op.max_width(block.in_ch)} zeros and ones')
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):
             raise BadInput(f'{path}: {name}.betas should be {len(stage.exit_depths)} values; another search space?')
     return state, masks
@@ -166,7 +166,7 @@ def saved_architecture(checkpoint: Mapping, path: str | Path, space: SearchSpace
     if arch is None:
         return None
     state = strip_module_prefix(checkpoint['state_dict'])
-    for name, stage in zip(space.stage_names, space.stages, strict=True):
+    for name, stage in space.named_stages:
         ops = arch.get(name) if isinstance(arch, dict) else None
         good = isinstance(ops, list) and len(ops) in stage.exit_depths
         for i, op in enumerate(ops if good else (), start=1):

@@ -98,7 +98,7 @@ def open_training(
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     start = start_from_weights(net, args.weights) if args.weights else ''
     net = convert(net.to(world.device, memory_format=memory_format(args, world.device)))
-    changes = compare_flags(snapshot, TRAINING, flags), compare_images(snapshot, TRAINING, images.digest())
+    changes = compare_flags(snapshot, TRAINING, flags), compare_images(snapshot, TRAINING, images.digest)
     snapshot = snapshot.with_notes(*differences, *changes, start, large)
     state, snapshot = start_state(net, precision, snapshot, world, args)
     network = describe_network(config, args.img_size, space)
@@ -106,7 +106,7 @@ def open_training(
     files = {'model.config': dump_config(config), **images.run_files}
     logger = open_run(args, world, TRAINING.folders, snapshot, (state.epoch, state.step), header, files)
     about = {'environment': header['environment'], CLASS_NAMES: images.names}
-    about |= {META: config.meta.to_dict(), IMAGES: images.digest()}
+    about |= {META: config.meta.to_dict(), IMAGES: images.digest}
     return TrainingRun(config, state, logger, Checkpointer(logger, world, args.save_freq, flags, about))
 
 

@@ -318,7 +318,7 @@ def test_a_run_goes_on_with_its_own_lists_when_its_folder_has_grown(photos, tmp_
         (kept / name).write_text(text)
     Image.new('RGB', (40, 40)).save(photos / 'green' / 'new.png')
     again, fresh = (search_images(args, World(CPU), folder, lambda _: None) for folder in (kept, None))
-    assert again.samples == first.samples and again.digest() == first.digest() != fresh.digest()
+    assert again.samples == first.samples and again.digest == first.digest != fresh.digest
     assert training_images(args, kept, lambda _: None).samples[0] == parse_list(kept / 'train.txt')
 
 
