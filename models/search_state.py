@@ -71,12 +71,10 @@ def searched_model(epochs_done: int) -> str:
     return f'searched_model_{epochs_done:02d}.pth.tar'
 
 
-PUBLISHED_T_DECAY, PUBLISHED_A_LR = 0.96, 0.01
+PUBLISHED_T_DECAY, PUBLISHED_A_LR, PUBLISHED_A_WD = 0.96, 0.01, 5e-4
 
 PUBLISHED_EPOCHS, PUBLISHED_STEPS = 80, 127_760
 """Length of the paper's search after the warm-up: epochs, and steps of the architecture."""
-
-LARGEST_A_LR = 1.0
 
 
 def default_t_decay(epochs: int) -> float:
@@ -87,34 +85,43 @@ def default_t_decay(epochs: int) -> float:
 def default_a_lr(steps: int) -> float:
     """Return the learning rate of the architecture for so many steps: the paper's for its number, more for fewer.
 
-    The power is a choice by experiment. Most of a step of Adam is noise of the sampled mixture, so log-probabilities go
-    as far as the root of the number of steps; the rate that makes up for that, a root too, left searches of some
-    hundred steps undecided.
+    The power is a choice by experiment. Gradients of the architecture agree from step to step, so fewer steps need a
+    higher rate to go as far. With a much higher one, the noise of the last few steps decides.
     """
-    rate = PUBLISHED_A_LR * (PUBLISHED_STEPS / max(steps, 1)) ** (2 / 3)
-    return round(min(max(rate, PUBLISHED_A_LR), LARGEST_A_LR), 3)
+    return round(PUBLISHED_A_LR * max(PUBLISHED_STEPS / max(steps, 1), 1) ** (1 / 3), 3)
+
+
+def default_a_wd(steps: int) -> float:
+    """Return the weight decay of the architecture for so many steps: the paper's for its number, less for fewer.
+
+    Adam scales each update by its size. While the pull of the decay is larger than the gradient of the loss, as at high
+    temperatures, all log-probabilities move alike, at any learning rate. A short search has too few steps at low
+    temperatures to decide in.
+    """
+    return PUBLISHED_A_WD * min(steps / PUBLISHED_STEPS, 1)
 
 
 def with_schedule(args: Namespace, snapshot: Snapshot, steps_an_epoch: int) -> tuple[Namespace, dict, str]:
-    """Return `args` with values of `T_decay` and `a_lr`, what a checkpoint keeps of them, and a line for the log.
+    """Return `args` with values of `T_decay`, `a_lr`, `a_wd`, what a checkpoint keeps of them, and a line for the log.
 
     A value that is not given is that of the snapshot, if it has one; otherwise it follows from the length of the
     search, as `weights_lr` does. The checkpoint keeps None for such a value: a run that resumes with another length
     follows the schedule of that length.
 
     Args:
-        args: T, T_decay, a_lr, epochs, warmup_epochs.
+        args: T, T_decay, a_lr, a_wd, epochs, warmup_epochs.
 
     Raises:
         BadInput: a value of the snapshot is no number.
     """
     before, epochs = (snapshot.checkpoint or {}).get('flags', {}), args.epochs - args.warmup_epochs
     steps = architecture_steps(args.epochs, 0, steps_an_epoch, args)
-    defaults = {'T_decay': default_t_decay(epochs), 'a_lr': default_a_lr(steps)}
+    defaults = {'T_decay': default_t_decay(epochs), 'a_lr': default_a_lr(steps), 'a_wd': default_a_wd(steps)}
     last = args.T * defaults['T_decay'] ** max(epochs - 1, 0)
     why = {
         'T_decay': f'T falls from {args.T:g} to {last:.2f} in {epochs} epochs',
         'a_lr': f'for {steps:,} steps of the architecture',
+        'a_wd': 'for as many',
     }
     kept, values, lines = {}, {}, []
     for name, default in defaults.items():

@@ -4,12 +4,12 @@ import math
 from argparse import Namespace
 
 import pytest
+import torch
 from bad_files import good_flags, run_here, words_of, write_table
 from training_runs import load, only_run
 
-from models import search_state
 from models.describe import changed_blocks, mean_entropy, warn_not_decided, warn_not_learned
-from models.search_state import default_a_lr, temperature, with_schedule
+from models.search_state import default_a_lr, default_a_wd, temperature, with_schedule
 from tools.errors import BadInput
 from tools.run.metrics import read_run
 from tools.run.resume import Snapshot
@@ -25,7 +25,7 @@ def test_entropy_by_hand():
 
 def arguments(**changes):
     """Flags of the paper's search that its schedules depend on."""
-    return Namespace(**dict(T=5.0, T_decay=None, a_lr=None, epochs=90, warmup_epochs=10) | changes)
+    return Namespace(**dict(T=5.0, T_decay=None, a_lr=None, a_wd=None, epochs=90, warmup_epochs=10) | changes)
 
 
 def from_flags(**flags):
@@ -35,7 +35,8 @@ def from_flags(**flags):
 
 def test_the_published_length_has_the_published_schedule():
     args, kept, _ = with_schedule(arguments(), Snapshot(), 2 * 1597 - 1)
-    assert (args.T_decay, args.a_lr) == (0.96, 0.01) and kept == {'T_decay': None, 'a_lr': None}
+    assert (args.T_decay, args.a_lr, args.a_wd) == (0.96, 0.01, 5e-4)
+    assert kept == {'T_decay': None, 'a_lr': None, 'a_wd': None}
     assert [temperature(epoch, args) for epoch in (9, 10, 50, 89)] == [5.0, 5.0, 5.0 * 0.96**40, 5.0 * 0.96**79]
 
 
@@ -51,27 +52,51 @@ def test_a_search_without_epochs_of_the_architecture_is_named():
     assert line == 'no epoch trains the architecture: --warmup_epochs is 10 of --epochs 10'
 
 
-def test_the_rate_of_the_architecture_falls_with_the_number_of_steps():
-    rates = [default_a_lr(steps) for steps in (0, 100, 200, 1_000, 10_000, 60_000, 127_760, 10**6)]
-    assert rates[:2] == [1, 1] and rates[-2:] == [0.01, 0.01]
-    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 6
-    assert default_a_lr(127_760 // 8) == 0.04  # 8 to the power 2/3 is 4
+def test_rate_and_decay_of_the_architecture_follow_its_number_of_steps():
+    steps = (100, 200, 1_000, 10_000, 60_000, 127_760, 10**6)
+    rates, decays = [default_a_lr(count) for count in steps], [default_a_wd(count) for count in steps]
+    assert rates[-2:] == [0.01, 0.01] and decays[-2:] == [5e-4, 5e-4]
+    assert sorted(rates, reverse=True) == rates and sorted(decays) == decays
+    assert len(set(rates)) == len(set(decays)) == 6
+    assert default_a_lr(127_760 // 8) == 0.02 and default_a_lr(0) < 1  # 8 to the power 1/3 is 2
+    assert default_a_wd(127_760 // 10) == pytest.approx(5e-5) and default_a_wd(0) == 0
+
+
+def moved(gradient, a_lr, a_wd, steps=200, ops=8):
+    """How far the log-probability of an operator rises above the others' by Adam, with a gradient for it alone."""
+    log_alphas = torch.full((ops,), 1 / ops).log().requires_grad_()
+    optimizer = torch.optim.Adam([log_alphas], a_lr, (0.5, 0.999), weight_decay=a_wd)
+    for _ in range(steps):
+        log_alphas.grad = torch.tensor([-gradient] + [gradient / (ops - 1)] * (ops - 1))
+        optimizer.step()
+        with torch.no_grad():
+            log_alphas.copy_(log_alphas.log_softmax(0))
+    return float((log_alphas[0] - log_alphas[1]).detach())
+
+
+def test_the_published_decay_holds_small_gradients_back_at_any_rate():
+    small = 1.5e-4  # a steady gradient at T = 5 of searches of the demo images
+    assert all(abs(moved(small, a_lr, 5e-4)) < 0.01 for a_lr in (0.01, 0.05, 0.2, 1))
+    assert moved(small, default_a_lr(200), default_a_wd(200)) > 2
 
 
 def test_values_that_are_given_win_and_are_kept():
-    given = arguments(T_decay=0.7, a_lr=0.3)
-    args, kept, line = with_schedule(given, from_flags(T_decay=0.96, a_lr=0.01), 10)
-    assert (args.T_decay, args.a_lr, line) == (0.7, 0.3, '') and kept == {'T_decay': 0.7, 'a_lr': 0.3}
+    given = arguments(T_decay=0.7, a_lr=0.3, a_wd=0.0)
+    args, kept, line = with_schedule(given, from_flags(T_decay=0.96, a_lr=0.01, a_wd=5e-4), 10)
+    assert (args.T_decay, args.a_lr, args.a_wd, line) == (0.7, 0.3, 0.0, '')
+    assert kept == {'T_decay': 0.7, 'a_lr': 0.3, 'a_wd': 0.0}
 
 
 def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
     longer = arguments(epochs=30)
-    args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None), 20)
-    assert kept == {'T_decay': 0.9, 'a_lr': None} and args.T_decay == 0.9
+    args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None, a_wd=5e-4), 20)
+    assert kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4} and (args.T_decay, args.a_wd) == (0.9, 5e-4)
     assert args.a_lr == default_a_lr(200)
-    assert line == '--T_decay 0.9 (as before), --a_lr 0.742 (for 200 steps of the architecture)'
+    assert line == (
+        '--T_decay 0.9 (as before), --a_lr 0.086 (for 200 steps of the architecture), --a_wd 0.0005 (as before)'
+    )
     again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
-    assert again == args and kept == {'T_decay': 0.9, 'a_lr': None}
+    assert again == args and kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4}
     with pytest.raises(BadInput, match="its a_lr is 'x', should be a number"):
         with_schedule(longer, from_flags(a_lr='x'), 20)
 
@@ -80,18 +105,17 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     write_table(tmp_path / 'table.pkl')
     flags = good_flags('train_search.py', images, tmp_path / 'table.pkl', tmp_path / 'runs')
     flags |= {'warmup_epochs': 1, 'batch_size': 10, 'w_lr': 1e-9, 'report': None}
-    monkeypatch.setattr(search_state, 'LARGEST_A_LR', 0.2)  # with 1, noise decides within two steps
     assert run_here(monkeypatch, 'train_search.py', words_of(flags | {'epochs': 3, 'save_freq': 0})) == 0
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.2 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.4 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
     assert log.index('epoch 2 Gumbel paths') < log.index('has not decided')
     followed = read_run(folder).header['flags']
-    assert (followed['T_decay'], followed['a_lr']) == (pytest.approx(decay, abs=1e-6), 0.2)
+    assert (followed['T_decay'], followed['a_lr']) == (pytest.approx(decay, abs=1e-6), 0.4)
     checkpoint = load(folder / 'searched_model_03.pth.tar')
     assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] is None
 

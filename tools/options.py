@@ -389,9 +389,15 @@ def add_schedule_args(parser: Parser) -> None:
     search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
     search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
     search.add_argument(
-        '--a_lr', type=positive, help='learning rate of the architecture; default: 0.01 to 1, by the number of steps'
+        '--a_lr',
+        type=positive,
+        help="learning rate of the architecture; default: the paper's 0.01, more for fewer steps",
     )
-    search.add_argument('--a_wd', type=number(float, 0), default=5e-4, help='weight decay of the architecture')
+    search.add_argument(
+        '--a_wd',
+        type=number(float, 0),
+        help="weight decay of the architecture; default: the paper's 5e-4, less for fewer steps",
+    )
     search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
     search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
     search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
