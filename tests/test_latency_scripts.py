@@ -186,8 +186,9 @@ def test_a_short_look_at_a_disturbed_machine_gives_the_tables_own_error(share, m
     truth = physical_curves(32)
     blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10, SPACE).table_keys(32)]
     assert meta['reference_ms'] == pytest.approx(sum(blocks) + 0.2, rel=0.01)  # at which a check takes the table
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert f'mean error {meta["residual_mean_percent"]:.2f} %' in out and 'counted too' not in out
+    assert not err  # the bar is for terminals
 
 
 def test_a_turn_is_as_slow_as_the_undisturbed_parts_of_the_reference():
