@@ -42,7 +42,7 @@ from latency_pkl.sampling import launch_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency
 from models.config import dump_config
 from models.describe import count_mult_adds, count_params
-from models.latency import device_note, load_table
+from models.latency import classes_note, device_note, load_table
 from models.limits import check_reachable, describe_fit, read_limits
 from models.model_eval import NetworkEval
 from models.parsing import (
@@ -237,7 +237,7 @@ def settle_flags(args, found, is_config):
     is_known = args.img_size or any(size for size, _ in known)
     img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
     if is_known:
-        meta = replace(meta, img_size=img_size, mean=meta.mean or MEAN, std=meta.std or STD)
+        meta = replace(meta.at_size(img_size), mean=meta.mean or MEAN, std=meta.std or STD)
     if not is_config and not args.num_classes:
         print(f'--num_classes {found.classifier.out_features}: from {source}')
     args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
@@ -279,6 +279,8 @@ def main(args):
         flag = '--timings' if args.timings else '--fit_measured'
         raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
     if table and (note := device_note(table, args.lookup_path, device_name(device))):
+        print(note)
+    if table and (note := classes_note(table, args.lookup_path, found.classifier.out_features)):
         print(note)
     measures = args.print_lat or args.fit_measured
     engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None

@@ -231,6 +231,27 @@ def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
     assert line == 'c is for 9 classes; the network gets 3, as the images have'
 
 
+@pytest.mark.parametrize('size', [32, 48])
+def test_a_config_parsed_at_another_size_drops_the_latencies_of_the_old_one(size, tmp_path, monkeypatch, capsys):
+    latencies = {'table': 'old.pkl', 'target': 3.0, 'target_given': '50%', 'unit': 'ms', 'predicted': 2.9}
+    meta = Meta(32, (0.5, 0.5, 0.5), (1, 1, 1), tuple(NAMES), **latencies, measured=2.8, measured_on='x')
+    (tmp_path / 'a.config').write_text(dump_config(replace(small_config(), meta=meta)))
+    words = ['--config_path', tmp_path / 'a.config', '--save_path', tmp_path / 'b.config', '--img_size', size]
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    assert ('warning: --img_size is 48' in capsys.readouterr().out) == (size == 48)
+    expected = meta if size == 32 else Meta(48, meta.mean, meta.std, meta.class_names)
+    assert load_config(tmp_path / 'b.config').meta == expected
+
+
+def test_a_table_for_other_classes_is_a_line_of_the_parser(tmp_path, monkeypatch, capsys):
+    table = write_table(tmp_path / 't.pkl', unit='ms')
+    for classes, lines in ((3, 0), (9, 1)):
+        (tmp_path / 'a.config').write_text(dump_config(reference_config(classes, SPACE)))
+        words = ['--config_path', tmp_path / 'a.config', '--lookup_path', table]
+        assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+        assert capsys.readouterr().out.count(f'{table} is for 3 classes, not 9\n') == lines
+
+
 def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(tmp_path):
     path, said = write_table(tmp_path / 't.pkl', device='Titan RTX'), []
     note = device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
