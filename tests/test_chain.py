@@ -297,7 +297,9 @@ def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tm
     assert 'table of the config, is not there' in said[1] and 'by the clock alone' in said[2]
 
 
-@pytest.mark.parametrize('error', [BadInput('--provider X: cannot start'), RuntimeError('no memory'), OSError('no file')])
+@pytest.mark.parametrize(
+    'error', [BadInput('--provider X: cannot start'), RuntimeError('no memory'), OSError('no file')]
+)
 def test_a_latency_that_cannot_be_measured_is_a_line_of_a_finished_training(error, monkeypatch):
     def measure(*_, **__):
         raise error
