@@ -360,8 +360,13 @@ def test_the_batch_size_of_a_table_is_timed_first(device, meta, fitted, timed, m
 def test_a_launch_is_of_a_gpu(measured, tmp_path, capsys):
     """On a CPU, and for what is not timed, the flag ends in one line; tables of a CPU have no such entry."""
     assert 'launch' not in load_table(measured[0], 32, SPACE).meta
-    for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0], *SIZE]):
-        words = map(str, [*words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl'])
+    made = ['--save_path', tmp_path / 't.pkl']
+    for words in (
+        ['--device', 'cpu', *made],
+        ['--metric', 'flops', *made],
+        ['--device', 'cpu', '--check', measured[0]],
+    ):
+        words = map(str, [*words, '--launch', 'queued', *SIZE])
         with pytest.raises(BadInput, match='--launch queued: only for times that torch measures on a GPU'):
             make_lat_lut.main(make_lat_lut.get_args(list(words)))
         lines = capsys.readouterr().out.splitlines()  # a table measured on a busy machine may have a warning
