@@ -42,7 +42,7 @@ from latency_pkl.sampling import launch_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency
 from models.config import dump_config
 from models.describe import count_mult_adds, count_params
-from models.latency import device_note, load_table
+from models.latency import classes_note, device_note, load_table
 from models.limits import check_reachable, describe_fit, read_limits
 from models.model_eval import NetworkEval
 from models.parsing import (
@@ -99,7 +99,11 @@ def get_args(argv=None):
         metavar='FILE',
         help=f'latency table; default: that of the search or the config, else {DEFAULT_TABLE}',
     )
-    latency.add_argument('--print_lat', action='store_true', help='print latencies: of the table, and measured')
+    latency.add_argument(
+        '--print_lat',
+        action='store_true',
+        help='print latencies: of the table, and measured at its batch size and the usual ones',
+    )
     latency.add_argument(
         '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; one config for each'
     )
@@ -185,6 +189,20 @@ def config_paths(save_path, targets):
     return [path.with_name(f'{path.stem}_{text.replace("%", "pc")}{path.suffix}') for text in targets]
 
 
+def timings_of(table, engine, fitted):
+    """Return what is timed: name of the device, engine, batch size.
+
+    The table's batch size is first if the table is of this device, or if the network was `fitted` beside it.
+    """
+    places = [('GPU', engine, 32), ('GPU', engine, 1)] if engine.device.type == 'cuda' else []
+    if engine.runtime == 'torch' or not places:
+        places.append(('CPU', replace(engine, device=torch.device('cpu')), 1))
+    if fitted or table.is_of(device_name(engine.device)):
+        name, _, usual = places[0]
+        places.insert(0, (name, engine, table.setting('batch_size', usual)))
+    return list(dict.fromkeys(places))
+
+
 def report(path, config, table, args, engine, limits):
     """Write one config if there is a path for it, and print its size and latencies."""
     if table:
@@ -204,10 +222,7 @@ def report(path, config, table, args, engine, limits):
         verdict = 'at most' if limit.holds(total) else 'above the limit of'
         print(f'Limit {limit.name}: {total:.4f} {limit.table.unit} by the table, {verdict} {limit.value:.4f}')
     if args.print_lat:
-        places = [('GPU', engine, 32), ('GPU', engine, 1)] if engine.device.type == 'cuda' else []
-        if engine.runtime == 'torch' or not places:
-            places.append(('CPU', replace(engine, device=torch.device('cpu')), 1))
-        for number, (name, place, batch_size) in enumerate(places):
+        for number, (name, place, batch_size) in enumerate(timings_of(table, engine, args.fit_measured)):
             launch = launch_of(table, place.clock)
             standard = standard_of(table, batch_size, place, launch)
             print(f'Timing on the {name}, batch {batch_size}: usually 15 to 40 s', flush=True)
@@ -237,7 +252,7 @@ def settle_flags(args, found, is_config):
     is_known = args.img_size or any(size for size, _ in known)
     img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
     if is_known:
-        meta = replace(meta, img_size=img_size, mean=meta.mean or MEAN, std=meta.std or STD)
+        meta = replace(meta.at_size(img_size), mean=meta.mean or MEAN, std=meta.std or STD)
     if not is_config and not args.num_classes:
         print(f'--num_classes {found.classifier.out_features}: from {source}')
     args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
@@ -279,6 +294,8 @@ def main(args):
         flag = '--timings' if args.timings else '--fit_measured'
         raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
     if table and (note := device_note(table, args.lookup_path, device_name(device))):
+        print(note)
+    if table and (note := classes_note(table, args.lookup_path, found.classifier.out_features)):
         print(note)
     measures = args.print_lat or args.fit_measured
     engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None

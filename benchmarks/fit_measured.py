@@ -20,6 +20,7 @@ from models.parsing import MASKS_KEY, parse_architecture
 from models.search_space import SPACE
 from tools.files import save_checkpoint
 from tools.options import Parser, count, number, run_script
+from tools.report.summary import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,8 +68,7 @@ def main(args):
                 rounds = len(re.findall('^Round .* measured ', run('parsing_model.py', *fit, *shared), re.M))
                 again = run('parsing_model.py', '--config_path', config, '--print_lat', '--save_path', config, *shared)
                 predicted = float(re.search(r'Lat_LUT: ([\d.]+)', again).group(1))
-                kind = 'GPU bs=32' if 'Lat_GPU' in again else 'CPU bs=1'
-                measured = float(re.search(rf'Lat_{kind}[^:]*: ([\d.]+)', again).group(1))
+                measured = float(re.search(ROWS['measured'][0], again, re.M).group(1))
                 error = 100 * (measured / target - 1)
                 good, total = good + (abs(error) <= args.within), total + 1
                 print(

@@ -16,6 +16,7 @@ from scipy import stats
 from models.describe import hardly_learned
 from models.search_space import FREEDOMS, SPACE
 from tools.files import write_atomic, write_text
+from tools.report.summary import ROWS
 from tools.run.metrics import read_run
 
 matplotlib.use('Agg')
@@ -62,8 +63,8 @@ def result_of(run: Run, args, table) -> dict | None:
     parsed = dict(predicted=r'Lat_LUT: ([\d.]+)', macs=r'FLOPs: ([\d.]+)', params=r'Params: ([\d.]+)')
     result |= read_numbers(records['parse']['output'], **parsed)
     measured = [r['output'] for name, r in records.items() if name.startswith('measure-') and r['finished']]
-    device = 'GPU bs=32' if any('Lat_GPU' in text for text in measured) else 'CPU bs=1'
-    times = [read_numbers(text, ms=rf'Lat_{device}\b[^:]*: ([\d.]+)')['ms'] for text in measured]
+    # the first of each output, which has the table's batch size
+    times = [float(re.search(ROWS['measured'][0], text, re.M)[1]) for text in measured]
     if times:
         result['measured'] = statistics.median(times)
     result['off_target'] = 100 * (result['predicted'] / target - 1)

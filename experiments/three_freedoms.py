@@ -44,6 +44,7 @@ from models.search_space import FREEDOMS, SPACE
 from tools.errors import BadInput
 from tools.files import write_text
 from tools.options import Parser, add_device_arg, count, number, run_script
+from tools.report.summary import ROWS
 from tools.run.metrics import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,7 +175,7 @@ class Scripts:
         record |= {
             'command': command,
             'output': out[-KEPT_OUTPUT:],
-            'finished': code == 0 and bool(re.search(done, out)),
+            'finished': code == 0 and bool(re.search(done, out, re.M)),
         }
         write_text(path, json.dumps(record) + '\n')
         if self.signal:
@@ -333,7 +334,7 @@ def measure(runs: list[Run], scripts: Scripts, args) -> None:
         folder = Path(args.save) / run.name
         words = ['parsing_model.py', *shared_flags(args), '--lookup_path', args.lookup_path, '--print_lat',
                  '--config_path', folder / 'model.config', '--save_path', folder / 'measured.config']  # fmt: skip
-        scripts.once(folder, f'measure-{number_}', words, 'Lat_CPU')
+        scripts.once(folder, f'measure-{number_}', words, ROWS['measured'][0])
 
 
 def step_seconds(folder: Path, kind: str) -> list[float]:

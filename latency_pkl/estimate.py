@@ -105,10 +105,10 @@ def block_work(spec: MBSpec, mid, size: int, batch: int) -> Work:
 
 def estimate(card: Card, img_size: int, batch: int, num_classes: int, space: SearchSpace):
     """Return base and curves of a card, ms: (float, {key: [widths from 1 on]})."""
-    fixed, curves = fixed_layers(num_classes, space), {}
+    fixed, curves, ranges = fixed_layers(num_classes, space), {}, space.table_widths(img_size)
     for block, _, op in space.positions(img_size):
         key = block.key(op)
-        high = space.table_widths(img_size)[key][1]
+        high = ranges[key][1]
         widths = np.arange(block.in_ch + 1, high + 1)  # with an expansion, as in the whole reach of a search
         times = block_work(op_spec(block, op, high), widths, block.in_size, batch).time(card)
         slope = times[1] - times[0]

@@ -76,6 +76,13 @@ from tools.options import (
 )
 from tools.settle import settle, with_flags
 
+PARTNERS = {'configs': 'kit', 'opset': 'kit', 'width_divisor': 'kit', 'note': 'timings'}
+"""By flag: the one that it is of."""
+
+OF_TABLES = ('check', 'metric', 'estimate', 'runtime', 'provider', 'launch', 'tf32')
+UNUSED = {'timings': OF_TABLES, 'kit': (*OF_TABLES, 'save_path'), 'check': ('metric', 'estimate', 'save_path')}
+"""By flag: those that are not used with it. The first flag that is given counts."""
+
 
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
@@ -126,7 +133,9 @@ def get_args(argv=None):
     )
     check.add_argument('--tolerance', type=number(float, 0), default=5.0, help='mean error of --check, in per cent')
     add_kit_args(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_unused(parser, args)
+    return args
 
 
 def add_kit_args(parser):
@@ -145,6 +154,19 @@ def add_kit_args(parser):
     )
     kit.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
     kit.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
+
+
+def refuse_unused(parser, args):
+    """End with one line if a flag would not be used."""
+    given = {name for name, value in vars(args).items() if value != args.defaults[name]}
+    job = next((name for name in UNUSED if name in given), None)
+    for name, partner in PARTNERS.items():
+        if name in given and job != partner:
+            remedy = f'leave it out with --{job}' if job else f'give --{partner} too'
+            parser.error(f'--{name} is of --{partner}: {remedy}')
+    for name in UNUSED.get(job, ()):
+        if name in given:
+            parser.error(f'--{name} is not used with --{job}: leave one of them out')
 
 
 def counted(args):

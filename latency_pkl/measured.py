@@ -90,7 +90,7 @@ def measure(args, engine, divisor, budget):
     rng, start, turns = random.Random(args.seed), time.monotonic(), []
     decks = Decks(rng)  # with independent draws, half of all tables would need more than 36 networks
     unseen = [random_config(rng, False, args.num_classes, SPACE, divisor) for _ in range(UNSEEN)]
-    with tqdm(total=round(budget), unit='s', desc='timing networks', mininterval=1) as bar:
+    with tqdm(total=round(budget), unit='s', desc='timing networks', mininterval=1, disable=None) as bar:
         while True:
             turns.append(time_turn(rng, unseen[len(turns) % UNSEEN], args, engine, divisor, decks))
             spent = time.monotonic() - start

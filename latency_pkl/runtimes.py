@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latency_pkl.sampling import build_network, launch_of
+from latency_pkl.sampling import build_network, launch_of, tf32_of
 from latency_pkl.timing import PART_PASSES, ROUNDS, Bench, Standard, measure_latency
 from models.config import NetworkConfig, parse_config
 from models.latency import LatencyTable, load_table
 from models.onnx_graph import to_onnx
 from models.search_space import SearchSpace
-from tools.environment import device_name
+from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.export import need
 from tools.run.folder import RunLogger
@@ -264,6 +264,7 @@ def log_network_latency(
                 batch_size, threads = table.setting('batch_size', batch_size), table.setting('threads', 1)
                 launch = launch_of(table, engine.clock)
                 torch.set_num_threads(threads)
+                set_tf32(tf32_of(table))
                 standard = standard_of(table, batch_size, engine, launch)
         except BadInput as e:
             logger.log('the table of the config is not used: %s', e)
@@ -277,7 +278,7 @@ def log_network_latency(
         if engine.clock.type == 'cuda':  # whose events would take time
             bench = engine.bench(config, 0, img_size, batch_size, by_part=True)
             parts = np.median(bench(PART_PASSES).parts, axis=0)
-    except RuntimeError as e:  # the training itself is done and saved
+    except (BadInput, OSError, RuntimeError) as e:  # the training itself is done and saved
         logger.log('latency not measured: %s', e)
         return
     setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': threads, 'img_size': img_size}

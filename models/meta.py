@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tools.errors import BadInput
@@ -101,6 +101,12 @@ class Meta:
         """Return the entries that are there, as plain values."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def at_size(self, img_size: int) -> 'Meta':
+        """Return the meta at an input size, without table and latencies if they are of another one."""
+        if self.img_size in (None, img_size):
+            return replace(self, img_size=img_size)
+        return Meta(img_size, self.mean, self.std, self.class_names)
 
     def latencies(self) -> str:
         """Return the latencies in words, each with what it is; '' without any."""

@@ -138,13 +138,18 @@ def unpack_search_checkpoint(
         ops = len(space.ops)
         if alphas is None or alphas.shape != (ops,) or not alphas.isfinite().all():
             raise BadInput(f'{path}: {where}.log_alphas should be {ops} values; another search space?')
+        least, most = op.min_width(block.in_ch), op.max_width(block.in_ch)
         try:
             mask = masks[block.stage][block.name][index]
-            good = mask.shape == (op.max_width(block.in_ch),) and bool(((mask == 0) | (mask == 1)).all())
+            good = mask.shape == (most,) and bool(((mask == 0) | (mask == 1)).all())
         except (KeyError, IndexError, TypeError, AttributeError):
             good = False
-        if not good or mask.sum() < 1:
-            raise BadInput(f'{path}: mask of {where} op {index} is not {op.max_width(block.in_ch)} zeros and ones')
+        if not good:
+            raise BadInput(f'{path}: mask of {where} op {index} is not {most} zeros and ones')
+        if (width := int(mask.sum())) < least:  # the block might have no expansion
+            raise BadInput(
+                f'{path}: mask of {where} op {index} keeps {width} channels, should keep at least {least} of {most}'
+            )
     for name, stage in space.named_stages:
         if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):
             raise BadInput(f'{path}: {name}.betas should be {len(stage.exit_depths)} values; another search space?')

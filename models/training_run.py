@@ -10,7 +10,7 @@ from torch import nn
 
 from models.config import NetworkConfig, dump_config
 from models.describe import describe_network, largest_activation
-from models.meta import META, Meta
+from models.meta import META
 from models.model_eval import NetworkEval, start_from_weights
 from models.search_space import SearchSpace
 from tools.distributed import World
@@ -45,9 +45,9 @@ def describe_data(config: NetworkConfig, img_size: int, images: 'Images') -> Net
     Latencies of another input size, and names of other classes, are left out of its meta.
     """
     config = config.with_classes(images.num_classes)
-    meta = config.meta if config.meta.img_size in (None, img_size) else Meta()
     names = tuple(images.names) if images.names else None
-    return replace(config, meta=replace(meta, img_size=img_size, mean=images.mean, std=images.std, class_names=names))
+    meta = replace(config.meta.at_size(img_size), mean=images.mean, std=images.std, class_names=names)
+    return replace(config, meta=meta)
 
 
 def compare_data(config: NetworkConfig, source: str, images: 'Images') -> list[str]:

@@ -178,7 +178,11 @@ FLAGS = [
     ),
     ('parsing_model.py', {'print_lat': True, 'lookup_path': '@cut.pkl'}, 'not a pickled latency table'),
     ('latency_pkl/make_lat_lut.py', {'save_path': '/none/x.pkl'}, '--save_path /none/x.pkl: its folder does not'),
-    ('latency_pkl/make_lat_lut.py', {'check': '@absent.pkl'}, 'absent.pkl: no latency table there'),
+    (
+        'latency_pkl/make_lat_lut.py',
+        {'check': '@absent.pkl', 'metric': None, 'save_path': None},
+        'absent.pkl: no latency table there',
+    ),
     ('dataset/make_lists.py', {'img_root': '@absent'}, 'absent: no such folder'),
     ('dataset/make_lists.py', {'img_root': '@class 0'}, 'no class folders in it'),
     ('dataset/make_lists.py', {'classes': '@empty.txt'}, 'empty.txt: names no classes'),

@@ -40,7 +40,7 @@ from models.parsing import load_architecture
 from models.search_space import SPACE
 from models.training_run import compare_data, describe_data
 from tools.distributed import World
-from tools.environment import device_name
+from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.next_step import batch_for, command
 from tools.run.resume import Snapshot, compare_images
@@ -233,6 +233,27 @@ def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
     assert line == 'c is for 9 classes; the network gets 3, as the images have'
 
 
+@pytest.mark.parametrize('size', [32, 48])
+def test_a_config_parsed_at_another_size_drops_the_latencies_of_the_old_one(size, tmp_path, monkeypatch, capsys):
+    latencies = {'table': 'old.pkl', 'target': 3.0, 'target_given': '50%', 'unit': 'ms', 'predicted': 2.9}
+    meta = Meta(32, (0.5, 0.5, 0.5), (1, 1, 1), tuple(NAMES), **latencies, measured=2.8, measured_on='x')
+    (tmp_path / 'a.config').write_text(dump_config(replace(small_config(), meta=meta)))
+    words = ['--config_path', tmp_path / 'a.config', '--save_path', tmp_path / 'b.config', '--img_size', size]
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    assert ('warning: --img_size is 48' in capsys.readouterr().out) == (size == 48)
+    expected = meta if size == 32 else Meta(48, meta.mean, meta.std, meta.class_names)
+    assert load_config(tmp_path / 'b.config').meta == expected
+
+
+def test_a_table_for_other_classes_is_a_line_of_the_parser(tmp_path, monkeypatch, capsys):
+    table = write_table(tmp_path / 't.pkl', unit='ms')
+    for classes, lines in ((3, 0), (9, 1)):
+        (tmp_path / 'a.config').write_text(dump_config(reference_config(classes, SPACE)))
+        words = ['--config_path', tmp_path / 'a.config', '--lookup_path', table]
+        assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+        assert capsys.readouterr().out.count(f'{table} is for 3 classes, not 9\n') == lines
+
+
 def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(tmp_path):
     path, said = write_table(tmp_path / 't.pkl', device='Titan RTX'), []
     note = device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
@@ -249,32 +270,47 @@ def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(
         load_table(path, 512, SPACE)
 
 
-def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch):
+def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch, settings):
     reference = dump_config(reference_config(3, SPACE))
     about = {'device': device_name(CPU), 'batch_size': 1, 'threads': 1, 'reference': reference, 'reference_ms': 5.0}
-    path = write_table(tmp_path / 't.pkl', unit='ms', **about)
+    path = write_table(tmp_path / 't.pkl', unit='ms', tf32=False, **about)
+    set_tf32(True)  # as in the training
     config = reference_config(3, SPACE)
     config = replace(config, meta=Meta(32, target=3.0, target_given='50%', unit='ms', table=str(path)))
     given, said = [], []
 
     def measure(build, batch_size, img_size, device, standard, launch):
         assert said.pop().startswith('measuring the latency of the network')
-        given.append((batch_size, img_size, standard.ms if standard else None))
+        precision = torch.backends.cudnn.conv.fp32_precision
+        given.append((batch_size, img_size, standard.ms if standard else None, precision))
         return Measured(2.5, 0.01, 1.0 if standard else None, parts=(1.0, 1.5))
 
     monkeypatch.setattr(runtimes, 'measure_latency', measure)
     logger = Namespace(log=lambda text, *values: said.append(text % values), record=lambda *_, **__: None)
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     predicted = load_table(path, 32, SPACE).of_config(config)
-    assert (
-        given == [(1, 32, 5.0)] and 'measured latency 2.5000 ms' in said[0] and 'relative to the reference' in said[0]
-    )
+    assert given == [(1, 32, 5.0, 'ieee')]
+    assert 'measured latency 2.5000 ms' in said[0] and 'relative to the reference' in said[0]
     assert f'target 3.0000 ms, given as 50%; predicted by the table {predicted:.4f} ms' in said[0]
     path.unlink()
+    set_tf32(True)
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
-    assert (
-        given[1] == (1, 32, None) and 'table of the config, is not there' in said[1] and 'by the clock alone' in said[2]
-    )
+    assert given[1] == (1, 32, None, 'tf32')
+    assert 'table of the config, is not there' in said[1] and 'by the clock alone' in said[2]
+
+
+@pytest.mark.parametrize(
+    'error', [BadInput('--provider X: cannot start'), RuntimeError('no memory'), OSError('no file')]
+)
+def test_a_latency_that_cannot_be_measured_is_a_line_of_a_finished_training(error, monkeypatch):
+    def measure(*_, **__):
+        raise error
+
+    monkeypatch.setattr(runtimes, 'measure_latency', measure)
+    said = []
+    logger = Namespace(log=lambda text, *values: said.append(text % values))
+    log_network_latency(logger, 1, reference_config(3, SPACE), CPU, 32, SPACE)
+    assert said[-1] == f'latency not measured: {error}'
 
 
 def test_names_and_size_are_read_from_safetensors(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,10 @@ from tools.rng import derive_seed
         ),
         (lambda data: data[MASKS_KEY]['stage1']['block1'][0].fill_(0.5), 'mask of stage1.block1 op 0'),
         (lambda data: data[MASKS_KEY].pop('stage2'), 'mask of stage2.block1 op 0'),
+        (
+            lambda data: data[MASKS_KEY]['stage3']['block2'][2][31:].zero_(),
+            'mask of stage3.block2 op 2 keeps 31 channels, should keep at least 32 of 64',
+        ),
     ],
 )
 def test_spoiled_searched_models_are_refused_by_what_is_wrong(tmp_path, spoil, message):

@@ -360,6 +360,47 @@ def test_broken_kits_are_refused(kit, tmp_path):
         read_kit(tmp_path / 'none')
 
 
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('--width_divisor 8', '--width_divisor is of --kit: give --kit too'),
+        ('--opset 18', '--opset is of --kit: give --kit too'),
+        ('--configs a.config', '--configs is of --kit: give --kit too'),
+        ('--note phone', '--note is of --timings: give --timings too'),
+        ('--check t.pkl --width_divisor 8', '--width_divisor is of --kit: leave it out with --check'),
+        ('--check t.pkl --save_path u.pkl', '--save_path is not used with --check: leave one of them out'),
+        ('--check t.pkl --metric flops', '--metric is not used with --check: leave one of them out'),
+        ('--check t.pkl --estimate a100', '--estimate is not used with --check: leave one of them out'),
+        ('--kit k --runtime onnxruntime', '--runtime is not used with --kit: leave one of them out'),
+        ('--kit k --estimate a100', '--estimate is not used with --kit: leave one of them out'),
+        ('--kit k --check t.pkl', '--check is not used with --kit: leave one of them out'),
+        ('--kit k --save_path t.pkl', '--save_path is not used with --kit: leave one of them out'),
+        ('--kit k --note phone', '--note is of --timings: leave it out with --kit'),
+        ('--kit k --no-tf32', '--tf32 is not used with --kit: leave one of them out'),
+        ('--timings t.csv --kit k --opset 18', '--opset is of --kit: leave it out with --timings'),
+        ('--timings t.csv --metric flops', '--metric is not used with --timings: leave one of them out'),
+    ],
+)
+def test_flags_of_the_maker_that_would_be_ignored_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_lat_lut.get_args(words.split())
+    assert ended.value.code == 2 and capsys.readouterr().err.endswith(f': error: {message}\n')
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        '--kit k --width_divisor 4 --opset 18 --configs a.config --img_size 32 --num_classes 3 --seed 1 --batch_size 2',
+        '--timings t.csv --kit k --note phone --save_path t.pkl',
+        '--check t.pkl --runtime onnxruntime --launch eager --no-tf32 --networks 4 --rounds 2 --tolerance 3',
+        '--estimate a100 --save_path t.pkl',
+        '--runtime onnxruntime --save_path t.pkl --metric latency --budget 30',
+    ],
+)
+def test_flags_of_the_maker_that_go_together(words):
+    make_lat_lut.get_args(words.split())
+
+
 def test_the_maker_writes_kits_and_tables(kit, tmp_path, capsys):
     folder = tmp_path / 'phone_kit'
     words = ['--kit', str(folder), '--configs', str(tmp_path / 'found.config'), '--img_size', '32']

@@ -34,7 +34,7 @@ from latency_pkl.timing import QUEUED, TOGETHER, UNCONFIRMED, WAITED, Measured, 
 from latency_pkl.width_grid import MULTIPLES, WidthGrid
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
-from models.latency import load_table, save_table
+from models.latency import LatencyTable, load_table, save_table
 from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
 from models.search_space import SPACE
 from tools.errors import BadInput
@@ -186,8 +186,9 @@ def test_a_short_look_at_a_disturbed_machine_gives_the_tables_own_error(share, m
     truth = physical_curves(32)
     blocks = [truth[key][spec.mid_channels - 1] for _, spec, key in reference_config(10, SPACE).table_keys(32)]
     assert meta['reference_ms'] == pytest.approx(sum(blocks) + 0.2, rel=0.01)  # at which a check takes the table
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert f'mean error {meta["residual_mean_percent"]:.2f} %' in out and 'counted too' not in out
+    assert not err  # the bar is for terminals
 
 
 def test_a_turn_is_as_slow_as_the_undisturbed_parts_of_the_reference():
@@ -329,16 +330,43 @@ def test_a_card_is_timed_eagerly_beside_a_table_without_launch(card, searched, t
     assert checked == [('cuda', 8, 'eager', None)] * 2
     words = ['--model_path', searched, '--save_path', tmp_path / 'n.config', '--lookup_path', path, '--print_lat']
     assert {one[2] for one in card(parsing_model, *words)} == {'eager'}
+    assert load_config(tmp_path / 'n.config').meta.measured_on == 'a card, batch 8'
     save_table(table.base, table.curves, {'unit': 'ms', 'launch': 'graph'}, path)
     with pytest.raises(BadInput, match="launch is 'graph', should be queued or eager"):
         card(make_lat_lut, '--check', path)
 
 
+@pytest.mark.parametrize(
+    ('device', 'meta', 'fitted', 'timed'),
+    [
+        ('cuda', {'device': 'a card', 'batch_size': 8}, False, 'GPU 8, GPU 32, GPU 1, CPU 1'),
+        ('cuda', {'device': 'a card', 'batch_size': 1}, False, 'GPU 1, GPU 32, CPU 1'),
+        ('cuda', {'device': 'another', 'batch_size': 8}, False, 'GPU 32, GPU 1, CPU 1'),
+        ('cuda', {'device': 'another', 'batch_size': 8}, True, 'GPU 8, GPU 32, GPU 1, CPU 1'),
+        ('cuda', {}, False, 'GPU 32, GPU 1, CPU 1'),
+        ('cpu', {'batch_size': 4}, False, 'CPU 4, CPU 1'),
+        ('cpu', {}, True, 'CPU 1'),
+    ],
+)
+def test_the_batch_size_of_a_table_is_timed_first(device, meta, fitted, timed, monkeypatch):
+    """That of another device's table is not, unless the network was fitted by the clock beside it."""
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a card')
+    engine = Engine('torch', None, torch.device(device))
+    places = parsing_model.timings_of(LatencyTable(1.0, {}, meta, 32), engine, fitted)
+    assert ', '.join(f'{name} {batch_size}' for name, _, batch_size in places) == timed
+    assert all(place.device.type == {'GPU': 'cuda', 'CPU': 'cpu'}[name] for name, place, _ in places)
+
+
 def test_a_launch_is_of_a_gpu(measured, tmp_path, capsys):
     """On a CPU, and for what is not timed, the flag ends in one line; tables of a CPU have no such entry."""
     assert 'launch' not in load_table(measured[0], 32, SPACE).meta
-    for words in (['--device', 'cpu'], ['--metric', 'flops'], ['--device', 'cpu', '--check', measured[0], *SIZE]):
-        words = map(str, [*words, '--launch', 'queued', '--save_path', tmp_path / 't.pkl'])
+    made = ['--save_path', tmp_path / 't.pkl']
+    for words in (
+        ['--device', 'cpu', *made],
+        ['--metric', 'flops', *made],
+        ['--device', 'cpu', '--check', measured[0]],
+    ):
+        words = map(str, [*words, '--launch', 'queued', *SIZE])
         with pytest.raises(BadInput, match='--launch queued: only for times that torch measures on a GPU'):
             make_lat_lut.main(make_lat_lut.get_args(list(words)))
         lines = capsys.readouterr().out.splitlines()  # a table measured on a busy machine may have a warning

@@ -130,7 +130,7 @@ READERS = [
     ('test.py', 'config_path', {}),
     ('test.py', 'val_list', {}),
     ('test.py', 'image', {'val_list': None, 'val_root': None}),
-    ('latency_pkl/make_lat_lut.py', 'check', {}),
+    ('latency_pkl/make_lat_lut.py', 'check', {'metric': None, 'save_path': None}),
     ('dataset/make_lists.py', 'classes', {}),
 ]
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from conftest import ROOT
+from tools.needed import NEEDED
 from tools.options import Parser, changed_flags, count, run_script
 
 SCRIPTS = ['train_search', 'parsing_model', 'train_eval', 'train_eval_amp', 'test', 'latency_pkl.make_lat_lut']
@@ -115,11 +117,23 @@ def test_a_flag_that_is_on_by_default_can_be_off(monkeypatch):
     assert changed_flags(args) == '--img_root x --target_lat 50% --no-report --no-tf32'.split()
 
 
+def test_a_flag_whose_number_may_be_all_is_logged_as_all():
+    words = ['--img_root', 'x', '--keep_checkpoints', 'all']
+    args = importlib.import_module('train_search').get_args(words)
+    assert args.keep_checkpoints is None and changed_flags(args) == words
+
+
 @pytest.mark.parametrize('script', [*SCRIPTS[:8], 'dataset.demo.unpack'])
 def test_without_packages_a_script_is_one_line(script, run_script):
     words = ['-m', script] if script == 'tools.plots' else [script.replace('.', '/') + '.py']
     (line,) = run_script('-S', *words, code=2).stderr.splitlines()  # -S: without installed packages
     assert 'has no torch, torchvision, ' in line and 'pip install -r ' in line
+
+
+def test_the_packages_that_scripts_look_for_are_those_required():
+    required = re.findall(r'^[\w-]+', (ROOT / 'requirements.txt').read_text(), re.MULTILINE)
+    required = {{'pillow': 'PIL'}.get(name, name) for name in required}
+    assert set(NEEDED) == required - {'matplotlib'}  # which pictures alone need
 
 
 def test_an_interrupt_is_one_line(capsys):

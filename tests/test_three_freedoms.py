@@ -221,13 +221,31 @@ def test_a_step_counts_if_the_same_command_ended_well(tmp_path):
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize('printed', ['Lat_CPU bs=1: 4.2 ms', 'Lat_GPU bs=32 onnxruntime: 4.2 ms', 'Lat_LUT: 4.2 ms'])
+def test_a_network_is_measured_on_any_device(printed, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    run, scripts = Run('random', 0, '4', None), three_freedoms.Scripts(1)
+    monkeypatch.setattr(
+        scripts, '_run', lambda words, errors, name: (errors.write_text(''), f'Config: x\n{printed}', 0.0)
+    )
+    args = Namespace(save=tmp_path, measured_rounds=1, num_classes=3, img_size=32, device='auto', lookup_path='x')
+    if 'LUT' in printed:
+        with pytest.raises(BadInput, match='did not print'):
+            three_freedoms.measure([run], scripts, args)
+    else:
+        three_freedoms.measure([run], scripts, args)
+    assert json.loads((tmp_path / run.name / 'measure-1.json').read_text())['finished'] == ('LUT' not in printed)
+
+
 def test_results_are_read_from_what_the_steps_printed(tmp_path):
-    """A search that was killed before its first model has left a folder; another runtime is named beside the batch."""
+    """A search that was killed before its first model has left a folder; another runtime is named beside the batch. Of
+    several batch sizes, the first is the table's."""
     run, table = Run('full', 0, '4'), make_table(img_size=32)
     folder, paths = tmp_path / run.name, 'm: supernet top1 {}\na: supernet top1 2\n'
     outputs = {
         'search': '', 'parse': 'Lat_LUT: 4.1\nFLOPs: 5 M\nParams: 6', 'train': '', 'test': 'top1: 70.5',
-        'measure-1': 'Lat_CPU bs=1 onnxruntime: 4.2 ms', 'measure-2': 'Lat_CPU bs=1 onnxruntime: 4.4 ms',
+        'measure-1': 'Lat_LUT: 4.1 ms\nLat_CPU bs=8 onnxruntime: 4.2 ms\nLat_CPU bs=1 onnxruntime: 0.9 ms',
+        'measure-2': 'Lat_CPU bs=8 onnxruntime: 4.4 ms',
         'paths-1': paths.format(7), 'paths-2': paths.format(8) + 'b: supernet top1 3',
     }  # fmt: skip
     folder.mkdir()

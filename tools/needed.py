@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ('torch', 'torchvision', 'numpy', 'PIL', 'scipy', 'tqdm')
+NEEDED = ('torch', 'torchvision', 'numpy', 'PIL', 'simplejpeg', 'scipy', 'tqdm')
 
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     requirements = Path(__file__).resolve().parent.parent / 'requirements.txt'

@@ -141,6 +141,8 @@ def changed_flags(args: argparse.Namespace) -> list[str]:
             words.append(f'--{name}' if value else f'--no-{name}')
         elif value is not None:
             words += [f'--{name}', *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        elif defaults.get(name) is not None:
+            words += [f'--{name}', 'all']  # see `count_or_all`
     return words
 
 
