@@ -88,7 +88,7 @@ def default_a_lr(steps: int) -> float:
     The power is a choice by experiment. Gradients of the architecture agree from step to step, so fewer steps need a
     higher rate to go as far. With a much higher one, the noise of the last few steps decides.
     """
-    return round(PUBLISHED_A_LR * max(PUBLISHED_STEPS / max(steps, 1), 1) ** (1 / 3), 3)
+    return round(PUBLISHED_A_LR * max(PUBLISHED_STEPS / max(steps, 1), 1) ** (1 / 4), 3)
 
 
 def default_a_wd(steps: int) -> float:

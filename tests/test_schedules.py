@@ -58,7 +58,7 @@ def test_rate_and_decay_of_the_architecture_follow_its_number_of_steps():
     assert rates[-2:] == [0.01, 0.01] and decays[-2:] == [5e-4, 5e-4]
     assert sorted(rates, reverse=True) == rates and sorted(decays) == decays
     assert len(set(rates)) == len(set(decays)) == 6
-    assert default_a_lr(127_760 // 8) == 0.02 and default_a_lr(0) < 1  # 8 to the power 1/3 is 2
+    assert default_a_lr(127_760 // 16) == 0.02 and default_a_lr(0) < 1  # 16 to the power 1/4 is 2
     assert default_a_wd(127_760 // 10) == pytest.approx(5e-5) and default_a_wd(0) == 0
 
 
@@ -93,7 +93,7 @@ def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
     assert kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4} and (args.T_decay, args.a_wd) == (0.9, 5e-4)
     assert args.a_lr == default_a_lr(200)
     assert line == (
-        '--T_decay 0.9 (as before), --a_lr 0.086 (for 200 steps of the architecture), --a_wd 0.0005 (as before)'
+        '--T_decay 0.9 (as before), --a_lr 0.05 (for 200 steps of the architecture), --a_wd 0.0005 (as before)'
     )
     again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
     assert again == args and kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4}
@@ -109,13 +109,13 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.4 (for 2 steps' in log
+    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.159 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')
     assert log.index('epoch 2 Gumbel paths') < log.index('has not decided')
     followed = read_run(folder).header['flags']
-    assert (followed['T_decay'], followed['a_lr']) == (pytest.approx(decay, abs=1e-6), 0.4)
+    assert (followed['T_decay'], followed['a_lr']) == (pytest.approx(decay, abs=1e-6), 0.159)
     checkpoint = load(folder / 'searched_model_03.pth.tar')
     assert checkpoint['flags']['T_decay'] is None and checkpoint['flags']['a_lr'] is None
 
