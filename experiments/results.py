@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from models.describe import hardly_learned
+from models.describe import changed_blocks, hardly_learned
 from models.search_space import FREEDOMS, SPACE
 from tools.files import write_atomic, write_text
 from tools.report.summary import ROWS
@@ -80,23 +80,29 @@ def result_of(run: Run, args, table) -> dict | None:
     if paths:
         own, *others = max((re.findall(r'supernet top1 ([\d.]+)', text) for text in paths), key=len)
         result |= {'own_path_top1': float(own), 'path_top1': [float(value) for value in others]}
+    if records.get('runner_ups', {}).get('finished'):
+        own, *others = re.findall(r'supernet top1 ([\d.]+)', records['runner_ups']['output'])
+        result |= {'choice_test_top1': float(own), 'runner_up_test_top1': [float(value) for value in others]}
     return result
 
 
 def search_result(folder: Path, args) -> dict:
     """Return what the metrics of a search show: the supernet's top-1 when architecture steps begin and at the end,
-    whether it counts, the mean entropy of operators by epoch, and the operator that wins most blocks."""
+    whether it counts, the mean entropy of operators by epoch, [blocks whose choice changed, blocks] by epoch, from the
+    architecture's second on, and the operator that wins most blocks."""
     (model,) = folder.glob('search/*/searched_model_*.pth.tar')  # a search killed early leaves a folder without one
     epochs = read_run(model.with_name('metrics.jsonl')).of('epoch')
     entropies = [statistics.mean(stats.entropy(row, base=len(row)) for row in line['ops']) for line in epochs]
     winners = [int(np.argmax(row)) for row in epochs[-1]['ops']]
     most = statistics.mode(winners)
+    chosen = [line['arch'] for line in epochs if line.get('latency')]
     begin = next(line['val']['top1'] for line in epochs if line['epoch'] == args.warmup_epochs - 1)
     return {
         'supernet_top1': begin,
         'supernet_top1_end': epochs[-1]['val']['top1'],
         'counts': not hardly_learned(begin, args.num_classes),
         'entropy': entropies,
+        'changed': [changed_blocks(*pair) for pair in itertools.pairwise(chosen)],
         'winner': most,
         'winner_share': winners.count(most) / len(winners),
     }

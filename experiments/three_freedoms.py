@@ -316,16 +316,21 @@ def follow_all(runs: list[Run], table, scripts: Scripts, args) -> None:
 
 
 def rank_paths(runs: list[Run], scripts: Scripts, args) -> None:
-    """Test the found network and the random ones with the weights of each full search."""
+    """Test networks with the weights of each full search: the found and the random ones on the images of the search,
+    the found one and its runner-ups on the test images."""
     save = Path(args.save)
     drawn = [save / run.name / 'architecture.json' for run in runs if run.arm == 'random']
     for run in runs:
-        if run.arm == 'full' and drawn:
-            (model,) = (save / run.name).glob('search/*/searched_model_*.pth.tar')
-            words = ['experiments/path_accuracy.py', *shared_flags(args), '--model_path', model, '--val_root',
-                     args.img_root, '--val_list', args.val_list, '--batch_size', args.batch_size, '--architectures',
-                     *drawn]  # fmt: skip
-            scripts.once(save / run.name, f'paths-{len(drawn)}', words, 'supernet top1')
+        if run.arm != 'full':
+            continue
+        (model,) = (save / run.name).glob('search/*/searched_model_*.pth.tar')
+        words = ['experiments/path_accuracy.py', *shared_flags(args), '--model_path', model, '--batch_size',
+                 args.batch_size]  # fmt: skip
+        if drawn:
+            searched = ['--val_root', args.img_root, '--val_list', args.val_list, '--architectures', *drawn]
+            scripts.once(save / run.name, f'paths-{len(drawn)}', [*words, *searched], 'supernet top1')
+        tested = ['--val_root', args.test_root, '--val_list', args.test_list, '--runner_ups', args.lookup_path]
+        scripts.once(save / run.name, 'runner_ups', [*words, *tested], 'supernet top1')
 
 
 def measure(runs: list[Run], scripts: Scripts, args) -> None:

@@ -17,8 +17,8 @@ from scipy import stats
 from test_targeting import random_state
 
 from conftest import ROOT, SMALL_SPACE, make_table
+from experiments import choices, path_accuracy, repeated, three_freedoms
 from experiments import join as join_freedoms
-from experiments import path_accuracy, repeated, three_freedoms
 from experiments.results import Run, difference, half_interval, holm, interval, p_values, read_numbers, result_of
 from models.config import load_config
 from models.elasticity import fit_widths, latency_range
@@ -416,6 +416,46 @@ def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
         run([*again, first[0]])
     with pytest.raises(BadInput, match=r'has no random networks \[9\], which'):
         run([line | {'seed': 9} if line['seed'] == 3 else line for line in again])
+
+
+def test_choices_are_compared_with_their_runner_ups(tmp_path, monkeypatch, capsys):
+    def line(arm, seed, choice, others, changed):
+        found = {'choice_test_top1': choice, 'runner_up_test_top1': others, 'changed': [[9, 9], changed]}
+        return {
+            'arm': arm,
+            'seed': seed,
+            'unit': 'ms',
+            'predicted': 3.0,
+            'top1': 5.0 + seed,
+            'entropy': [1, 0.5],
+        } | found
+
+    searches = [line('full', seed, 10.0, [8.0, 10.0 + seed], [1, 4]) for seed in (0, 1, 2)]  # margins 1, 0.5, 0
+    searches += [line('settled', seed, 12.0, [10.0], [seed, 5]) for seed in (2, 1, 0)]  # 2
+    drawn = [{'arm': 'random', 'seed': seed, 'unit': 'ms', 'predicted': 3.0, 'top1': 4.0 + seed} for seed in range(3)]
+
+    def run():
+        for name, results in (('searches', searches), ('drawn', drawn)):
+            (tmp_path / name).write_text(''.join(json.dumps(result) + '\n' for result in results))
+        monkeypatch.setattr(
+            sys, 'argv', ['choices.py', *map(str, (tmp_path / 'searches', '--random', tmp_path / 'drawn'))]
+        )
+        choices.main(choices.get_args())
+        return capsys.readouterr().out.splitlines()
+
+    # t(0.975, 2) = 4.3027, standard deviation 0.5: half width 1.2421
+    assert run() == [
+        'full: choice against runner-ups +0.50 (-0.74 to +1.74), n = 3; better than 50 % of 6',
+        '  25 % of blocks changed in the last epoch; entropy 0.50',
+        '  trained alone, against random: +1.00 (-1.27 to +3.27)',
+        'settled: choice against runner-ups +2.00 (+2.00 to +2.00), n = 3; better than 100 % of 3',
+        '  20 % of blocks changed in the last epoch; entropy 0.50',
+        '  trained alone, against random: +1.00 (-1.27 to +3.27)',
+        'settled against full, 3 seeds: margin +1.50 (+0.26 to +2.74)',
+    ]
+    del searches[4]['changed']
+    with pytest.raises(BadInput, match='searches: a line has no changed'):
+        run()
 
 
 @pytest.mark.parametrize(('seed', 'share', 'without'), [(5, 0.8, 2), (7, 0.5, 0)])
