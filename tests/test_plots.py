@@ -85,6 +85,7 @@ def test_the_report_is_one_file_with_all_numbers(searched, trained):
         assert all(str(value) in page.text for value in run.header['flags'].values() if not isinstance(value, float))
         assert run.header['environment']['torch'] in page.text and 'finished' in page.text
     assert '<made> & "up"' in Page((searched / 'report.html').read_text()).text  # escaped
+    assert Page((searched / 'report.html').read_text()).text.count('last validation, Gumbel paths') == 1
     assert '7.5 ms on made-up device, batch 1' in page.text.replace('7.5000', '7.5')
 
 

@@ -75,7 +75,10 @@ def _blocks(run: Run, network: dict) -> str:
 def _summary(run: Run) -> str:
     done = 'finished' if run.of('end') else 'not finished'
     rows = [('task', run.header['task']), ('state', done), ('epochs', len(run.of('epoch')))]
-    if epochs := [line for line in run.of('epoch') if line.get('val')]:
+    epochs = [line for line in run.of('epoch') if line.get('val')]
+    if epochs and run.header['task'] == 'search':
+        rows.append(('last validation, Gumbel paths', f'top-1 {epochs[-1]["val"]["top1"] or 0:.2f} %'))
+    elif epochs:
         best = max(epochs, key=lambda line: line['val']['top1'] or 0)
         rows.append(('best top-1', f'{best["val"]["top1"]:.2f} % (epoch {best["epoch"]})'))
     if 'latency' in run.header:
