@@ -216,7 +216,7 @@ def warn_not_decided(ops: Sequence[Sequence[float]], before: Arch | None, arch: 
     if (entropy := mean_entropy(ops)) > UNDECIDED:
         log(
             'The search has not decided: the mean entropy of its operators is %.2f, and 1 is uniform.'
-            ' A higher --a_lr helps.',
+            ' A higher --a_lr or a lower --a_wd helps.',
             entropy,
         )
     changed, blocks = changed_blocks(before or arch, arch)
