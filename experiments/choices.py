@@ -59,7 +59,7 @@ def main(args):
             f' better than {100 * beaten.mean():.0f} % of {len(beaten)}'
         )
         entropy = statistics.mean(r['entropy'][-1] for r in mine)
-        print(f'  {100 * changed / blocks:.0f} % of blocks changed in the last epoch; entropy {entropy:.2f}')
+        print(f'  {100 * changed / blocks:.0f} % of the blocks changed in the last epoch; entropy {entropy:.2f}')
         print(f'  trained alone, against random: {difference([r["top1"] for r in mine], drawn)}')
     for one, other in combinations(arms, 2):
         first, second = margins(arms[one]), margins(arms[other])
