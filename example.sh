@@ -48,11 +48,11 @@ if [ -z "$imagenet" ]; then
     stage '2/6 latency table of this machine, at 32 pixels (30 s)'
     "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 30 --save_path $demo/latency.pkl
 
-    stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 5 choose'
+    stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 4 choose'
     awk 'NR % 4' $images/search_train.txt >$images/search_short.txt # three quarters of each class
     "$python" train_search.py --img_root $images/train --train_list $images/search_short.txt \
-        --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 10 --warmup_epochs 5 \
-        --largest_epochs 3 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 9 --warmup_epochs 5 \
+        --largest_epochs 3 --a_lr 0.1 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
         --print_freq 25 --save $demo --note demo
 
     stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'

@@ -26,7 +26,7 @@ def small_project(folder):
 
 
 def flags(project, save, **changes):
-    """Flags of a search as a list of words: 10 steps an epoch, two epochs of warm-up, two of search."""
+    """Flags of a search as a list of words: 10 steps an epoch, two epochs of warm-up, the first of the largest operators, two of search."""
     chosen = {
         'img_root': project / 'images',
         'train_list': project / 'images' / 'train.txt',
@@ -39,6 +39,7 @@ def flags(project, save, **changes):
         'workers': 0,
         'epochs': EPOCHS,
         'warmup_epochs': 2,
+        'largest_epochs': 1,
         'target_lat': '40%',
         'print_freq': 1,
         'device': 'cpu',
