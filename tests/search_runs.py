@@ -26,7 +26,7 @@ def small_project(folder):
 
 
 def flags(project, save, **changes):
-    """Flags of a search as a list of words: 10 steps an epoch, two epochs of warm-up, the first of the largest operators, two of search."""
+    """Flags of a search, as words: 10 steps an epoch; one epoch of the largest operators, one of all, two of search."""
     chosen = {
         'img_root': project / 'images',
         'train_list': project / 'images' / 'train.txt',
