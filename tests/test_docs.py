@@ -159,6 +159,7 @@ MORE_SCRIPTS = [
     'benchmarks/latency_methods.py',
     'benchmarks/runtimes.py',
     'experiments/join.py',
+    'experiments/choices.py',
     'experiments/repeated.py',
     'tools/plots.py',
 ]
