@@ -225,9 +225,10 @@ def scale_to_target(state, table, target, limits, args, log):
     scaled, more, divisor = widths, {}, args.width_divisor or table.width_divisor
     if 'width' in args.freedoms:
         first, arch = arch, most_probable(state.full, table, SPACE, target, divisor, limits)
-        scaled = scale_widths(arch, widths, table, SPACE, target, divisor)
-        if limits or abs(table.total(arch, scaled, SPACE) / target - 1) > CLOSE:  # as with coarse steps of widths
-            scaled = fit_widths(arch, widths, table, SPACE, target, divisor, limits)
+        scale = fit_widths if limits else scale_widths  # proportional steps stop at the first limit
+        scaled = scale(arch, widths, table, SPACE, target, divisor, limits)
+        if not limits and abs(table.total(arch, scaled, SPACE) / target - 1) > CLOSE:  # as with coarse steps of widths
+            scaled = fit_widths(arch, widths, table, SPACE, target, divisor)
         if arch != first:
             more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
             least, most = latency_range(first, table, SPACE, divisor)

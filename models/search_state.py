@@ -120,8 +120,7 @@ def with_schedule(args: Namespace, snapshot: Snapshot, steps_an_epoch: int) -> t
     last = args.T * defaults['T_decay'] ** max(epochs - 1, 0)
     why = {
         'T_decay': f'T falls from {args.T:g} to {last:.2f} in {epochs} epochs',
-        'a_lr': f'for {steps:,} steps of the architecture',
-        'a_wd': 'for as many',
+        **dict.fromkeys(('a_lr', 'a_wd'), f'for {steps:,} steps of the architecture'),
     }
     kept, values, lines = {}, {}, []
     for name, default in defaults.items():

@@ -87,6 +87,11 @@ def test_values_that_are_given_win_and_are_kept():
     assert kept == {'T_decay': 0.7, 'a_lr': 0.3, 'a_wd': 0.0}
 
 
+def test_each_value_that_follows_from_the_length_is_explained_alone():
+    _, _, line = with_schedule(arguments(T_decay=0.7, a_lr=0.3, epochs=30), Snapshot(), 20)
+    assert line == '--a_wd 7.827e-07 (for 200 steps of the architecture)'
+
+
 def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
     longer = arguments(epochs=30)
     args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None, a_wd=5e-4), 20)

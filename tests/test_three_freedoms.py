@@ -110,13 +110,22 @@ def test_the_evidence_gives_the_table_of_the_page(join):
     assert difference(full, drawn).replace(' (', ' points (') in page
 
 
-def test_the_evidence_gives_the_figures_of_the_follow_up(monkeypatch, capsys):
+@pytest.fixture
+def printed_by(monkeypatch, capsys):
+    """Return a function that runs a program of the experiments in this process and returns what it prints."""
+
+    def run(program, *words):
+        monkeypatch.setattr(sys, 'argv', [program.__name__, *map(str, words)])
+        program.main(program.get_args())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_evidence_gives_the_figures_of_the_follow_up(printed_by):
     evidence = ROOT / 'experiments' / 'evidence'
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text().partition('\n# Appendix')[0].split())
-    words = [evidence / 'follow_up.jsonl', '--first', evidence / 'preregistered.jsonl']
-    monkeypatch.setattr(sys, 'argv', ['repeated.py', *map(str, words)])
-    repeated.main(repeated.get_args())
-    printed = capsys.readouterr().out
+    printed = printed_by(repeated, evidence / 'follow_up.jsonl', '--first', evidence / 'preregistered.jsonl')
     assert printed.startswith('20 networks, 2 trainings each')
     for pattern in (
         r'F = [\d.]+',
@@ -132,13 +141,11 @@ def test_the_evidence_gives_the_figures_of_the_follow_up(monkeypatch, capsys):
         assert found in page, found
 
 
-def test_the_evidence_gives_the_figures_of_the_second_follow_up(monkeypatch, capsys):
+def test_the_evidence_gives_the_figures_of_the_second_follow_up(printed_by):
     evidence = ROOT / 'experiments' / 'evidence'
     page = ' '.join((ROOT / 'experiments' / 'README.md').read_text().partition('\n# Programs')[0].split())
-    words = [evidence / 'second_follow_up.jsonl', '--random', evidence / 'preregistered.jsonl']
-    monkeypatch.setattr(sys, 'argv', ['choices.py', *map(str, words)])
-    choices.main(choices.get_args())
-    printed = capsys.readouterr().out
+    results = evidence / 'second_follow_up.jsonl'
+    printed = printed_by(choices, results, '--random', evidence / 'preregistered.jsonl')
     for arm in ('full', 'settled'):
         text = printed[printed.index(f'{arm}: ') :]
         margin, ends = re.search(r'runner-ups \+([\d.]+) (\(.*?\))', text).groups()
@@ -148,7 +155,7 @@ def test_the_evidence_gives_the_figures_of_the_second_follow_up(monkeypatch, cap
     of_all = re.search(r'10 seeds: margin \+(.*)', printed)[1]
     alone = re.findall(r'alone, against random: (.*)', printed)[1].replace(' (', ' points (')
     assert f'It is {of_all}'.replace(' (', ' more than `full` (') in page and f'against random ones {alone}' in page
-    settled = [r['top1'] for r in map(json.loads, words[0].read_text().splitlines()) if r['arm'] == 'settled']
+    settled = [r['top1'] for r in map(json.loads, results.read_text().splitlines()) if r['arm'] == 'settled']
     assert f'its networks have {statistics.mean(settled):.2f} %' in page
 
 
@@ -403,7 +410,7 @@ def test_the_interval_of_the_networks_deviation_has_its_share():
     assert 0.92 < np.mean(inside) < 0.98
 
 
-def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
+def test_repeated_trainings_are_compared(tmp_path, printed_by):
     common = {'arm': 'random', 'unit': 'ms', 'predicted': 3.0}
     first = [common | {'seed': seed, 'top1': 10.0 * seed} for seed in range(4)]
     first += [common | {'arm': 'full', 'seed': seed, 'top1': 0.0, 'path_top1': [4, 3, 2, 1]} for seed in range(2)]
@@ -414,11 +421,7 @@ def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
     def run(lines):
         for name, results in (('first', first), ('again', lines)):
             (tmp_path / name).write_text(''.join(json.dumps(result) + '\n' for result in results))
-        monkeypatch.setattr(
-            sys, 'argv', ['repeated.py', *map(str, (tmp_path / 'again', '--first', tmp_path / 'first'))]
-        )
-        repeated.main(repeated.get_args())
-        return capsys.readouterr().out.splitlines()
+        return printed_by(repeated, tmp_path / 'again', '--first', tmp_path / 'first').splitlines()
 
     printed = run(again)
     assert printed[0].startswith('4 networks, 2 trainings each: F = 26.67 (p = 0.004)')
@@ -435,7 +438,7 @@ def test_repeated_trainings_are_compared(tmp_path, monkeypatch, capsys):
         run([line | {'seed': 9} if line['seed'] == 3 else line for line in again])
 
 
-def test_choices_are_compared_with_their_runner_ups(tmp_path, monkeypatch, capsys):
+def test_choices_are_compared_with_their_runner_ups(tmp_path, printed_by):
     def line(arm, seed, choice, others, changed):
         found = {'choice_test_top1': choice, 'runner_up_test_top1': others, 'changed': [[9, 9], changed]}
         return {
@@ -454,11 +457,7 @@ def test_choices_are_compared_with_their_runner_ups(tmp_path, monkeypatch, capsy
     def run():
         for name, results in (('searches', searches), ('drawn', drawn)):
             (tmp_path / name).write_text(''.join(json.dumps(result) + '\n' for result in results))
-        monkeypatch.setattr(
-            sys, 'argv', ['choices.py', *map(str, (tmp_path / 'searches', '--random', tmp_path / 'drawn'))]
-        )
-        choices.main(choices.get_args())
-        return capsys.readouterr().out.splitlines()
+        return printed_by(choices, tmp_path / 'searches', '--random', tmp_path / 'drawn').splitlines()
 
     # t(0.975, 2) = 4.3027, standard deviation 0.5: half width 1.2421
     assert run() == [
