@@ -34,10 +34,6 @@ TINY = {
     'test.py': f'{SMALL} --batch_size 4',
     'latency_pkl/make_lat_lut.py': '--img_size 32 --budget 30 --networks 60',
     'benchmarks/search_step.py': TINY_STEPS,
-    'benchmarks/train_step.py': TINY_STEPS,
-    'benchmarks/input_pipeline.py': '--img_size 32 --device cpu --rounds 3 --images 2',
-    'experiments/three_freedoms.py': f'{SMALL} --batch_size 4 --epochs 2 --warmup_epochs 1 --train_epochs 1 '
-    '--train_batch_size 4 --seeds 0 --arms full random --random_networks 2 --measured_rounds 1',
 }
 FEW = '--img_size 32 --train_list demo/images/search_val.txt'
 TINY_DEMO = TINY | {
@@ -153,14 +149,8 @@ def test_links_and_files_named_in_a_page_are_there(page):
 
 MORE_SCRIPTS = [
     'dataset/make_lists.py',
-    'benchmarks/fit_measured.py',
-    'benchmarks/kit.py',
     'latency_pkl/time_networks.py',
-    'benchmarks/latency_methods.py',
     'benchmarks/runtimes.py',
-    'experiments/join.py',
-    'experiments/choices.py',
-    'experiments/repeated.py',
     'tools/plots.py',
 ]
 NOT_OURS = {'differences.md': {'--on_nan'}, 'latency.md': {'--onnx', '--shapes', '--fp16', '--graph', '--num_threads'}}

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import re
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,8 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_search
-from benchmarks import gpu_probes
-from conftest import ROOT
 from dataset.lists import read_list
 from dataset.loaders import fewer_workers, make_loader, make_search_loaders
 from dataset.splits import search_images
@@ -241,142 +237,3 @@ def test_slow_loading_is_said_once(monkeypatch):
 @pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
 def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, waits, batches):
     assert watched(monkeypatch, waits, 0.1, batches) == []
-
-
-def lines_of(capsys, part, smoke=True):
-    """What a part of the GPU's benchmark prints."""
-    part(CPU, smoke)
-    return capsys.readouterr().out.splitlines()
-
-
-def test_ceilings_are_counted_from_times(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_probes, 'best', lambda *_: 1e-6)
-    copied, *products = lines_of(capsys, gpu_probes.ceilings)
-    assert copied == f'ceilings: copy: {2 * 4 * 2**16 / 1e-6 / 1e9:.0f} GB/s'
-    assert len(products) == 4
-    for line in products:
-        assert line.endswith(f'product of 64: {2 * 64**3 / 1e-6 / 1e12:.2f} TFLOP/s')
-
-
-def test_the_first_touch_of_a_shape_is_not_counted_in_later_ones(capsys, monkeypatch, settings):
-    calls = []
-
-    def seconds(step, device):
-        calls.append(step())
-        return 0.1 if len(calls) % 4 == 1 else 0.02
-
-    monkeypatch.setattr(gpu_probes, 'seconds', seconds)
-    lines = lines_of(capsys, gpu_probes.first_touch)
-    assert len(lines) == 2 * 3 * 2 * 3 and all(line.endswith(': first 100.0 ms, later 20.000 ms') for line in lines)
-    widths = {y.shape[1] for y in calls[::12]}
-    assert widths == {104, 112, 105, 107}  # forward passes
-
-
-@pytest.mark.parametrize('processes', [(), ('-n', '1')])
-def test_a_failure_is_printed_before_the_report_at_the_end(tmp_path, processes):
-    (tmp_path / 'test_one.py').write_text('def test_it(): assert "this value" == "that"\n')
-    words = ['-m', 'pytest', *processes, '-p', 'benchmarks.failures_at_once', '--rootdir', tmp_path, tmp_path]
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-    at_once, at_end = done.stdout.split('= FAILURES =')
-    assert 'test_one.py::test_it, call:' in at_once
-    assert "assert 'this value' == 'that'" in at_once and "assert 'this value' == 'that'" in at_end
-
-
-@pytest.mark.parametrize(
-    ('part', 'count', 'numbers'),
-    [('depthwise', 4, 2), ('norms', 4, 2), ('widths', 2, 4), ('networks', 1, 2), ('loading', 2, 4), ('training', 4, 2)],
-)
-def test_probes_of_a_gpu_run_on_a_cpu(capsys, settings, part, count, numbers):
-    lines = lines_of(capsys, getattr(gpu_probes, part))
-    assert len(lines) == count
-    for line in lines:
-        found = re.findall(r'(?<= )[\d.e+-]+(?= (?:ms|GB/s|images/s))|(?<=\()[\d.]+(?= us)', line)
-        assert len(found) >= min(numbers, 2)
-        assert all(float(number) > 0 for number in found)
-
-
-@pytest.mark.parametrize('part', ['operator_graphs', 'single_operators'])
-def test_parts_that_need_a_gpu_say_so(capsys, part):
-    assert lines_of(capsys, getattr(gpu_probes, part)) == [f'{part}: skipped: no GPU']
-
-
-@pytest.mark.parametrize('spoiled', [False, True])
-def test_gradients_of_operator_graphs_are_compared_with_eager_ones(capsys, monkeypatch, settings, spoiled):
-    """With a stand-in that records nothing on a CPU, and one that gives an operator another gradient."""
-
-    def record(modules, inputs):
-        assert len(modules) == len(inputs) == 2 * len(SPACE.blocks())
-        assert all(module(x).shape[0] == 2 for module, (x,) in zip(modules, inputs, strict=True))
-        if spoiled:
-            modules[5].op.point_linear.conv.weight.register_hook(lambda grad: grad * float('nan'))
-        return modules
-
-    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', record)
-    again, graphs, _, cost = lines_of(capsys, gpu_probes.compare_operator_graphs)
-    assert again.startswith('operator_graphs: eager again: gradients differ by 0.0e+00')
-    assert again.endswith('more than a hundredth apart: 0 of 190: ')
-    assert graphs.startswith(f'operator_graphs: graphs: gradients differ by {"nan" if spoiled else "0.0e+00"}')
-    assert not spoiled or graphs.endswith('1 of 190: stage2.block1.m_ops.7.point_linear.conv.weight')
-    assert cost.startswith('operator_graphs: 36 operators recorded in ')
-
-
-def test_the_profile_of_a_step_counts_its_kernels():
-    a = torch.randn(64, 64)
-    took, _, kernels = gpu_probes.profiled(lambda: (a @ a) @ a, CPU)
-    calls = {name: count for _, count, name in kernels}
-    assert calls['aten::mm'] == 2
-    assert took >= max(kernels)[0] == kernels[0][0] > 0
-
-
-def on_gpu(folder, *words, python='python3'):
-    """Run benchmarks/on_gpu.sh from another folder; returns its exit code and the lines that it kept."""
-    environment = os.environ | {'PYTHON': str(python), 'CUDA_VISIBLE_DEVICES': ''}
-    command = ['bash', ROOT / 'benchmarks' / 'on_gpu.sh', *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    kept = folder / 'out' / 'all.txt'
-    return done.returncode, kept.read_text() if kept.exists() else done.stderr
-
-
-def program(folder, text):
-    """A program in place of Python."""
-    path = folder / 'program'
-    path.write_text(f'#!/bin/bash\n{text}\n')
-    path.chmod(0o755)
-    return path
-
-
-def test_a_part_that_fails_does_not_keep_the_others_from_running(tmp_path):
-    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != depthwise ]] || exit 3')
-    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=fake)
-    parts = [part.__name__ for part in gpu_probes.PARTS]
-    assert re.findall(r'^ran (.*)$', text, re.M) == parts
-    assert code == 1
-    assert '== depthwise: failed, exit code 3' in text
-    assert ' s, 1 parts failed' in text
-    for part in parts:
-        assert (tmp_path / 'out' / f'{part}.txt').read_text() == f'ran {part}\n'
-
-
-def test_what_ran_before_the_time_was_over_is_kept(tmp_path):
-    fake = program(tmp_path, 'echo "ran $2"; [[ $2 != checks ]] || sleep 60')
-    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', '--seconds', '6', python=fake)
-    assert code == 1
-    assert 'ran ceilings\n' in text and 'ran checks\n' in text
-    assert '== checks: ran out of time' in text
-    assert '== norms: left out, the 6 s are over' in text
-
-
-@pytest.mark.parametrize('words', [(), ('--out',), ('--out', 'out', '--seconds', 'x'), ('--out', 'out', '--other')])
-def test_on_gpu_shows_its_usage(tmp_path, words):
-    code, text = on_gpu(tmp_path, *words)
-    assert code == 2
-    assert text.startswith('usage: ')
-
-
-@pytest.mark.slow
-def test_on_gpu_runs_on_a_cpu(tmp_path):
-    code, text = on_gpu(tmp_path, '--out', 'out', '--smoke', python=sys.executable)
-    assert code == 0, text
-    assert 'checks: search, float32: exit code 0' in text
-    for part in gpu_probes.PARTS:
-        assert f'\n{part.__name__}: ' in text

@@ -373,27 +373,6 @@ def test_a_launch_is_of_a_gpu(measured, tmp_path, capsys):
         assert not any(line.startswith(('Table of', 'Timing')) for line in lines) and not list(tmp_path.iterdir())
 
 
-def test_a_table_is_compared_with_another(tmp_path, run_script):
-    """Widths that a search can reach are a tenth too slow, of one shape a tenth too fast. Others do not count."""
-    table, widths = make_table(img_size=32, seed=1), SPACE.table_widths(32)
-    one = max(widths, key=lambda key: widths[key][1])
-    curves = {key: curve * (0.9 if key == one else 1.1) for key, curve in table.curves.items()}
-    for key, (low, _) in widths.items():
-        curves[key][: low - 1] *= 1.5
-    for name, some in (('own', curves), ('other', table.curves)):
-        save_table(table.base, some, {}, tmp_path / f'{name}.pkl')
-    words = ['benchmarks/compare_tables.py', tmp_path / 'own.pkl', tmp_path / 'other.pkl', *SIZE]
-    lines = run_script(*words).stdout.splitlines()
-    for line, least in zip(lines[-2:], (lambda low, _: low, lambda _, high: math.ceil(high / 2)), strict=True):
-        counts = {key: high - least(low, high) + 1 for key, (low, high) in widths.items()}
-        bias = 10 - 20 * counts[one] / sum(counts.values())
-        errors = f'mean error 10.00 %, worst 10.00 %, bias {bias:+.2f} % (mean of shapes {10 - 20 / 66:+.2f} %)'
-        assert errors in line
-        some = [[c[key][least(*widths[key]) - 1 :] for key in widths] for c in (curves, table.curves)]
-        ranks = np.corrcoef(*(np.concatenate(one).argsort().argsort() for one in some))[0, 1]
-        assert float(line.split()[-1]) == pytest.approx(ranks, abs=1e-4) and ranks < 0.9998
-
-
 def test_estimates_are_marked_as_such(tmp_path, run_script, images):
     path = tmp_path / 'v100.pkl'
     run_script(MAKER, '--estimate', 'v100', '--save_path', path)

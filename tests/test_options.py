@@ -11,14 +11,7 @@ from tools.needed import NEEDED
 from tools.options import Parser, changed_flags, count, run_script
 
 SCRIPTS = ['train_search', 'parsing_model', 'train_eval', 'train_eval_amp', 'test', 'latency_pkl.make_lat_lut']
-SCRIPTS += ['dataset.make_lists', 'tools.plots', 'experiments.three_freedoms', 'experiments.path_accuracy']
-SCRIPTS += [
-    'experiments.join',
-    'experiments.repeated',
-    'benchmarks.search_step',
-    'benchmarks.input_pipeline',
-    'dataset.demo.unpack',
-]
+SCRIPTS += ['dataset.make_lists', 'tools.plots', 'benchmarks.search_step', 'dataset.demo.unpack']
 USERS = SCRIPTS[:8]
 """The scripts of the steps, whose flags all have a group and a sentence."""
 
@@ -66,8 +59,7 @@ def test_every_flag_has_a_group_and_a_sentence(script, shown):
 
 
 def test_examples_keep_their_line_ends(shown):
-    for script in ('train_search', 'experiments.three_freedoms'):
-        assert ' \\\n        --' in shown(script)
+    assert ' \\\n        --' in shown('train_search')
 
 
 @pytest.mark.parametrize('flag', ['--img_size', '--img-size'])
