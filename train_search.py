@@ -45,26 +45,21 @@ from models.elasticity import align_operators, check_divisor, fit_widths, latenc
 from models.latency import LatencyLoss, classes_note, device_note, load_table
 from models.limits import check_reachable, describe_limits, limit_names, log_limits, read_limits
 from models.meta import META, Meta
-from models.model_search import HostCopy
+from models.model_search import ExecutionMode, HostCopy
 from models.parsing import mask_widths, parse_architecture
-from models.search_space import FREEDOMS, SPACE
-from models.search_state import (
+from models.search import (
     SEARCH,
-    architecture_steps,
-    remove_old_models,
-    searched_model,
-    start_search,
-    temperature,
-    weights_lr,
-    with_schedule,
-)
-from models.search_steps import (
+    Recipe,
     backward_on_mixture,
     backward_on_paths,
-    check_step_args,
+    new_state,
     rehearse_architecture_step,
+    remove_old_models,
+    searched_model,
+    settle_schedule,
     train_only,
 )
+from models.search_space import FREEDOMS, SPACE
 from models.table_files import table_size
 from models.targeting import log_probability, most_probable
 from tools.distributed import join_world, leave_world
@@ -73,7 +68,7 @@ from tools.errors import BadInput
 from tools.files import CLASS_NAMES
 from tools.next_step import changed, suggest
 from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
-from tools.precision import check_format
+from tools.precision import DTYPES, check_format
 from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
 from tools.run.checkpoint import Checkpointer
@@ -81,6 +76,7 @@ from tools.run.folder import open_run
 from tools.run.metrics import run_header
 from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapshot
 from tools.run.stop import ended_with
+from tools.settle import with_flags
 from tools.training import PassResult, Tally, accuracies, to_device
 
 CLOSE = 0.01
@@ -122,7 +118,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     train_loader.sampler.set_epoch(epoch, state.step)
     train_batches = to_device(train_loader, world.device, torch.channels_last)
     train_batches = logger.track(logger.watch(train_batches, '--workers', args), f'epoch {epoch}')
-    val_batches = Batches(val_loader, architecture_steps(epoch, state.step, steps, args))
+    val_batches = Batches(val_loader, state.recipe.architecture_steps(epoch, state.step, steps))
     val_batches = logger.watch(to_device(val_batches, world.device, torch.channels_last), '--val_workers', args)
     log_alphas = HostCopy(net.log_alphas())
     for step, (images, labels) in enumerate(train_batches, state.step):
@@ -164,9 +160,9 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world, args))
 
 
-def learn_with_noise(state, latency_loss, args, images, labels, noise):
+def learn_with_noise(state, latency_loss, images, labels, noise):
     """Add the gradients of the architecture on a mixture with Gumbel noise; see `backward_on_mixture`."""
-    op_weights = state.net.noisy_weights(noise, temperature(state.epoch, args))
+    op_weights = state.net.noisy_weights(noise, state.recipe.temperature(state.epoch))
     return backward_on_mixture(state.net, images, labels, op_weights, latency_loss, state.a_precision)
 
 
@@ -311,6 +307,31 @@ def check_lengths(args):
         )
 
 
+def settle_args(args, snapshot, steps_an_epoch):
+    """Return the flags with values for T_decay, a_lr and a_wd, and what a checkpoint keeps of them."""
+    given = {name: getattr(args, name) for name in ('T_decay', 'a_lr', 'a_wd')}
+    saved = snapshot.checkpoint.get('flags', {}) if snapshot.checkpoint else {}
+    epochs = args.epochs - args.warmup_epochs
+    values, kept = settle_schedule(given, saved, epochs, epochs * -(-steps_an_epoch // 2))
+    return with_flags(args, **values), kept
+
+
+def make_recipe(args):
+    """Return the schedule and the settings of the optimizers that the flags give."""
+    return Recipe(
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        T=args.T,
+        T_decay=args.T_decay,
+        w_lr=args.w_lr,
+        w_mom=args.w_mom,
+        w_wd=args.w_wd,
+        a_lr=args.a_lr,
+        a_betas=(args.a_beta1, args.a_beta2),
+        a_wd=args.a_wd,
+    )
+
+
 def make_header(flags, table, target, limits, world, args, steps):
     """Return the first line of metrics.jsonl."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
@@ -327,7 +348,8 @@ def main(args):
     """The search: per epoch train, validate, scale the widths to the target, save."""
     world = join_world(args.device, args.local_rank)
     check_format(args.amp, '--amp', world.device)
-    check_step_args(args, world.device)
+    if args.cuda_graph and world.device.type != 'cuda':
+        raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
     args, snapshot, images, data_notes = load_search_data(args, world)
     table, target, notes = read_table(args, world)
     check_lengths(args)
@@ -341,17 +363,21 @@ def main(args):
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     share = args.batch_size // world.size
     notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device))
-    args, scheduled, note = with_schedule(args, snapshot, steps)
-    flags |= scheduled
-    notes.append(note)
+    args, kept = settle_args(args, snapshot, steps)
+    flags |= kept
     changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest)
     snapshot = snapshot.with_notes(*changes, *notes)
-    state, snapshot = start_search(snapshot, SPACE, num_classes, world, args)
+    recipe = make_recipe(args)
+    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
+    state = new_state(num_classes, SPACE, world.device, mode, recipe, DTYPES.get(args.amp))
+    if snapshot.checkpoint:
+        state.load(snapshot.checkpoint, snapshot.path, world)
+    snapshot = snapshot.without_checkpoint()
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
         latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device, limits)
-        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, args)
-    followed = flags | {name: getattr(args, name) for name in scheduled}
+        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, recipe)
+    followed = flags | {name: getattr(args, name) for name in kept}
     header = make_header(followed, table, target, limits, world, args, steps)
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
     about |= {META: make_meta(images, table, target, args).to_dict()}
@@ -368,17 +394,17 @@ def main(args):
             if state.step == 0:
                 if epoch and epoch == args.largest_epochs:
                     align_operators(state.full, SPACE)
-                state.begin_epoch(args)
-            numbers = {'lr': weights_lr(epoch, args), 'temperature': temperature(epoch, args)}
+                state.begin_epoch()
+            numbers = {'lr': recipe.weights_lr(epoch), 'temperature': recipe.temperature(epoch)}
             logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
             widths, lambda_lat = state.net.widths(), args.lambda_lat
             latency_loss = LatencyLoss(table, widths, SPACE, target, lambda_lat, world.device, limits)
-            learn = graphs.wrap(partial(learn_with_noise, state, latency_loss, args), state.net.arch_parameters())
+            learn = graphs.wrap(partial(learn_with_noise, state, latency_loss), state.net.arch_parameters())
             trained = train_epoch(state, loaders, learn, world, args, checkpointer, logger)
             if trained.stopped:
                 break
             state.scatter_to_full()
-            state.broadcast_full(world)
+            world.broadcast(state.full.values())
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
                 val = validate(
                     state.net, loaders[1], args, epoch, world, checkpointer.stop_requested, state.w_precision

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.layers import ConvLayer
-from models.search_steps import train_only
+from models.search import train_only
 
 
 class PlainSwish(nn.Module):

@@ -36,14 +36,8 @@ from models.elasticity import full_weights, gather, scatter, start_masks, update
 from models.latency import LatencyLoss, LatencyTable
 from models.model_search import UNFUSED, ExecutionMode, HostCopy, Network
 from models.parsing import mask_widths
+from models.search import Recipe, backward_on_mixture, backward_on_paths, train_only
 from models.search_space import SPACE
-from models.search_steps import (
-    backward_on_mixture,
-    backward_on_paths,
-    check_step_args,
-    make_optimizers,
-    train_only,
-)
 from tools.distributed import pick_device
 from tools.environment import device_name, prepare
 from tools.files import save_checkpoint
@@ -55,8 +49,7 @@ NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT, TEMPERATURE = 100, 5.0, 0.1, 15.
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760
 """Steps of the paper's search: 90 epochs of 3,193 weight steps, the first 10 without architecture steps."""
 
-FLAGS = Namespace(w_mom=0.9, w_wd=1e-5, a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4)
-"""Flags of the optimizers: the defaults of train_search.py."""
+RECIPE = Recipe(90, 10, 5.0, 0.96, w_lr=0.025, w_mom=0.9, w_wd=1e-5, a_lr=0.01, a_betas=(0.5, 0.999), a_wd=5e-4)
 
 
 def get_args():
@@ -101,7 +94,7 @@ def make_steps(net, plain, images, labels, table, dtype, graphs, fixed=None):
         w_optimizer = torch.optim.SGD(net.weight_parameters(), 0.025, 0.9, weight_decay=1e-5, foreach=False)
         a_optimizer = torch.optim.Adam(net.arch_parameters(), 0.01, (0.5, 0.999), weight_decay=5e-4, foreach=False)
     else:
-        w_optimizer, a_optimizer = make_optimizers(net, 0.025, FLAGS)
+        w_optimizer, a_optimizer = RECIPE.make_optimizers(net, 0)
     layout = torch.contiguous_format if plain else torch.channels_last
     images = images.to(memory_format=layout)
     log_alphas = HostCopy(net.log_alphas())
@@ -224,7 +217,6 @@ def between_epochs(device, plain):
 def main(args):
     """Time all implementations alternately, and print their costs."""
     device = pick_device(args.device)
-    check_step_args(args, device)
     fused = device.type == 'cuda'
     kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops, args.compile), False)}
     kinds |= (

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 
 from latency_pkl.fit import features
 from models.latency import LatencyTable
+from models.model_search import ExecutionMode
+from models.search import Recipe, SearchState, new_state
 from models.search_space import SPACE, Head, Op, SearchSpace, Stage, Stem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +42,16 @@ torch.set_num_threads(1)  # with more, processes beside the tests slow them down
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+RECIPE = Recipe(9, 0, 5.0, 0.9, w_lr=0.05, w_mom=0.9, w_wd=1e-5, a_lr=0.01, a_betas=(0.5, 0.999), a_wd=5e-4)
+
+
+def new_search(space, device=torch.device('cpu'), dtype=None, **recipe) -> SearchState:  # noqa: B008
+    """The state of a fresh search in the mode of its device; `recipe`: changes of RECIPE."""
+    torch.manual_seed(0)
+    mode = ExecutionMode(fused=device.type == 'cuda')
+    return new_state(NUM_CLASSES, space, device, mode, replace(RECIPE, **recipe), dtype)
 
 
 @pytest.fixture

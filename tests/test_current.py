@@ -12,7 +12,7 @@ from test_targeting import all_architectures, logp, random_state
 import models.targeting
 import parsing_model
 import train_search
-from conftest import NUM_CLASSES, SMALL_SPACE, make_table
+from conftest import NUM_CLASSES, SMALL_SPACE, make_table, new_search
 from latency_pkl import make_lat_lut
 from models.config import load_config
 from models.describe import describe_architecture, describe_space
@@ -20,13 +20,13 @@ from models.elasticity import fit_widths, full_weights, latency_range, scale_wid
 from models.latency import load_table
 from models.limits import check_reachable
 from models.parsing import ARCH_KEY, MASKS_KEY, load_architecture, mask_widths, parse_architecture
-from models.search_state import SEARCH, start_search
+from models.search import SEARCH
 from models.targeting import log_probability, most_probable
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.report.figures import depth_figure, operators_figure
 from tools.run.metrics import Run, read_run
-from tools.run.resume import Snapshot, read_snapshot
+from tools.run.resume import read_snapshot
 
 CPU = torch.device('cpu')
 
@@ -147,14 +147,8 @@ def test_a_target_in_a_gap_of_the_table_is_refused_before_the_search():
                 check_reachable(table, SMALL_SPACE, [target])
 
 
-def search_args(**changes):
-    args = argparse.Namespace(w_lr=0.1, epochs=3, w_mom=0.9, w_wd=0.0, a_lr=0.01, a_beta1=0.5, a_beta2=0.9, a_wd=0.0)
-    args.__dict__ |= {'aligned_start': False, 'checkpoint_ops': False, 'compile': False, 'amp': None} | changes
-    return args
-
-
 def test_checkpoints_keep_the_current_architecture(tmp_path):
-    state, _ = start_search(Snapshot(), SMALL_SPACE, NUM_CLASSES, World(CPU), search_args())
+    state = new_search(SMALL_SPACE)
     assert ARCH_KEY not in state.to_checkpoint({})  # during the warm-up there is none
     first = parse_architecture(state.full, SMALL_SPACE)
     state.arch, state.epoch = {'stage1': [2], 'stage2': [], 'stage3': [1, 0]}, 2
@@ -165,9 +159,8 @@ def test_checkpoints_keep_the_current_architecture(tmp_path):
         name: [(spec.kernel_size, spec.se_channels > 0) for spec in specs] for name, specs in config.stages.items()
     }
     assert kinds == {'stage1': [(3, False)], 'stage2': [], 'stage3': [(5, True), (3, False)]}
-    again, _ = start_search(
-        Snapshot(tmp_path, path, read_snapshot(path, SEARCH)), SMALL_SPACE, NUM_CLASSES, World(CPU), search_args()
-    )
+    again = new_search(SMALL_SPACE)
+    again.load(read_snapshot(path, SEARCH), path, World(CPU))
     assert again.arch == state.arch != first and again.to_checkpoint({})[ARCH_KEY] == state.arch
     published = state.to_checkpoint({})
     del published[ARCH_KEY]

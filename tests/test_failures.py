@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from training_runs import command, data, finish, load, only_run, run_here, start  # noqa: F401  (data: a fixture)
 from training_runs import flags as training_flags
 
-from models.search_state import remove_old_models, searched_model
+from models.search import remove_old_models, searched_model
 from tools.errors import RunFailed, explain
 from tools.run.stop import LossCheck
 from tools.training import Tally

@@ -14,19 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_search
-from conftest import NUM_CLASSES, make_table
-from models import functions, search_steps
+from conftest import NUM_CLASSES, RECIPE, make_table, new_search
+from models import functions, search
 from models.cuda_graph import EAGER_STEPS, Graphs, record_cuda_graph
 from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy
-from models.search_state import start_search
-from models.search_steps import (
-    backward_on_mixture,
-    backward_on_paths,
-    check_step_args,
-    rehearse_architecture_step,
-    train_only,
-)
+from models.search import backward_on_mixture, backward_on_paths, rehearse_architecture_step, train_only
 from tools import environment
 from tools.distributed import World
 from tools.errors import BadInput
@@ -36,11 +29,7 @@ from tools.rng import generator_for
 CPU = torch.device('cpu')
 HALF = Precision(CPU, torch.bfloat16)
 STEPS = 12
-ARGS = SimpleNamespace(
-    aligned_start=False, largest_epochs=0, checkpoint_ops=False, compile=False, cuda_graph=False, amp=None, seed=0,
-    epochs=9, warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0, w_lr=0.05, w_mom=0.9, w_wd=1e-5,
-    a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4, T=5.0, T_decay=0.9,
-)  # fmt: skip
+ARGS = SimpleNamespace(largest_epochs=0, seed=0, warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0)
 
 
 class Loader(list):
@@ -51,9 +40,7 @@ class Loader(list):
 
 def begin_search(space, device=CPU):
     """Return the state of a fresh search."""
-    torch.manual_seed(0)
-    snapshot = SimpleNamespace(checkpoint=None, without_checkpoint=lambda: None)
-    return start_search(snapshot, space, NUM_CLASSES, World(device), ARGS)[0]
+    return new_search(space, device)
 
 
 def train_epochs(space, graphs, epochs=1, device=CPU):
@@ -66,9 +53,9 @@ def train_epochs(space, graphs, epochs=1, device=CPU):
         track=lambda batches, _: batches, watch=lambda batches, *_: batches, step=lambda *_, **__: None
     )
     for _ in range(epochs):
-        state.begin_epoch(ARGS)
+        state.begin_epoch()
         loss = LatencyLoss(make_table(space, 32), state.net.widths(), space, 2.0, 0.1, device)
-        learn = partial(train_search.learn_with_noise, state, loss, ARGS)
+        learn = partial(train_search.learn_with_noise, state, loss)
         learn = graphs.wrap(learn, state.net.arch_parameters())
         train_search.train_epoch(state, (batches, batches), learn, World(device), ARGS, checkpointer, logger)
         latencies.append(state.latency.item())
@@ -192,30 +179,6 @@ def test_no_norm_runs_uncompiled_for_too_many_compilations(small_space, monkeypa
     assert frames['ok'] == frames['total'] > torch._dynamo.config.recompile_limit  # together more than one may have
 
 
-@pytest.mark.parametrize(
-    ('flags', 'device', 'compilers', 'message'),
-    [
-        ({'cuda_graph': True}, 'cpu', ['g++'], '--cuda_graph: only a GPU'),
-        ({'compile': True}, 'cpu', ['gcc'], r'no compiler g\+\+ on the PATH'),
-        ({'compile': True}, 'cuda', ['g++'], 'no compiler gcc or clang on the PATH'),
-        ({'compile': True, 'cuda_graph': True}, 'cuda', ['clang'], ''),
-        ({'compile': True}, 'cpu', ['g++'], ''),
-        ({}, 'cpu', [], ''),
-    ],
-)
-def test_what_a_machine_lacks_is_one_line(tmp_path, monkeypatch, flags, device, compilers, message):
-    for name in compilers:
-        (tmp_path / name).touch(0o755)
-    for name in ('CC', 'CXX'):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv('PATH', str(tmp_path))
-    args = SimpleNamespace(**{'compile': False, 'cuda_graph': False} | flags)
-    if not message:
-        return check_step_args(args, torch.device(device))
-    with pytest.raises(BadInput, match=message):
-        check_step_args(args, torch.device(device))
-
-
 def test_no_folder_is_made_for_a_graph_without_a_gpu(tmp_path, monkeypatch):
     words = ['--img_root', tmp_path, '--device', 'cpu', '--cuda_graph', '--save', tmp_path / 'runs']
     monkeypatch.setattr(sys, 'argv', ['train_search.py', *map(str, words)])
@@ -235,9 +198,9 @@ def test_rehearsal_runs_the_widest_step_and_changes_nothing(small_space, monkeyp
         ran.append((net.widths(), tuple(images.shape), all(gradients), result[0].item()))
         return result
 
-    monkeypatch.setattr(search_steps, 'backward_on_mixture', spy)
+    monkeypatch.setattr(search, 'backward_on_mixture', spy)
     loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
-    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)
     expected_loss = torch.tensor(float(NUM_CLASSES)).log().item()  # of weights that are zero
     assert ran == [(small_space.max_widths(), (4, 3, 32, 32), True, pytest.approx(expected_loss))]
     assert torch.equal(torch.get_rng_state(), generator) and state.net.widths() == widths != small_space.max_widths()
@@ -252,7 +215,7 @@ def test_a_search_with_a_rehearsal_has_the_same_bits(small_space, monkeypatch):
     def begin_and_rehearse(*args):
         state = begin(*args)
         loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
-        rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+        rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)
         return state
 
     monkeypatch.setitem(globals(), 'begin_search', begin_and_rehearse)
@@ -367,5 +330,5 @@ def test_a_rehearsal_leaves_no_memory_behind(small_space):
     loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, cuda)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, ARGS)
+    rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)
     assert torch.cuda.memory_reserved() <= before + (64 << 20)  # workspaces of libraries stay

@@ -12,13 +12,12 @@ from PIL import Image
 from training_runs import data, flags, run_here, small_config
 
 import train_search
-from conftest import NUM_CLASSES, SMALL_SPACE, make_table
+from conftest import NUM_CLASSES, SMALL_SPACE, make_table, new_search
 from dataset.loaders import ImageList
 from dataset.transforms import train_transform
 from models.latency import LatencyLoss
 from models.model_eval import NetworkEval
 from models.model_search import Network
-from models.search_steps import make_optimizers
 from tools.distributed import World
 from tools.precision import Precision
 from tools.run.metrics import read_run
@@ -84,7 +83,7 @@ def test_the_loss_of_the_latency_by_hand():
 def test_the_events_of_an_epoch_of_a_search(monkeypatch):
     """Draws, averages, updates and projections, in their order, with the values of the flags."""
     events, state = [], test_gpu_form.begin_search(SMALL_SPACE)
-    state.begin_epoch(test_gpu_form.ARGS)
+    state.begin_epoch()
     weights, architecture = state.net.weight_parameters(), state.net.arch_parameters()
     sample, project = state.net.sample, state.net.project_architecture
 
@@ -113,7 +112,7 @@ def test_the_events_of_an_epoch_of_a_search(monkeypatch):
     logger = Namespace(track=lambda items, _: items, watch=lambda items, *_: items, step=lambda *_, **__: None)
     widths = SMALL_SPACE.start_widths()
     loss = LatencyLoss(make_table(SMALL_SPACE, 32), widths, SMALL_SPACE, 2.0, 0.1, torch.device('cpu'))
-    learn = partial(train_search.learn_with_noise, state, loss, test_gpu_form.ARGS)
+    learn = partial(train_search.learn_with_noise, state, loss)
     world = World(torch.device('cpu'))
     numbers = train_search.train_epoch(
         state, (batches, batches), learn, world, test_gpu_form.ARGS, checkpointer, logger
@@ -136,20 +135,19 @@ def test_the_events_of_an_epoch_of_a_search(monkeypatch):
 
 @pytest.mark.parametrize(('epoch', 'expected'), [(2, 5.0), (3, 4.0), (4, 3.2)])
 def test_temperature_and_noise_of_the_mixture(epoch, expected, monkeypatch):
-    args = Namespace(**vars(test_gpu_form.ARGS) | {'T_decay': 0.8, 'warmup_epochs': 2})
-    state = test_gpu_form.begin_search(SMALL_SPACE)
+    state = new_search(SMALL_SPACE, T_decay=0.8, warmup_epochs=2)
     state.epoch, given = epoch, []
     noise = torch.randn(5, 3)
     monkeypatch.setattr(train_search, 'backward_on_mixture', lambda *args: given.append(args[3]))
-    train_search.learn_with_noise(state, None, args, None, None, noise)
+    train_search.learn_with_noise(state, None, None, None, noise)
     weights = ((state.net.log_alphas() + noise) / expected).softmax(1)
     assert torch.allclose(given[0], weights, atol=1e-6)
 
 
 def test_optimizers_of_a_search_have_the_values_of_its_flags():
-    state = test_gpu_form.begin_search(SMALL_SPACE)
-    args = Namespace(w_mom=0.6, w_wd=0.03, a_lr=0.07, a_beta1=0.4, a_beta2=0.95, a_wd=0.02)
-    w_optimizer, a_optimizer = make_optimizers(state.net, 0.11, args)
+    recipe = {'w_lr': 0.11, 'w_mom': 0.6, 'w_wd': 0.03, 'a_lr': 0.07, 'a_betas': (0.4, 0.95), 'a_wd': 0.02}
+    state = new_search(SMALL_SPACE, **recipe)
+    w_optimizer, a_optimizer = state.recipe.make_optimizers(state.net, 0)
     (weights,), (architecture,) = w_optimizer.param_groups, a_optimizer.param_groups
     assert (weights['lr'], weights['momentum'], weights['weight_decay']) == (0.11, 0.6, 0.03)
     assert (architecture['lr'], architecture['betas'], architecture['weight_decay']) == (0.07, (0.4, 0.95), 0.02)

@@ -28,7 +28,7 @@ from training_runs import command, data, finish, flags, load, only_run, run_here
 import tools.files
 from conftest import ROOT
 from models.model_eval import NetworkEval, start_from_weights
-from models.search_state import SEARCH, remove_old_models, searched_model
+from models.search import SEARCH, remove_old_models, searched_model
 from tools.distributed import World, find_launch
 from tools.errors import BadInput
 from tools.files import load_checkpoint, read_weights, save_checkpoint, write_text

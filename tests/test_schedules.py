@@ -1,18 +1,18 @@
 """Schedules that follow from the length of a search, and warnings of a search that has not learned or decided."""
 
 import math
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from bad_files import good_flags, run_here, words_of, write_table
 from training_runs import load, only_run
 
+from conftest import RECIPE
 from models.describe import changed_blocks, mean_entropy, warn_not_decided, warn_not_learned
-from models.search_state import default_a_lr, default_a_wd, temperature, with_schedule
+from models.search import default_schedule, settle_schedule
 from tools.errors import BadInput
 from tools.run.metrics import read_run
-from tools.run.resume import Snapshot
 
 
 def test_entropy_by_hand():
@@ -23,43 +23,30 @@ def test_entropy_by_hand():
     assert mean_entropy([[1.0], [0.5, 0.5], [0.25] * 4]) == pytest.approx(2 / 3)
 
 
-def arguments(**changes):
-    """Flags of the paper's search that its schedules depend on."""
-    return Namespace(**dict(T=5.0, T_decay=None, a_lr=None, a_wd=None, epochs=90, warmup_epochs=10) | changes)
-
-
-def from_flags(**flags):
-    """A snapshot whose run had these flags."""
-    return Snapshot(checkpoint={'flags': flags})
+NOT_GIVEN = dict.fromkeys(('T_decay', 'a_lr', 'a_wd'))
 
 
 def test_the_published_length_has_the_published_schedule():
-    args, kept, _ = with_schedule(arguments(), Snapshot(), 2 * 1597 - 1)
-    assert (args.T_decay, args.a_lr, args.a_wd) == (0.96, 0.01, 5e-4)
-    assert kept == {'T_decay': None, 'a_lr': None, 'a_wd': None}
-    assert [temperature(epoch, args) for epoch in (9, 10, 50, 89)] == [5.0, 5.0, 5.0 * 0.96**40, 5.0 * 0.96**79]
+    values, kept = settle_schedule(NOT_GIVEN, {}, 80, 127_760)
+    assert values == {'T_decay': 0.96, 'a_lr': 0.01, 'a_wd': 5e-4} and kept == NOT_GIVEN
+    recipe = replace(RECIPE, warmup_epochs=10, T_decay=0.96)
+    assert [recipe.temperature(epoch) for epoch in (9, 10, 50, 89)] == [5.0, 5.0, 5.0 * 0.96**40, 5.0 * 0.96**79]
 
 
 @pytest.mark.parametrize('epochs', [1, 6, 20, 200])
 def test_the_temperature_falls_as_far_in_any_number_of_epochs(epochs):
-    args, _, line = with_schedule(arguments(epochs=10 + epochs), Snapshot(), 10)
-    assert temperature(10, args) == 5 and temperature(10 + epochs, args) == pytest.approx(5 * 0.96**80)
-    assert f'T falls from 5 to {temperature(9 + epochs, args):.2f} in {epochs} epochs' in line
-
-
-def test_a_search_without_epochs_of_the_architecture_is_named():
-    _, _, line = with_schedule(arguments(epochs=10), Snapshot(), 10)
-    assert line == 'no epoch trains the architecture: --warmup_epochs is 10 of --epochs 10'
+    assert default_schedule(epochs, 10)['T_decay'] ** epochs == pytest.approx(0.96**80)
 
 
 def test_rate_and_decay_of_the_architecture_follow_its_number_of_steps():
     steps = (100, 200, 1_000, 10_000, 60_000, 127_760, 10**6)
-    rates, decays = [default_a_lr(count) for count in steps], [default_a_wd(count) for count in steps]
+    rates, decays = ([default_schedule(80, count)[name] for count in steps] for name in ('a_lr', 'a_wd'))
     assert rates[-2:] == [0.01, 0.01] and decays[-2:] == [5e-4, 5e-4]
     assert sorted(rates, reverse=True) == rates and sorted(decays) == decays
     assert len(set(rates)) == len(set(decays)) == 6
-    assert default_a_lr(127_760 // 16) == 0.02 and default_a_lr(0) < 1  # 16 to the power 1/4 is 2
-    assert default_a_wd(127_760 // 10) == pytest.approx(5e-5) and default_a_wd(0) == 0
+    assert default_schedule(80, 127_760 // 16)['a_lr'] == 0.02  # 16 to the power 1/4 is 2
+    assert default_schedule(80, 12_776)['a_wd'] == pytest.approx(5e-5)
+    assert default_schedule(0, 0)['a_lr'] < 1 and default_schedule(0, 0)['a_wd'] == 0
 
 
 def moved(gradient, a_lr, a_wd, steps=200, ops=8):
@@ -75,35 +62,23 @@ def moved(gradient, a_lr, a_wd, steps=200, ops=8):
 
 
 def test_the_published_decay_holds_small_gradients_back_at_any_rate():
+    short = default_schedule(80, 200)
     small = 1.5e-4  # a steady gradient at T = 5 of searches of the demo images
     assert all(abs(moved(small, a_lr, 5e-4)) < 0.01 for a_lr in (0.01, 0.05, 0.2, 1))
-    assert moved(small, default_a_lr(200), default_a_wd(200)) > 2
+    assert moved(small, short['a_lr'], short['a_wd']) > 2
 
 
 def test_values_that_are_given_win_and_are_kept():
-    given = arguments(T_decay=0.7, a_lr=0.3, a_wd=0.0)
-    args, kept, line = with_schedule(given, from_flags(T_decay=0.96, a_lr=0.01, a_wd=5e-4), 10)
-    assert (args.T_decay, args.a_lr, args.a_wd, line) == (0.7, 0.3, 0.0, '')
-    assert kept == {'T_decay': 0.7, 'a_lr': 0.3, 'a_wd': 0.0}
-
-
-def test_each_value_that_follows_from_the_length_is_explained_alone():
-    _, _, line = with_schedule(arguments(T_decay=0.7, a_lr=0.3, epochs=30), Snapshot(), 20)
-    assert line == '--a_wd 7.827e-07 (for 200 steps of the architecture)'
+    given, saved = {'T_decay': 0.7, 'a_lr': 0.3, 'a_wd': 0.0}, {'T_decay': 0.96, 'a_lr': 0.01, 'a_wd': 5e-4}
+    assert settle_schedule(given, saved, 10, 100) == (given, given)
 
 
 def test_a_resumed_run_keeps_its_values_and_otherwise_follows_its_length():
-    longer = arguments(epochs=30)
-    args, kept, line = with_schedule(longer, from_flags(T_decay=0.9, a_lr=None, a_wd=5e-4), 20)
-    assert kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4} and (args.T_decay, args.a_wd) == (0.9, 5e-4)
-    assert args.a_lr == default_a_lr(200)
-    assert line == (
-        '--T_decay 0.9 (as before), --a_lr 0.05 (for 200 steps of the architecture), --a_wd 0.0005 (as before)'
-    )
-    again, kept, _ = with_schedule(longer, from_flags(**kept), 20)
-    assert again == args and kept == {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4}
+    saved = {'T_decay': 0.9, 'a_lr': None, 'a_wd': 5e-4}
+    values, kept = settle_schedule(NOT_GIVEN, saved, 20, 200)
+    assert kept == saved and values == saved | {'a_lr': default_schedule(20, 200)['a_lr']}
     with pytest.raises(BadInput, match="its a_lr is 'x', should be a number"):
-        with_schedule(longer, from_flags(a_lr='x'), 20)
+        settle_schedule(NOT_GIVEN, {'a_lr': 'x'}, 20, 200)
 
 
 def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor_decided(images, monkeypatch, tmp_path):
@@ -114,7 +89,6 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
     folder = only_run(tmp_path / 'runs')
     log = (folder / 'log.txt').read_text()
     decay = 0.96**40
-    assert f'--T_decay {decay:.4g} (T falls from 5 to {5 * decay:.2f} in 2 epochs), --a_lr 0.159 (for 2 steps' in log
     assert 'epoch 1 w_lr 0.00000 T 5.0000' in log and f'epoch 2 w_lr 0.00000 T {5 * decay:.4f}' in log
     assert log.count('has hardly learned') == log.count('has not decided') == 1
     assert log.index('epoch 0 Gumbel paths') < log.index('has hardly learned') < log.index('epoch 1 ')

@@ -14,7 +14,7 @@ from training_runs import load, only_run
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
 from models.latency import LatencyLoss
 from models.model_search import Network
-from models.search_steps import backward_on_mixture, backward_on_paths, train_only
+from models.search import backward_on_mixture, backward_on_paths, train_only
 from tools.distributed import join_world, leave_world
 from tools.precision import Precision
 from tools.rng import generator_for

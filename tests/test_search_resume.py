@@ -7,14 +7,14 @@ import re
 import shlex
 import shutil
 import signal
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from search_runs import EPOCHS, assert_same_search, begin, kill_at, search, small_project, steps_logged, wait_for
 from training_runs import command, finish, load, only_run, start, timeless
 
-from models.search_state import architecture_steps, temperature
+from conftest import RECIPE
 
 MOMENTS = {
     'in a step': {'pattern': r' step \d+/'},
@@ -204,11 +204,11 @@ def test_a_search_resumed_within_an_epoch_has_the_hyperparameters_of_its_flags(p
 
 
 def test_schedules_and_positions_follow_from_the_epoch():
-    args = Namespace(T=5.0, T_decay=0.9, warmup_epochs=2)
-    assert [temperature(epoch, args) for epoch in (0, 2, 4)] == pytest.approx([5.0, 5.0, 4.05])
+    recipe = replace(RECIPE, T=5.0, T_decay=0.9, warmup_epochs=2)
+    assert [recipe.temperature(epoch) for epoch in (0, 2, 4)] == pytest.approx([5.0, 5.0, 4.05])
     for steps in (7, 10):  # counted as a search does it
         counted = [(e, s) for e in range(5) for s in range(steps) if e >= 2 and s % 2 == 0]
         for epoch in range(5):
             for step in range(steps + 1):
                 before = sum(at < (epoch, step) for at in counted)
-                assert architecture_steps(epoch, step, steps, args) == before
+                assert recipe.architecture_steps(epoch, step, steps) == before

@@ -1,7 +1,6 @@
 """The steps of a search against their plain form: the same numbers with fewer calls, less memory, fewer waits."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from benchmarks.plain_search import (
     plain_forward,
     plain_weight_step,
 )
-from conftest import NUM_CLASSES, make_table
+from conftest import NUM_CLASSES, RECIPE, make_table
 from models import functions
 from models.functions import ACTIVATIONS, compiled_norm_act, convolve, mix_norms, norm_act
 from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy, Network
+from models.search import backward_on_mixture, backward_on_paths, train_only
 from models.search_space import SPACE, Op
-from models.search_steps import backward_on_mixture, backward_on_paths, make_optimizers, train_only
 from tools.precision import Precision
 from tools.rng import generator_for
 
@@ -151,9 +150,8 @@ def test_weight_step_equals_the_plain_one(small_space, mode):
 def test_steps_on_changing_paths_equal_the_plain_ones_under_momentum(small_space):
     """Some weights get their first gradient at a later step than others."""
     x, labels = batch()
-    args = SimpleNamespace(w_mom=0.9, w_wd=1e-3, a_lr=0.01, a_beta1=0.5, a_beta2=0.999, a_wd=5e-4)
     plain, net = make_plain(make_net(small_space)), make_net(small_space)
-    optimizer, _ = make_optimizers(net, 0.1, args)
+    optimizer, _ = replace(RECIPE, w_lr=0.1, w_wd=1e-3).make_optimizers(net, 0)
     plain_optimizer = torch.optim.SGD(plain.weight_parameters(), 0.1, 0.9, weight_decay=1e-3, foreach=False)
     train_only(net.weight_parameters(), net.arch_parameters())
     for paths in ([[0, 1, 2, 0, 1], [1, 2, 0, 1, 1]], [[2, 1, 1, 0, 0], [0, 0, 0, 1, 2]], [[0, 1, 2, 0, 1]]):

@@ -26,9 +26,9 @@ from training_runs import (
 )
 from training_runs import run_here as train_here
 
-from conftest import SMALL_SPACE
+from conftest import SMALL_SPACE, new_search
 from models.model_eval import NetworkEval
-from models.search_state import SEARCH, start_search
+from models.search import SEARCH
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of, save_and_keep_previous
@@ -285,20 +285,22 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
 def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_path, script):
     cpu, path = torch.device('cpu'), tmp_path / 'changed.pth.tar'
     args = Namespace(
-        snapshot=None, save=str(tmp_path), note='try', compile=False, aligned_start=False, amp='float16',
-        checkpoint_ops=False, w_lr=0.1, w_mom=0.9, w_wd=0, a_lr=0.01, a_beta1=0.5, a_beta2=0.9, a_wd=0, epochs=9,
-        lr=0.5, momentum=0.9, weight_decay=0, no_weight_decay_bn=False, ema_decay=0.5,
+        snapshot=None, save=str(tmp_path), note='try', compile=False, lr=0.5, momentum=0.9, weight_decay=0,
+        no_weight_decay_bn=False, ema_decay=0.5,
     )  # fmt: skip
 
     def begin():
         if script == 'train_search.py':
-            return start_search(find_snapshot(args, SEARCH, World(cpu)), SMALL_SPACE, 3, World(cpu), args)[0]
+            state, snapshot = new_search(SMALL_SPACE, cpu, torch.float16), find_snapshot(args, SEARCH, World(cpu))
+            if snapshot.checkpoint:
+                state.load(snapshot.checkpoint, snapshot.path, World(cpu))
+            return state
         precision, snapshot = Precision(cpu, torch.float16), find_snapshot(args, TRAINING, World(cpu))
         return start_state(NetworkEval(small_config()), precision, snapshot, World(cpu), args)[0]
 
     state = begin()
     if script == 'train_search.py':
-        state.begin_epoch(args)
+        state.begin_epoch()
     state.step = 3
     good, refused = state.to_checkpoint(vars(args)), 0
     args.snapshot = str(path)
