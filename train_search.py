@@ -368,7 +368,7 @@ def main(args):
     changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest)
     snapshot = snapshot.with_notes(*changes, *notes)
     recipe = make_recipe(args)
-    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops, compiled=args.compile)
+    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops)
     state = new_state(num_classes, SPACE, world.device, mode, recipe, DTYPES.get(args.amp))
     if snapshot.checkpoint:
         state.load(snapshot.checkpoint, snapshot.path, world)

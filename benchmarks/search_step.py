@@ -218,10 +218,8 @@ def main(args):
     """Time all implementations alternately, and print their costs."""
     device = pick_device(args.device)
     fused = device.type == 'cuda'
-    kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops, args.compile), False)}
-    kinds |= (
-        {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (ExecutionMode(fused, True, args.compile), False)}
-    )
+    kinds = {'plain': (UNFUSED, True), 'ours': (ExecutionMode(fused, args.checkpoint_ops), False)}
+    kinds |= {} if args.checkpoint_ops else {'ours, --checkpoint_ops': (ExecutionMode(fused, True), False)}
     if args.cuda_graph:
         kinds['ours, --cuda_graph'] = (*kinds['ours'], True)
     rivals = {name: Rival(functions, args, device, *kind) for name, kind in kinds.items()}

@@ -173,22 +173,6 @@ def norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
     return _NormAct.apply(x, act_func, eps)
 
 
-def compiled_norm_act(x: Tensor, act_func: str | None, eps: float = 1e-5) -> Tensor:
-    """Apply `norm_act` compiled by torch.compile; one compilation serves all shapes of a gradient mode."""
-    return _compiled(act_func)(x, eps)
-
-
-@lru_cache(maxsize=len(ACTIVATIONS))
-def _compiled(act_func: str | None) -> Callable[[Tensor, float], Tensor]:
-    """Return a compiled function for one activation: torch runs a function eagerly after its eighth compilation."""
-    activation = ACTIVATIONS[act_func].function
-
-    def composed(x: Tensor, eps: float) -> Tensor:
-        return activation(F.batch_norm(x, None, None, training=True, eps=eps))
-
-    return torch.compile(composed, dynamic=True, isolate_recompiles=True)
-
-
 def mix_norms(inputs: list[Tensor], weights: Tensor, eps: float = 1e-5) -> Tensor:
     """Return the sum of the batch norms of k inputs of one shape, each scaled by its entry of `weights` [k]."""
     return _MixNorms.apply(weights, eps, *inputs)

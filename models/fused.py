@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.functions import activate, convolve, pool, take, to_pixels
+from models.functions import activate, convolve, norm_act, pool, take, to_pixels
 from models.layers import MBInvertedResBlock, SqueezeExcite
 
 
@@ -42,9 +42,9 @@ def _project(ops: list[MBInvertedResBlock], x: Tensor) -> list[Tensor]:
     spec = ops[0].spec
     mids = [op.depth_conv.spec.in_channels for op in ops]
     x = convolve(x, torch.cat([op.inverted_bottleneck.conv.weight for op in ops]))
-    x = ops[0].depth_conv.norm_act(x, spec.act_func)
+    x = norm_act(x, spec.act_func)
     x = convolve(x, torch.cat([op.depth_conv.conv.weight for op in ops]), spec.stride, groups=sum(mids))
-    x = ops[0].depth_conv.norm_act(x, spec.act_func)
+    x = norm_act(x, spec.act_func)
     plain = sum(op.squeeze_excite is None for op in ops)  # sorted first by `fused_mixture`
     pieces, gated = [], x
     if 0 < plain < len(ops):

@@ -1,12 +1,10 @@
 """Layers of networks and supernets. A layer is built from its spec and keeps it as `.spec`."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from models.config import ConvSpec, LinearSpec, MBSpec
-from models.functions import ACTIVATIONS, convolve, pool
+from models.functions import ACTIVATIONS, convolve, norm_act, pool
 
 MID_DIMS = {
     'inverted_bottleneck.conv.weight': 0,
@@ -30,11 +28,10 @@ class ConvLayer(nn.Module):
 
     Args:
         spec: the layer.
-        norm_act: for a supernet, whose batch norms have no parameters and always use the statistics of the batch: the
-            function that computes a batch norm and its activation, such as `functions.norm_act`. None for a network.
+        searched: part of a supernet, whose batch norms have no parameters and use the statistics of the batch.
     """
 
-    def __init__(self, spec: ConvSpec, norm_act: Callable | None = None):
+    def __init__(self, spec: ConvSpec, searched: bool = False):
         super().__init__()
         self.spec = spec
         self.conv = nn.Conv2d(
@@ -47,16 +44,16 @@ class ConvLayer(nn.Module):
             bias=spec.bias,
         )
         if spec.use_bn:
-            self.bn = nn.BatchNorm2d(spec.out_channels, affine=spec.affine, track_running_stats=norm_act is None)
+            self.bn = nn.BatchNorm2d(spec.out_channels, affine=spec.affine, track_running_stats=not searched)
         else:
             self.bn = nn.Identity()
         self.act = activation(spec.act_func)
-        self.norm_act = norm_act
+        self.searched = searched
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.norm_act is None:
-            return self.act(self.bn(self.conv(x)))
-        return self.norm_act(self.convolve(x), self.spec.act_func, self.bn.eps)
+        if self.searched:
+            return norm_act(self.convolve(x), self.spec.act_func, self.bn.eps)
+        return self.act(self.bn(self.conv(x)))
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply only the convolution, as a supernet does."""
@@ -81,28 +78,20 @@ class SqueezeExcite(nn.Module):
     """Channel attention (Hu et al. 2018): pool, reduce, act, expand, sigmoid, scale. Keeps the shape [N, C, H, W].
 
     Args:
-        pool: the mean over all pixels, [N, C, H, W] -> [N, C, 1, 1].
+        searched: part of a supernet; see `ConvLayer`.
     """
 
-    def __init__(self, channels: int, se_channels: int, act_func: str | None, pool: Callable[[Tensor], Tensor]):
+    def __init__(self, channels: int, se_channels: int, act_func: str | None, searched: bool):
         super().__init__()
-        self.pool = pool
+        self.searched = searched
         self.conv_reduce = nn.Conv2d(channels, se_channels, 1)
         self.act = activation(act_func)
         self.conv_expand = nn.Conv2d(se_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(self.pool(x)))))
-
-
-def mean_of_pixels(x: Tensor) -> Tensor:
-    """Return the mean over all pixels, [N, C, H, W] -> [N, C, 1, 1]."""
-    return x.mean((2, 3), keepdim=True)
-
-
-def mean_in_layout(x: Tensor) -> Tensor:
-    """Return `mean_of_pixels` whose gradient has the layout of `x`, for a supernet."""
-    return pool(x)[:, :, None, None]
+        # `pool` keeps the gradient in the layout of x; exports and other programs know the plain mean
+        pooled = pool(x)[:, :, None, None] if self.searched else x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.conv_expand(self.act(self.conv_reduce(pooled))))
 
 
 class MBInvertedResBlock(nn.Module):
@@ -113,21 +102,22 @@ class MBInvertedResBlock(nn.Module):
 
     Args:
         spec: the block.
-        norm_act: see `ConvLayer`.
+        searched: part of a supernet; see `ConvLayer`.
         drop_connect: probability of dropping the residual branch of an image in training (Huang et al. 2016).
     """
 
-    def __init__(self, spec: MBSpec, norm_act: Callable | None = None, drop_connect: float = 0.0):
+    def __init__(self, spec: MBSpec, searched: bool = False, drop_connect: float = 0.0):
         super().__init__()
         self.spec = spec
         convs = spec.convs()
         expansion, depthwise = convs.get('inverted_bottleneck'), convs['depth_conv']
         mid = depthwise.in_channels
-        self.inverted_bottleneck = ConvLayer(expansion, norm_act) if expansion else None
-        self.depth_conv = ConvLayer(depthwise, norm_act)
-        squeeze = mean_of_pixels if norm_act is None else mean_in_layout
-        self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func, squeeze) if spec.se_channels else None
-        self.point_linear = ConvLayer(convs['point_linear'], norm_act)
+        self.inverted_bottleneck = ConvLayer(expansion, searched) if expansion else None
+        self.depth_conv = ConvLayer(depthwise, searched)
+        self.squeeze_excite = None
+        if spec.se_channels:
+            self.squeeze_excite = SqueezeExcite(mid, spec.se_channels, spec.act_func, searched)
+        self.point_linear = ConvLayer(convs['point_linear'], searched)
         self.residual = spec.residual
         self.drop_connect = _stochastic_depth(drop_connect)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import fixed_layers, op_spec
-from models.functions import compiled_norm_act, mix_norms, norm_act, pool
+from models.functions import mix_norms, pool
 from models.fused import fused_mixture
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
 from models.search_space import Block, SearchSpace, Stage, Widths
@@ -28,17 +28,10 @@ class ExecutionMode:
     Args:
         fused: run operators of one kernel size together (see `fused_mixture`): fewer launches, faster on a GPU.
         recompute: recompute the operators' activations in the backward pass instead of keeping them.
-        compiled: compile batch norms with their activations by torch.compile.
     """
 
     fused: bool = False
     recompute: bool = False
-    compiled: bool = False
-
-    @property
-    def norm_act(self) -> Callable:
-        """Function that computes a batch norm and its activation."""
-        return compiled_norm_act if self.compiled else norm_act
 
 
 UNFUSED = ExecutionMode()
@@ -69,7 +62,7 @@ class MixedOp(nn.Module):
         self.block = block
         self.mode = mode
         self.space = space
-        self.m_ops = nn.ModuleList(_operator(space, block, index, width, mode) for index, width in widths.items())
+        self.m_ops = nn.ModuleList(_operator(space, block, index, width) for index, width in widths.items())
         self.log_alphas = nn.Parameter(torch.full((len(self.m_ops),), 1 / len(self.m_ops)).log())
 
     def forward(self, x: Tensor, choice: int | Tensor) -> Tensor:
@@ -101,7 +94,7 @@ class MixedOp(nn.Module):
             old = self.m_ops[index]
             if old.spec.mid_channels != width:
                 device = old.point_linear.conv.weight.device
-                new = _operator(self.space, self.block, index, width, self.mode)
+                new = _operator(self.space, self.block, index, width)
                 self.m_ops[index] = new.to(device, memory_format=torch.channels_last)
 
 
@@ -152,13 +145,13 @@ class Network(nn.Module):
         super().__init__()
         self.space, self.mode = space, mode
         fixed = fixed_layers(num_classes, space, affine=False)
-        self.first_stem = ConvLayer(fixed['first_stem'], mode.norm_act)
-        self.second_stem = MBInvertedResBlock(fixed['second_stem'], mode.norm_act)
+        self.first_stem = ConvLayer(fixed['first_stem'], searched=True)
+        self.second_stem = MBInvertedResBlock(fixed['second_stem'], searched=True)
         blocks = space.blocks()
         for name, stage in space.named_stages:
             own = [block for block in blocks if block.stage == name]
             self.add_module(name, MixedStage(space, stage, own, widths[name], mode))
-        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], mode.norm_act)
+        self.feature_mix_layer = ConvLayer(fixed['feature_mix_layer'], searched=True)
         self.classifier = LinearLayer(fixed['classifier'])
         self.num_blocks = len(blocks)
         init_weights(self)
@@ -270,8 +263,8 @@ class Network(nn.Module):
             op.set_widths(widths[op.block.stage][op.block.name])
 
 
-def _operator(space: SearchSpace, block: Block, index: int, width: int, mode: ExecutionMode) -> MBInvertedResBlock:
-    return MBInvertedResBlock(op_spec(block, space.ops[index], width, affine=False), mode.norm_act)
+def _operator(space: SearchSpace, block: Block, index: int, width: int) -> MBInvertedResBlock:
+    return MBInvertedResBlock(op_spec(block, space.ops[index], width, affine=False), searched=True)
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

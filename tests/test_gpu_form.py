@@ -9,13 +9,12 @@ import pytest
 import torch
 from test_search_steps import FULL, batch, make_loss, make_net
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_search
 from conftest import NUM_CLASSES, RECIPE, make_table, new_search
-from models import functions, search
+from models import search
 from models.cuda_graph import EAGER_STEPS, Graphs, record_cuda_graph
 from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy
@@ -154,29 +153,6 @@ def test_one_precision_of_products_and_convolutions(settings):
     for tf32, expected in ((True, 'tf32'), (False, 'ieee')):
         environment.prepare(CPU, tf32=tf32)
         assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
-
-
-@pytest.mark.parametrize('fused', [False, True])
-def test_no_norm_runs_uncompiled_for_too_many_compilations(small_space, monkeypatch, fused):
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
-    torch._dynamo.reset()
-    counters.clear()
-    functions._compiled.cache_clear()
-    net = make_net(small_space, ExecutionMode(fused=fused, compiled=True))
-    for size in (32, 48):
-        x, labels = batch(size, 4)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for path in ([0, 1, 2, 0, 1], [2, 0, 1, 1, 2]):
-            train_only(net.weight_parameters(), net.arch_parameters())
-            backward_on_paths(net, x, labels, [path], FULL)
-            train_only(net.arch_parameters(), net.weight_parameters())
-            op_weights = net.mixture_weights(5.0, generator_for(0))
-            backward_on_mixture(net, x, labels, op_weights, make_loss(net, 32), FULL)
-            with torch.no_grad():
-                net(x, path)
-    functions._compiled.cache_clear()
-    frames = counters['frames']
-    assert frames['ok'] == frames['total'] > torch._dynamo.config.recompile_limit  # together more than one may have
 
 
 def test_no_folder_is_made_for_a_graph_without_a_gpu(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from benchmarks.plain_search import (
 )
 from conftest import NUM_CLASSES, RECIPE, make_table
 from models import functions
-from models.functions import ACTIVATIONS, compiled_norm_act, convolve, mix_norms, norm_act
+from models.functions import ACTIVATIONS, convolve, mix_norms, norm_act
 from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy, Network
 from models.search import backward_on_mixture, backward_on_paths, train_only
@@ -241,12 +241,3 @@ def test_mixed_precision_stays_close_to_full(small_space, mode):
     assert torch.allclose(arch, full_arch, atol=0.02) and not torch.equal(arch, full_arch)
     assert abs(loss - full_loss) < 0.05
     assert torch.cosine_similarity(stem, full_stem, dim=0) > 0.95
-
-
-@pytest.mark.parametrize('act', [pytest.param('relu', marks=pytest.mark.slow), 'swish'])
-def test_compiled_norm_equals_the_plain_one(act):
-    x, grad = torch.randn(2, 6, 5, 3, 3).unbind()
-    x.requires_grad_()
-    expected, got = norm_act(x, act), compiled_norm_act(x, act)
-    assert close(got, expected)
-    assert close(torch.autograd.grad(got, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
