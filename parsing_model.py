@@ -250,7 +250,7 @@ def settle_flags(args, found, is_config):
     path = project_file(lookup_path, DEFAULT_TABLE)
     known = [(meta.img_size, source), (table_size(path) if needed else None, lookup_path)]
     is_known = args.img_size or any(size for size, _ in known)
-    img_size = settle('--img_size', args.img_size, known, USUAL_SIZE, print)
+    img_size = settle('--img_size', args.img_size, known, USUAL_SIZE)
     if is_known:
         meta = replace(meta.at_size(img_size), mean=meta.mean or MEAN, std=meta.std or STD)
     if not is_config and not args.num_classes:

@@ -114,7 +114,7 @@ def load_net(args):
     config = load_architecture(path, SPACE)
     own = checkpoint_meta(about, args.weights)
     known = [(own.img_size, args.weights), (config.meta.img_size, path)]
-    args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE, print))
+    args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE))
     note_normalisation(own, args.weights)
     meta = replace(own, class_names=own.class_names or config.meta.class_names, img_size=args.img_size)
     config = replace(config, meta=replace(meta, mean=MEAN, std=STD)).with_classes(num_classes)

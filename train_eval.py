@@ -15,6 +15,8 @@ One process per GPU, faster than one for all:
 For mixed precision see train_eval_amp.py.
 """
 
+import logging
+
 import tools.needed  # noqa: F401  # isort: skip
 from dataset.loaders import load_training_data
 from latency_pkl.runtimes import log_network_latency
@@ -27,6 +29,8 @@ from tools.precision import Precision
 from tools.report.draw import draw_at_end
 from tools.run.resume import find_snapshot
 from tools.training import TRAINING, fit
+
+log = logging.getLogger('tf-nas')
 
 
 def get_args(argv=None):
@@ -42,14 +46,15 @@ def main(args):
     snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
     config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
-    snapshot = snapshot.with_notes(*notes)
+    for note in filter(None, notes):
+        log.info(note)
     precision = Precision(world.device)
     run = open_training(args, config, source, images, len(loaders[0]), precision, snapshot, world, SPACE)
     code = fit(run.state, loaders, images.num_classes, world, args, run.checkpointer, run.logger)
     leave_world(world)
     if args.report and run.logger.ended:
         log_network_latency(run.logger, args.epochs, run.config, world.device, args.img_size, SPACE)
-        draw_at_end(run.logger.folder, run.logger.log)
+        draw_at_end(run.logger.folder)
     if run.logger.ended:
         suggest_test(run, images, args)
     run.logger.close()

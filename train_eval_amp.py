@@ -14,6 +14,8 @@ Restarting killed processes; and an older launcher:
 --batch_size and --workers are totals over all processes.
 """
 
+import logging
+
 import tools.needed  # noqa: F401  # isort: skip
 from torch import nn
 
@@ -29,6 +31,8 @@ from tools.precision import make_precision
 from tools.report.draw import draw_at_end
 from tools.run.resume import find_snapshot
 from tools.training import TRAINING, fit
+
+log = logging.getLogger('tf-nas')
 
 
 def get_args(argv=None):
@@ -60,13 +64,14 @@ def main(args):
     snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
     config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
-    snapshot = snapshot.with_notes(*notes)
+    for note in filter(None, notes):
+        log.info(note)
     run = open_training(args, config, source, images, len(loaders[0]), precision, snapshot, world, SPACE, convert)
     code = fit(run.state, loaders, images.num_classes, world, args, run.checkpointer, run.logger)
     leave_world(world)
     if args.report and run.logger.ended:
         log_network_latency(run.logger, args.epochs, run.config, world.device, args.img_size, SPACE)
-        draw_at_end(run.logger.folder, run.logger.log)
+        draw_at_end(run.logger.folder)
     if run.logger.ended:
         suggest_test(run, images, args)
     run.logger.close()

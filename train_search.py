@@ -22,6 +22,7 @@ One process a GPU, with --batch_size, --workers and --val_workers as totals:
     torchrun --nproc_per_node=4 train_search.py ...
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +79,8 @@ from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapsho
 from tools.run.stop import ended_with
 from tools.settle import with_flags
 from tools.training import PassResult, Tally, accuracies, to_device
+
+log = logging.getLogger('tf-nas')
 
 CLOSE = 0.01
 """Distance from the target, as a share of it, from which the log names it after scaling."""
@@ -202,16 +205,16 @@ def validate(net, loader, args, epoch, world, stops, precision):
     return PassResult(tally.read(world))
 
 
-def log_probabilities(net, log):
+def log_probabilities(net):
     """Log the probabilities of each block's operators, and of each stage's exits."""
     for op in net.mixed_ops():
         probabilities = op.log_alphas.detach().softmax(0).tolist()
-        log('%s ops %s', op.block.label, ' '.join(f'{p:.4f}' for p in probabilities))
+        log.debug('%s ops %s', op.block.label, ' '.join(f'{p:.4f}' for p in probabilities))
     for name, weights in zip(net.space.stage_names, net.depth_weights(), strict=True):
-        log('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
+        log.debug('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
 
-def scale_to_target(state, table, target, limits, args, log):
+def scale_to_target(state, table, target, limits, args):
     """Elasticity-scaling of the current architecture: the most probable one that can meet the target.
 
     Returns:
@@ -229,57 +232,56 @@ def scale_to_target(state, table, target, limits, args, log):
             more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
             least, most = latency_range(first, table, SPACE, divisor)
             within = ' within the limits' if limits and least <= target <= most else ''
-            log('The most probable architecture reaches %.4f to %.4f: not the target lat%s.', least, most, within)
-            log('The most probable one that can meet it is current; given up in log-probability: %.4f', *more.values())
+            log.info('The most probable architecture reaches %.4f to %.4f: not the target lat%s.', least, most, within)
+            log.info(
+                'The most probable one that can meet it is current; given up in log-probability: %.4f', *more.values()
+            )
     before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
     for when, latency in (('Before', before), ('After', after)):
-        log('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
+        log.info('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
     if 'width' in args.freedoms and abs(after / target - 1) > CLOSE:
         why = 'limits leave no nearer widths' if limits else f'widths have steps of {divisor}'
-        log('the target is missed by %.1f %%: %s', 100 * (after / target - 1), why)
+        log.warning('the target is missed by %.1f %%: %s', 100 * (after / target - 1), why)
     if limits:
-        more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log)
+        more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log.info)
     least, most = latency_range(arch, table, SPACE, divisor)
     latency = {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
     return arch, scaled, latency | more
 
 
 def read_table(args, world):
-    """Return the latency table, the target in its unit, and lines for the log."""
-    notes = []
+    """Return the latency table, and the target in its unit."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
-    table = load_table(path, args.img_size, SPACE, notes.append)
+    table = load_table(path, args.img_size, SPACE, log.info)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
-    notes.append(reach % (args.lookup_path, *table.reach(SPACE), table.unit))
-    if world.is_first:
-        print(notes[-1], flush=True)
-    notes.append(device_note(table, args.lookup_path, device_name(world.device)))
+    log.info(reach, args.lookup_path, *table.reach(SPACE), table.unit)
+    if note := device_note(table, args.lookup_path, device_name(world.device)):
+        log.info(note)
     divisor = args.width_divisor or table.width_divisor
     check_divisor(divisor, SPACE)
     if divisor > 1:
         source = '--width_divisor' if args.width_divisor else f'from {args.lookup_path}'
-        notes.append(f'All widths stay multiples of {divisor} ({source})')
+        log.info('All widths stay multiples of %d (%s)', divisor, source)
     if args.limit and 'width' not in args.freedoms:
         raise BadInput(f'--limit {args.limit[0]}: fixed widths cannot keep it; leave it out, or give --freedoms width')
-    return table, table.target(args.target_lat, SPACE), notes
+    return table, table.target(args.target_lat, SPACE)
 
 
-def read_bounds(table, target, num_classes, notes, args):
-    """Return the limits, after a check that target and limits can be met; adds lines for the log."""
-    limits = read_limits(args.limit, args.img_size, num_classes, SPACE, notes.append)
+def read_bounds(table, target, num_classes, args):
+    """Return the limits, after a check that target and limits can be met."""
+    limits = read_limits(args.limit, args.img_size, num_classes, SPACE, log.info)
     if 'width' in args.freedoms:
-        check_reachable(table, SPACE, [target], args.width_divisor or table.width_divisor, limits, notes.append)
+        check_reachable(table, SPACE, [target], args.width_divisor or table.width_divisor, limits, log.info)
     return limits
 
 
 def load_search_data(args, world):
-    """Return the flags with what table and images give, the snapshot, the images, and lines for the log."""
-    notes = []
+    """Return the flags with what table and images give, the snapshot, and the images."""
     size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
     snapshot = find_snapshot(args, SEARCH, world)
-    images = search_images(args, world, snapshot.folder, notes.append)
-    args = settle_data(args, world, images, 2, [(size, args.lookup_path)], notes.append)
-    return args, snapshot, images, notes
+    images = search_images(args, world, snapshot.folder, log.info)
+    args = settle_data(args, world, images, 2, [(size, args.lookup_path)], log.info)
+    return args, snapshot, images
 
 
 def make_meta(images, table, target, args):
@@ -290,11 +292,11 @@ def make_meta(images, table, target, args):
     return Meta(img_size=args.img_size, mean=images.mean, std=images.std, class_names=names, **given)
 
 
-def suggest_parsing(model, table, args, log):
+def suggest_parsing(model, table, args):
     """Log the command that makes a config of a searched model."""
     flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': table.unit == 'ms'}
     flags |= {'save_path': model.with_name('model.config'), **changed(args, 'width_divisor', device='auto', limit=[])}
-    suggest('make the config of the found network', 'parsing_model.py', flags, log)
+    suggest('make the config of the found network', 'parsing_model.py', flags)
 
 
 def check_lengths(args):
@@ -350,23 +352,24 @@ def main(args):
     check_format(args.amp, '--amp', world.device)
     if args.cuda_graph and world.device.type != 'cuda':
         raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
-    args, snapshot, images, data_notes = load_search_data(args, world)
-    table, target, notes = read_table(args, world)
+    args, snapshot, images = load_search_data(args, world)
+    table, target = read_table(args, world)
     check_lengths(args)
     num_classes = images.num_classes
-    notes += [*data_notes, classes_note(table, args.lookup_path, num_classes)]
-    limits = read_bounds(table, target, num_classes, notes, args)
-    loaders = make_search_loaders(args, world, images, notes.append)
+    limits = read_bounds(table, target, num_classes, args)
+    loaders = make_search_loaders(args, world, images, log.info)
     flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
     flags |= {'img_root': str(Path(args.img_root).absolute())}
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     share = args.batch_size // world.size
-    notes.append(large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device))
     args, kept = settle_args(args, snapshot, steps)
+    large = large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device)
+    for line in filter(None, (classes_note(table, args.lookup_path, num_classes), large)):
+        log.info(line)
     flags |= kept
-    changes = compare_flags(snapshot, SEARCH, flags), compare_images(snapshot, SEARCH, images.digest)
-    snapshot = snapshot.with_notes(*changes, *notes)
+    compare_flags(snapshot, SEARCH, flags)
+    compare_images(snapshot, SEARCH, images.digest)
     recipe = make_recipe(args)
     mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops)
     state = new_state(num_classes, SPACE, world.device, mode, recipe, DTYPES.get(args.amp))
@@ -382,7 +385,7 @@ def main(args):
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
     about |= {META: make_meta(images, table, target, args).to_dict()}
     logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)
-    graphs = Graphs(args.cuda_graph, logger.log)
+    graphs = Graphs(args.cuda_graph, log.info)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
     with (
@@ -396,7 +399,7 @@ def main(args):
                     align_operators(state.full, SPACE)
                 state.begin_epoch()
             numbers = {'lr': recipe.weights_lr(epoch), 'temperature': recipe.temperature(epoch)}
-            logger.log('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
+            log.info('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
             widths, lambda_lat = state.net.widths(), args.lambda_lat
             latency_loss = LatencyLoss(table, widths, SPACE, target, lambda_lat, world.device, limits)
             learn = graphs.wrap(partial(learn_with_noise, state, latency_loss), state.net.arch_parameters())
@@ -413,36 +416,36 @@ def main(args):
                     checkpointer.save(state)
                     break
                 numbers['val'] = val.numbers
-                logger.log('epoch %d Gumbel paths: %s', epoch, accuracies(val.numbers))
+                log.info('epoch %d Gumbel paths: %s', epoch, accuracies(val.numbers))
                 if epoch == args.warmup_epochs - 1:
-                    warn_not_learned(val.numbers['top1'], num_classes, logger.log)
+                    warn_not_learned(val.numbers['top1'], num_classes)
             if not warming_up:
-                log_probabilities(state.net, logger.detail)
-                scale = partial(scale_to_target, state, table, target, limits, args, logger.log)
+                log_probabilities(state.net)
+                scale = partial(scale_to_target, state, table, target, limits, args)
                 before, (state.arch, widths, numbers['latency']) = state.arch, world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)
             numbers |= trained.numbers
-            logger.log('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
+            log.info('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
             logger.watch_loss(epoch, numbers['w_loss'])
             logger.record('epoch', epoch, **numbers, **found)
             if epoch == args.epochs - 1 and not warming_up:
-                warn_not_decided(found['ops'], before, state.arch, logger.log)
+                warn_not_decided(found['ops'], before, state.arch)
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))
             remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)
-            log_skipped(*loaders, log=logger.log, world=world)
+            log_skipped(*loaders, log=log.info, world=world)
 
     if not checkpointer.signal:
         checkpointer.remove_checkpoints()
         logger.record('end', args.epochs - 1)
         if logger.folder:
-            logger.log('searched model: %s', logger.folder / searched_model(args.epochs))
+            log.info('searched model: %s', logger.folder / searched_model(args.epochs))
     leave_world(world)
     if args.report and logger.ended:
-        draw_at_end(logger.folder, logger.log)
+        draw_at_end(logger.folder)
     if logger.ended:
-        suggest_parsing(logger.folder / searched_model(args.epochs), table, args, logger.log)
+        suggest_parsing(logger.folder / searched_model(args.epochs), table, args)
     code = checkpointer.exit_code()
     logger.close()
     return code

@@ -234,7 +234,7 @@ def settle_data(
         sizes: input sizes in files, see `settle`.
         note: called with a line for each value that is not as given.
     """
-    img_size = settle('--img_size', args.img_size, sizes, USUAL_SIZE, note)
+    img_size = settle('--img_size', args.img_size, sizes, USUAL_SIZE)
     return with_flags(args, img_size=img_size, batch_size=fitting_batch(args, world, images, parts, note))
 
 

@@ -275,7 +275,7 @@ def main(args):
     configs = {path: load_config(path) for path in args.configs or ()}
     if configs:
         known = [(config.meta.img_size, path) for path, config in configs.items()]
-        args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE, print))
+        args = with_flags(args, img_size=settle('--img_size', args.img_size, known, USUAL_SIZE))
     args = with_flags(args, img_size=args.img_size or (table_size(args.check) if args.check else None) or USUAL_SIZE)
     table = load_table(args.check, args.img_size, SPACE) if args.check else None
     classes = table.setting('num_classes', USUAL_CLASSES) if table else USUAL_CLASSES

@@ -1,5 +1,6 @@
 """Programs that run networks: PyTorch, and those that networks are deployed with. A runtime is a row of `RUNTIMES`."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.export import need
 from tools.run.folder import RunLogger
+
+log = logging.getLogger('tf-nas')
 
 
 class Session(nn.Module):
@@ -253,7 +256,7 @@ def log_network_latency(
     meta, engine, standard, launch = config.meta, Engine('torch', None, device), None, 'eager'
     batch_size, threads = 32 if device.type == 'cuda' else 1, 1
     if meta.table and not Path(meta.table).is_file():
-        logger.log('%s, the table of the config, is not there: the latency is not relative to it', meta.table)
+        log.info('%s, the table of the config, is not there: the latency is not relative to it', meta.table)
     elif meta.table:
         try:
             table = load_table(meta.table, img_size, space, lambda _: None)
@@ -267,10 +270,10 @@ def log_network_latency(
                 set_tf32(tf32_of(table))
                 standard = standard_of(table, batch_size, engine, launch)
         except BadInput as e:
-            logger.log('the table of the config is not used: %s', e)
+            log.info('the table of the config is not used: %s', e)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False  # as for tables
-    logger.log('measuring the latency of the network: it is built and timed %d times, half a minute or so', ROUNDS)
+    log.info('measuring the latency of the network: it is built and timed %d times, half a minute or so', ROUNDS)
     try:
         build = engine.build(config, 0, img_size, batch_size)
         measured = measure_latency(build, batch_size, img_size, engine.clock, standard, launch=launch)
@@ -279,7 +282,7 @@ def log_network_latency(
             bench = engine.bench(config, 0, img_size, batch_size, by_part=True)
             parts = np.median(bench(PART_PASSES).parts, axis=0)
     except (BadInput, OSError, RuntimeError) as e:  # the training itself is done and saved
-        logger.log('latency not measured: %s', e)
+        log.info('latency not measured: %s', e)
         return
     setting = {'device': device_name(device), 'batch_size': batch_size, 'threads': threads, 'img_size': img_size}
     parts = (measured.ms / parts.sum() * parts).tolist()
@@ -287,4 +290,4 @@ def log_network_latency(
     others = replace(meta, measured=None).latencies()
     runtime = '' if engine.runtime == 'torch' else f', {engine.runtime}'
     place = f'{setting["device"]}{runtime}, batch {batch_size}, {measured.reference}'
-    logger.log('measured latency %s on %s%s', measured, place, f'; {others}' if others else '')
+    log.info('measured latency %s on %s%s', measured, place, f'; {others}' if others else '')

@@ -1,7 +1,8 @@
 """A network and a search space as plain values, for logs and pictures."""
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from models.latency import LatencyTable
 from models.model_eval import NetworkEval
 from models.parsing import Masks, mask_widths, parse_architecture
 from models.search_space import Arch, Op, SearchSpace, after_stride
+
+log = logging.getLogger('tf-nas')
 
 UNDECIDED = 0.9
 """Mean entropy of operator probabilities above which a search has not decided."""
@@ -188,14 +191,14 @@ def hardly_learned(top1: float, num_classes: int) -> bool:
     return top1 < min(2 * chance, (chance + 100) / 2)
 
 
-def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
+def warn_not_learned(top1: float, num_classes: int) -> None:
     """Log a warning if a supernet has `hardly_learned`.
 
     Args:
         top1: accuracy on Gumbel paths at the end of the warm-up, %.
     """
     if hardly_learned(top1, num_classes):
-        log(
+        log.warning(
             'The supernet has hardly learned: %.1f %% on Gumbel paths, chance is %.1f %%. Noise would choose the'
             ' architecture. --largest_epochs or more --warmup_epochs help, or a smaller --batch_size for more steps.',
             top1,
@@ -203,7 +206,7 @@ def warn_not_learned(top1: float, num_classes: int, log: Callable) -> None:
         )
 
 
-def warn_not_decided(ops: Sequence[Sequence[float]], before: Arch | None, arch: Arch, log: Callable) -> None:
+def warn_not_decided(ops: Sequence[Sequence[float]], before: Arch | None, arch: Arch) -> None:
     """Log a warning if a search ends with operators that are nearly equally probable, or with a choice that changes.
 
     A high learning rate of the architecture makes noise decide, by any entropy; then each epoch has another choice.
@@ -214,14 +217,14 @@ def warn_not_decided(ops: Sequence[Sequence[float]], before: Arch | None, arch: 
         arch: current architecture after it.
     """
     if (entropy := mean_entropy(ops)) > UNDECIDED:
-        log(
+        log.warning(
             'The search has not decided: the mean entropy of its operators is %.2f, and 1 is uniform.'
             ' A higher --a_lr or a lower --a_wd helps.',
             entropy,
         )
     changed, blocks = changed_blocks(before or arch, arch)
     if changed > UNSETTLED * blocks:
-        log(
+        log.warning(
             'The choice has not settled: %d of %d blocks changed in the last epoch, so noise may have chosen.'
             ' More epochs with a lower --a_lr help.',
             changed,

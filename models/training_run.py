@@ -1,5 +1,6 @@
 """The run of a training script: flags that files give, network, state, folder, and the end of it."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from tools.training import TRAINING, TrainState, memory_format, start_state
 
 if TYPE_CHECKING:
     from dataset.splits import Images
+
+log = logging.getLogger('tf-nas')
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ def open_training(
     net = NetworkEval(config, args.dropout_rate, args.drop_connect_rate)
     start = start_from_weights(net, args.weights) if args.weights else ''
     net = convert(net.to(world.device, memory_format=memory_format(args, world.device)))
-    changes = compare_flags(snapshot, TRAINING, flags), compare_images(snapshot, TRAINING, images.digest)
-    snapshot = snapshot.with_notes(*differences, *changes, start, large)
+    for note in filter(None, (*differences, start, large)):
+        log.info(note)
+    compare_flags(snapshot, TRAINING, flags)
+    compare_images(snapshot, TRAINING, images.digest)
     state, snapshot = start_state(net, precision, snapshot, world, args)
     network = describe_network(config, args.img_size, space)
     header = run_header('training', flags, world.device, network=network, steps_an_epoch=steps)
@@ -116,4 +121,4 @@ def suggest_test(run: TrainingRun, images: 'Images', args) -> None:
     val_list = Path(images.lists[1] or folder / 'val.txt')
     flags = {'val_root': Path(images.roots[1]), 'val_list': val_list, 'config_path': folder / 'model.config'}
     flags |= {'weights': folder / 'model_best.pth.tar', **changed(args, device='auto')}
-    suggest('test it', 'test.py', flags, run.logger.log)
+    suggest('test it', 'test.py', flags)

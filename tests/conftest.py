@@ -18,6 +18,7 @@ from models.latency import LatencyTable
 from models.model_search import ExecutionMode
 from models.search import Recipe, SearchState, new_state
 from models.search_space import SPACE, Head, Op, SearchSpace, Stage, Stem
+from tools.logs import start_console
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +41,9 @@ torch.set_num_threads(1)  # with more, processes beside the tests slow them down
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh_process():
     torch.manual_seed(0)
+    start_console()
 
 
 RECIPE = Recipe(9, 0, 5.0, 0.9, w_lr=0.05, w_mom=0.9, w_wd=1e-5, a_lr=0.01, a_betas=(0.5, 0.999), a_wd=5e-4)

@@ -150,13 +150,11 @@ def test_commands_are_quoted_and_broken_into_lines(tmp_path, monkeypatch):
 # --- stated once
 
 
-def test_a_given_flag_wins_and_each_other_value_is_a_line():
-    said = []
-    assert settle('--x', 1, [(2, 'a'), (None, 'b'), (1, 'c')], 9, said.append) == 1
-    assert said == ['warning: --x is 1, a has 2']
-    assert settle('--x', None, [(None, 'b'), (2, 'a'), (3, 'c')], 9, said.append) == 2
-    assert said[1:] == ['--x 2: from a', 'warning: --x is 2, c has 3']
-    assert settle('--x', None, [(None, 'b')], 9, said.append) == 9 and len(said) == 3
+def test_a_given_flag_wins_and_each_other_value_is_logged(caplog):
+    assert settle('--x', 1, [(2, 'a'), (None, 'b'), (1, 'c')], 9) == 1
+    assert settle('--x', None, [(None, 'b'), (2, 'a'), (3, 'c')], 9) == 2
+    assert caplog.messages == ['--x is 1, a has 2', '--x 2: from a', '--x is 2, c has 3']
+    assert settle('--x', None, [(None, 'b')], 9) == 9 and len(caplog.messages) == 3
 
 
 BAD_META = [
@@ -270,47 +268,44 @@ def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(
         load_table(path, 512, SPACE)
 
 
-def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch, settings):
+def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch, settings, caplog):
     reference = dump_config(reference_config(3, SPACE))
     about = {'device': device_name(CPU), 'batch_size': 1, 'threads': 1, 'reference': reference, 'reference_ms': 5.0}
     path = write_table(tmp_path / 't.pkl', unit='ms', tf32=False, **about)
     set_tf32(True)  # as in the training
     config = reference_config(3, SPACE)
     config = replace(config, meta=Meta(32, target=3.0, target_given='50%', unit='ms', table=str(path)))
-    given, said = [], []
+    given = []
 
     def measure(build, batch_size, img_size, device, standard, launch):
-        assert said.pop().startswith('measuring the latency of the network')
         precision = torch.backends.cudnn.conv.fp32_precision
         given.append((batch_size, img_size, standard.ms if standard else None, precision))
         return Measured(2.5, 0.01, 1.0 if standard else None, parts=(1.0, 1.5))
 
     monkeypatch.setattr(runtimes, 'measure_latency', measure)
-    logger = Namespace(log=lambda text, *values: said.append(text % values), record=lambda *_, **__: None)
+    logger = Namespace(record=lambda *_, **__: None)
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     predicted = load_table(path, 32, SPACE).of_config(config)
     assert given == [(1, 32, 5.0, 'ieee')]
-    assert 'measured latency 2.5000 ms' in said[0] and 'relative to the reference' in said[0]
-    assert f'target 3.0000 ms, given as 50%; predicted by the table {predicted:.4f} ms' in said[0]
+    assert 'measured latency 2.5000 ms' in caplog.messages[-1] and 'relative to the reference' in caplog.messages[-1]
+    assert f'target 3.0000 ms, given as 50%; predicted by the table {predicted:.4f} ms' in caplog.messages[-1]
     path.unlink()
     set_tf32(True)
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     assert given[1] == (1, 32, None, 'tf32')
-    assert 'table of the config, is not there' in said[1] and 'by the clock alone' in said[2]
+    assert 'table of the config, is not there' in caplog.text and 'by the clock alone' in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
     'error', [BadInput('--provider X: cannot start'), RuntimeError('no memory'), OSError('no file')]
 )
-def test_a_latency_that_cannot_be_measured_is_a_line_of_a_finished_training(error, monkeypatch):
+def test_a_latency_that_cannot_be_measured_is_a_line_of_a_finished_training(error, monkeypatch, caplog):
     def measure(*_, **__):
         raise error
 
     monkeypatch.setattr(runtimes, 'measure_latency', measure)
-    said = []
-    logger = Namespace(log=lambda text, *values: said.append(text % values))
-    log_network_latency(logger, 1, reference_config(3, SPACE), CPU, 32, SPACE)
-    assert said[-1] == f'latency not measured: {error}'
+    log_network_latency(Namespace(), 1, reference_config(3, SPACE), CPU, 32, SPACE)
+    assert caplog.messages[-1] == f'latency not measured: {error}'
 
 
 def test_names_and_size_are_read_from_safetensors(tmp_path, monkeypatch, capsys):
@@ -440,12 +435,15 @@ def test_the_images_of_the_next_training(photos, tmp_path):
     assert beside == {'train_root': tmp_path / 'pair' / 'train', 'val_root': tmp_path / 'pair' / 'valid'}
 
 
-def test_changed_images_end_a_run_within_an_epoch_and_are_a_line_between_epochs():
+def test_changed_images_end_a_run_within_an_epoch_and_are_a_line_between_epochs(caplog):
     within = Snapshot(checkpoint={'epoch': 1, 'step': 3, 'images': 'abc'})
     between = Snapshot(checkpoint={'epoch': 1, 'step': 0, 'images': 'abc'})
     old = Snapshot(checkpoint={'epoch': 1, 'step': 3})
-    assert compare_images(within, TRAINING, 'abc') == compare_images(old, TRAINING, 'x') == ''
-    assert 'have changed since the snapshot' in compare_images(between, TRAINING, 'x')
+    compare_images(within, TRAINING, 'abc')
+    compare_images(old, TRAINING, 'x')
+    assert caplog.messages == []
+    compare_images(between, TRAINING, 'x')
+    assert 'have changed since the snapshot' in caplog.text
     with pytest.raises(BadInput, match='within an epoch, and its lists or folders of images have changed'):
         compare_images(within, TRAINING, 'x')
 

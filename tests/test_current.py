@@ -1,6 +1,7 @@
 """The current architecture of a search: the most probable one that can meet the target, in scaling, log and files."""
 
 import argparse
+import logging
 import re
 
 import numpy as np
@@ -33,12 +34,13 @@ CPU = torch.device('cpu')
 
 def scaled(state, table, target, freedoms=('operator', 'width'), divisor=1):
     """`scale_to_target` of the small space at its first widths; returns its result and the log's lines."""
-    lines = []
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger('tf-nas').addHandler(handler)
     args = argparse.Namespace(freedoms=freedoms, width_divisor=divisor)
     searched = argparse.Namespace(full=state, masks=start_masks(SMALL_SPACE))
-    found = train_search.scale_to_target(
-        searched, table, target, (), args, lambda text, *values: lines.append(text % values)
-    )
+    found = train_search.scale_to_target(searched, table, target, (), args)
+    logging.getLogger('tf-nas').removeHandler(handler)
     return found, lines
 
 

@@ -204,7 +204,7 @@ def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
         assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == ('9' in more)
 
 
-def watched(monkeypatch, waits, uses, batches=150, device_aug=False):
+def watched(monkeypatch, caplog, waits, uses, batches=150, device_aug=False):
     """Lines about loading of a run of batches that come after `waits` seconds and are used for `uses` seconds."""
     now = [0.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
@@ -214,8 +214,8 @@ def watched(monkeypatch, waits, uses, batches=150, device_aug=False):
             now[0] += 100 if i == 0 else waits
             yield i
 
-    logger, lines = RunLogger(None, {}), []
-    logger.log = lines.append
+    caplog.clear()
+    logger = RunLogger(None, {})
     args = SimpleNamespace(batch_size=32, device_aug=device_aug)
     seen = 0
     for _ in range(3):  # as the passes of a run
@@ -223,17 +223,17 @@ def watched(monkeypatch, waits, uses, batches=150, device_aug=False):
             now[0] += uses
             seen += 1
     assert seen == batches
-    return lines
+    return caplog.messages
 
 
-def test_slow_loading_is_said_once(monkeypatch):
-    (line,) = watched(monkeypatch, waits=0.3, uses=0.1)
+def test_slow_loading_is_said_once(monkeypatch, caplog):
+    (line,) = watched(monkeypatch, caplog, waits=0.3, uses=0.1)
     assert line.startswith('loading: 80 images/s come, the steps need 320; 75 % of the time')
     assert '--workers' in line and '--device_aug' in line
-    (line,) = watched(monkeypatch, waits=0.3, uses=0.1, device_aug=True)
+    (line,) = watched(monkeypatch, caplog, waits=0.3, uses=0.1, device_aug=True)
     assert '--device_aug' not in line
 
 
 @pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
-def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, waits, batches):
-    assert watched(monkeypatch, waits, 0.1, batches) == []
+def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, caplog, waits, batches):
+    assert watched(monkeypatch, caplog, waits, 0.1, batches) == []

@@ -198,7 +198,7 @@ def checkpoint_of(epoch, step):
     return {'state_dict': {}, 'optimizer': {}, **numbers} | ({'step': step} if step else {})
 
 
-def test_position_in_the_files_decides_in_a_copied_folder(tmp_path):
+def test_position_in_the_files_decides_in_a_copied_folder(tmp_path, caplog):
     """Files of a run folder, copied in any order, at any time; and a newer run of the same note."""
     run = tmp_path / 'eval-20260101-000000-try'
     run.mkdir()
@@ -210,7 +210,7 @@ def test_position_in_the_files_decides_in_a_copied_folder(tmp_path):
         assert find_snapshot(args, TRAINING, World(CPU)).path.name == 'checkpoint.pth.tar'
     (run / 'checkpoint.pth.tar').write_bytes((run / 'checkpoint.pth.tar').read_bytes()[:300])
     found = find_snapshot(args, TRAINING, World(CPU))
-    assert found.path.name == 'checkpoint.previous.pth.tar' and 'cannot be read' in found.notes[0]
+    assert found.path.name == 'checkpoint.previous.pth.tar' and 'cannot be read' in caplog.text
     other = tmp_path / 'eval-20260102-000000-try'
     other.mkdir()
     save_checkpoint(checkpoint_of(1, 0), other / 'checkpoint.pth.tar')
@@ -239,7 +239,7 @@ def test_processes_that_find_other_checkpoints_do_not_run(tmp_path, monkeypatch)
         find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='other'), TRAINING, World(CPU, 1, 2))
 
 
-def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_path):
+def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_path, caplog):
     """Before, epoch N was in file N; now file N has N epochs done, as the release numbers them."""
     run = tmp_path / 'search-20260101-000000-try'
     run.mkdir()
@@ -254,7 +254,7 @@ def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_p
     (run / 'searched_model_08.pth.tar').unlink()
     save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')
     found = find_snapshot(args, SEARCH, World(CPU))
-    assert found.path.name == 'searched_model_06.pth.tar' and 'epoch 7 step 0' in found.notes[0]
+    assert found.path.name == 'searched_model_06.pth.tar' and 'epoch 7 step 0' in caplog.text
 
 
 @pytest.mark.parametrize(('code', 'fails'), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])

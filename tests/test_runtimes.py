@@ -153,7 +153,7 @@ def test_drawn_widths_are_on_the_grid_and_rounding_up_keeps_them():
     assert all(0 <= b.mid_channels - a.mid_channels < 16 and b.mid_channels % 16 == 0 for a, b in pairs)
 
 
-def test_a_search_takes_the_tables_divisor_unless_a_flag_is_given(tmp_path):
+def test_a_search_takes_the_tables_divisor_unless_a_flag_is_given(tmp_path, caplog):
     table, world = make_table(img_size=32), World(torch.device('cpu'), 1, 2)
     save_table(table.base, table.curves, {'unit': 'ms', 'width_divisor': 8}, tmp_path / 'table.pkl')
     args = SimpleNamespace(
@@ -164,15 +164,16 @@ def test_a_search_takes_the_tables_divisor_unless_a_flag_is_given(tmp_path):
         limit=[],
         freedoms=FREEDOMS,
     )
-    read, target, notes = train_search.read_table(args, world)
-    assert notes[-1] == f'All widths stay multiples of 8 (from {args.lookup_path})'
+    read, target = train_search.read_table(args, world)
+    assert caplog.messages[-1] == f'All widths stay multiples of 8 (from {args.lookup_path})'
     state = SimpleNamespace(full=full_weights(10, CPU, SPACE), masks=start_masks(SPACE))
     for divisor in (8, 16):
-        arch, widths, _ = train_search.scale_to_target(state, read, target * 0.8, (), args, lambda *_: None)
+        arch, widths, _ = train_search.scale_to_target(state, read, target * 0.8, (), args)
         chosen = [widths[block.stage][block.name][index] for block, index in SPACE.chosen(arch)]
         assert widths != mask_widths(state.masks) and all(width % divisor == 0 for width in chosen)
         args.width_divisor = 16
-    assert train_search.read_table(args, world)[2][-1] == 'All widths stay multiples of 16 (--width_divisor)'
+    train_search.read_table(args, world)
+    assert caplog.messages[-1] == 'All widths stay multiples of 16 (--width_divisor)'
 
 
 def test_a_config_is_rounded_up_and_both_latencies_are_printed(tmp_path, monkeypatch, capsys):

@@ -102,17 +102,15 @@ def test_a_search_follows_its_schedule_and_warns_that_it_has_neither_learned_nor
 @pytest.mark.parametrize(
     ('top1', 'classes', 'warned'), [(19.9, 10, True), (20.1, 10, False), (74.0, 2, True), (76.0, 2, False)]
 )
-def test_a_supernet_near_chance_is_warned_of(top1, classes, warned):
-    lines = []
-    warn_not_learned(top1, classes, lambda text, *values: lines.append(text % values))
-    assert len(lines) == warned and all(f'{top1} %' in line and '--warmup_epochs' in line for line in lines)
+def test_a_supernet_near_chance_is_warned_of(top1, classes, warned, caplog):
+    warn_not_learned(top1, classes)
+    assert len(caplog.messages) == warned
 
 
-def test_a_search_that_ends_undecided_is_warned_of():
-    lines = []
+def test_a_search_that_ends_undecided_is_warned_of(caplog):
     for row in ([0.5, 0.3, 0.2], [0.6, 0.2, 0.2]):  # entropies 0.94 and 0.86
-        warn_not_decided([row, row], None, {'stage1': [0, 1]}, lambda text, *values: lines.append(text % values))
-    assert len(lines) == 1 and 'is 0.94' in lines[0]
+        warn_not_decided([row, row], None, {'stage1': [0, 1]})
+    assert len(caplog.messages) == 1 and 'is 0.94' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -124,11 +122,8 @@ def test_a_search_that_ends_undecided_is_warned_of():
         ({'stage1': [0, 1, 1], 'stage2': [1]}, 2, 4),
     ],
 )
-def test_a_search_whose_choice_still_changes_is_warned_of(before, changed, blocks):
-    after, lines = {'stage1': [0, 1], 'stage2': [2]}, []
+def test_a_search_whose_choice_still_changes_is_warned_of(before, changed, blocks, caplog):
+    after = {'stage1': [0, 1], 'stage2': [2]}
     assert changed_blocks(before, after) == changed_blocks(after, before) == (changed, blocks)
-    warn_not_decided([[0.9, 0.1]], before, after, lambda text, *values: lines.append(text % values))
-    if changed < 2:
-        assert lines == []
-    else:
-        assert len(lines) == 1 and f'not settled: {changed} of {blocks} blocks' in lines[0]
+    warn_not_decided([[0.9, 0.1]], before, after)
+    assert len(caplog.messages) == (changed >= 2)

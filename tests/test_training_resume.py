@@ -169,7 +169,7 @@ def test_a_damaged_newest_file_and_other_flags_are_said_and_the_run_goes_on(data
     again = {'snapshot': 'auto', 'max_steps': 4, 'lr': 0.1}
     capsys.readouterr()
     assert run_here(monkeypatch, 'train_eval_amp.py', flags(data, tmp_path, **again, batch_size=8)) == 2
-    bad = ''.join(capsys.readouterr())
+    bad = capsys.readouterr().err
     assert '--batch_size 4, now 8' in bad and len(bad.splitlines()) == 1
     assert sorted(newest.parent.iterdir()) == before
     assert run_here(monkeypatch, 'train_eval_amp.py', flags(data, tmp_path, **again)) == 0
@@ -229,7 +229,6 @@ def test_the_newest_good_file_is_taken(folder, how, snapshot):
     found = find(folder, 'auto' if snapshot == 'auto' else str(newest))
     assert (found.folder, found.path) == (folder, previous_of(newest) if how else newest)
     assert found.checkpoint['epoch'] == (1 if how else 2)
-    assert len(found.notes) == (2 if how else 1)
 
 
 def test_auto_looks_at_all_files_and_else_begins_a_new_run(folder):
@@ -239,7 +238,7 @@ def test_auto_looks_at_all_files_and_else_begins_a_new_run(folder):
     assert find(folder, 'auto').checkpoint['epoch'] == 7
     damage(folder.parent / 'eval-20260101-000001-try' / 'checkpoint.pth.tar', 'truncated')
     found = find(folder, 'auto')
-    assert found.folder is None and 'a new run begins' in found.notes[-1] and len(found.notes) == 3
+    assert found.folder is None
 
 
 def test_a_snapshot_outside_of_run_folders_goes_on_in_a_new_one(folder, tmp_path):
@@ -247,7 +246,6 @@ def test_a_snapshot_outside_of_run_folders_goes_on_in_a_new_one(folder, tmp_path
     path = (folder / 'checkpoint.pth.tar').rename(tmp_path / 'mine' / 'resume.pt')
     found = find(folder, str(path))
     assert (found.folder, found.path) == (None, path) and found.checkpoint['epoch'] == 2
-    assert f'{path.parent} is no run folder' in found.notes[-1]
 
 
 @pytest.mark.parametrize('is_new', [True, False])

@@ -1,5 +1,6 @@
 """The device of this process, and its place among the processes of a run."""
 
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tools.errors import BadInput
+
+log = logging.getLogger('tf-nas')
 
 USE_TORCHRUN = 'start the processes with: torchrun --nproc_per_node=N SCRIPT ...'
 
@@ -192,7 +195,7 @@ def _first_host(nodes: str) -> str:
 
 
 def pick_device(choice: str) -> torch.device:
-    """Return the device of `--device`, with one line to stdout if 'auto' finds no GPU.
+    """Return the device of `--device`, logging if 'auto' finds no GPU.
 
     Raises:
         BadInput: 'cuda' without a GPU.
@@ -201,7 +204,7 @@ def pick_device(choice: str) -> torch.device:
         raise BadInput('--device cuda: no CUDA GPU is available here; use --device auto or --device cpu')
     if choice == 'cpu' or not torch.cuda.is_available():
         if choice == 'auto':
-            print('No CUDA GPU here: running on the CPU.', flush=True)
+            log.info('No CUDA GPU here: running on the CPU.')
         return torch.device('cpu')
     return torch.device('cuda')
 
@@ -217,8 +220,9 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
     launch = find_launch(local_rank)
     if launch is None:
         return World(pick_device(device_choice))
-    silent = launch.rank > 0 and device_choice == 'auto' and not torch.cuda.is_available()
-    device = pick_device('cpu' if silent else device_choice)
+    if launch.rank > 0:
+        log.setLevel(logging.CRITICAL)  # the first process logs for all
+    device = pick_device(device_choice)
     if device.type == 'cuda':
         gpus = torch.cuda.device_count()
         # srun with a GPU bound to each task shows every process one GPU
@@ -229,8 +233,8 @@ def join_world(device_choice: str, local_rank: int | None) -> World:
         torch.cuda.set_device(device)
     if launch.size == 1:
         return World(device)
-    if launch.rank == 0 and launch.command[0] != sys.executable:
-        print(f'Waiting for all {launch.size} processes of {launch.command[0]}.', flush=True)
+    if launch.command[0] != sys.executable:
+        log.info('Waiting for all %d processes of %s.', launch.size, launch.command[0])
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     options = {'rank': launch.rank, 'world_size': launch.size}
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':

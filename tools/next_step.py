@@ -1,11 +1,14 @@
 """The command of the next step (search, parse, train, test, export), for the end of each script."""
 
+import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger('tf-nas')
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder of the scripts."""
@@ -42,9 +45,9 @@ def command(script: str, flags: Mapping[str, Any], width: float = WIDTH) -> str:
     return ' \\\n'.join(lines)
 
 
-def suggest(what: str, script: str, flags: Mapping[str, Any], log: Callable[[str], object] = print) -> None:
+def suggest(what: str, script: str, flags: Mapping[str, Any]) -> None:
     """Log the command of the next step, on lines of its own. `what`: the step."""
-    log(f'next, {what}:\n{command(script, flags)}')
+    log.info('next, %s:\n%s', what, command(script, flags))
 
 
 def changed(args, *names: str, **usual: Any) -> dict[str, Any]:

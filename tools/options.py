@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import NoReturn
 
 from tools.errors import INTERRUPTED, BadInput, explain, has_no_reader, silence
+from tools.logs import start_console
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
@@ -154,6 +155,7 @@ def run_script(main: Callable, args: argparse.Namespace) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace')  # a console of few characters, such as Latin-1, shows ? for others
+    start_console()
     try:
         code = main(args)
         sys.stdout.flush()

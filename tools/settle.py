@@ -2,34 +2,32 @@
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from typing import TypeVar
+
+log = logging.getLogger('tf-nas')
 
 Value = TypeVar('Value')
 
 
-def settle(
-    flag: str,
-    given: Value | None,
-    known: Iterable[tuple[Value | None, object]],
-    usual: Value,
-    note: Callable[[str], object],
-) -> Value:
+def settle(flag: str, given: Value | None, known: Iterable[tuple[Value | None, object]], usual: Value) -> Value:
     """Return the value of a flag: the given one, else the first that a file has, else the usual one.
+
+    Log if a file gives the value, and warn if a file has another one.
 
     Args:
         known: pairs of the value in a file, None for none, and the name of the file.
-        note: called with a line if a file gives the value, and if a file has another one than the value.
     """
     there = [(value, where) for value, where in known if value is not None]
     if given is None and not there:
         return usual
     value = there[0][0] if given is None else given
     if given is None:
-        note(f'{flag} {value}: from {there[0][1]}')
+        log.info('%s %s: from %s', flag, value, there[0][1])
     for other, where in there:
         if other != value:
-            note(f'warning: {flag} is {value}, {where} has {other}')
+            log.warning('%s is %s, %s has %s', flag, value, where, other)
     return value
 
 

@@ -1,5 +1,6 @@
 """Training a network from scratch, for both training scripts: the run, its epochs, their steps, evaluation."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from tools.run.checkpoint import Checkpointer
 from tools.run.folder import RunLogger
 from tools.run.resume import NUMBER, RunKind, Snapshot
 from tools.run.stop import ended_with
+
+log = logging.getLogger('tf-nas')
 
 WARMUP_EPOCHS = 5
 LARGE_BATCH = 256
@@ -258,13 +261,13 @@ def fit(
                 checkpointer.save_as(state, 'model_best.pth.tar')
             checkpointer.save(state)
             for loader in loaders:
-                loader.dataset.log_skipped(logger.log, world)
+                loader.dataset.log_skipped(log.info, world)
             if state.step:
                 break
     if not checkpointer.signal:
-        logger.log('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
+        log.info('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
         if warning := warn_of_chance(state.best[0], len(val_loader.dataset), num_classes):
-            logger.log(warning)
+            log.warning(warning)
         logger.record('end', state.epoch, best_top1=state.best[0])
     return checkpointer.exit_code()
 
@@ -330,9 +333,9 @@ def log_step(logger: RunLogger, tally: Tally, rate: Rate, state: TrainState, ste
 
 def log_epoch(logger: RunLogger, state: TrainState, train: dict, val: dict, plain: dict) -> None:
     """Log the end of an epoch. `plain`: as `val`, of the weights themselves if `val` is of their moving average."""
-    logger.log('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
+    log.info('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
     average = f' (moving average; the weights themselves: {plain["top1"]:.2f})' if state.ema else ''
-    logger.log('epoch %d %s best_top1 %.2f%s', state.epoch, accuracies(val), state.best[0], average)
+    log.info('epoch %d %s best_top1 %.2f%s', state.epoch, accuracies(val), state.best[0], average)
     logger.watch_loss(state.epoch, train['loss'])
     more = {'val_without_average': plain} if state.ema else {}
     logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0], **more)
@@ -348,7 +351,7 @@ def warn_of_chance(top1: float, images: int, num_classes: int) -> str:
     if top1 > 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / max(images, 1))):
         return ''
     return (
-        f'WARNING: the best top-1 of {top1:.2f} % is no better than chance ({100 * chance:.2f} %, {images} images):'
+        f'the best top-1 of {top1:.2f} % is no better than chance ({100 * chance:.2f} %, {images} images):'
         ' look at learning rate, number of epochs, and labels'
     )
 

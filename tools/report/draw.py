@@ -1,11 +1,14 @@
 """Pictures and report of a run, drawn from its metrics.jsonl."""
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from tools.files import write_atomic, write_text
 from tools.run.metrics import read_run
+
+log = logging.getLogger('tf-nas')
 
 
 def draw_run(path: str | Path, out: str | Path | None = None) -> list[Path]:
@@ -51,12 +54,12 @@ def save_figure(draw: Callable, stem: Path) -> tuple[list[Path], bytes]:
     return paths, svg.getvalue()
 
 
-def draw_at_end(folder: Path, log: Callable[..., None]) -> None:
+def draw_at_end(folder: Path) -> None:
     """Call `draw_run` at the end of a run. An error of drawing is only logged: the results of the run are safe."""
-    log('drawing the pictures and the report')
+    log.info('drawing the pictures and the report')
     try:
         written = draw_run(folder)
     except Exception as e:
-        log('no pictures: %s: %s; python -m tools.plots %s draws them', type(e).__name__, e, folder)
+        log.warning('no pictures: %s: %s; python -m tools.plots %s draws them', type(e).__name__, e, folder)
     else:
-        log('pictures: %s; report: %s', folder / 'plots', written[-1])
+        log.info('pictures: %s; report: %s', folder / 'plots', written[-1])

@@ -1,5 +1,6 @@
 """Checkpoints of a run, and stop requests."""
 
+import logging
 import shutil
 import signal
 import time
@@ -14,6 +15,8 @@ from tools.files import save_and_keep_previous, save_checkpoint
 from tools.run.folder import RunLogger
 from tools.run.resume import CHECKPOINT
 from tools.run.stop import LossCheck, StopRequest, exit_code, resume_command
+
+log = logging.getLogger('tf-nas')
 
 
 class State(Protocol):
@@ -114,9 +117,9 @@ class Checkpointer:
     def exit_code(self) -> int:
         """Return the exit code of the run, and log the command that resumes it if a signal stopped it."""
         if self.signal:
-            self.logger.log('stopped by %s; to go on:', signal.Signals(self.signal).name)
+            log.info('stopped by %s; to go on:', signal.Signals(self.signal).name)
             if self.logger.folder:
-                self.logger.log(resume_command(self.logger.folder / CHECKPOINT))
+                log.info(resume_command(self.logger.folder / CHECKPOINT))
         return exit_code(self.signal)
 
 

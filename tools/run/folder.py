@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -18,11 +18,14 @@ from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput, silence
 from tools.files import write_text
+from tools.logs import close_log, open_log
 from tools.options import changed_flags
 from tools.run.metrics import MetricsFile
 
 if TYPE_CHECKING:
     from tools.run.resume import Snapshot
+
+log = logging.getLogger('tf-nas')
 
 Item = TypeVar('Item')
 
@@ -45,19 +48,19 @@ RISE = 1.05
 
 
 class Waiting:
-    """Time that a loop waits for batches, against the time that it uses them; one log line after `WATCHED` batches.
+    """Time that a loop waits for batches, against the time that it uses them; one log line after `WATCHED` batches,
+    if more than `TOLERATED` of the time is waiting.
 
     It is the host's time: nothing waits for a GPU. The host waits for a GPU at each step that reads a result, or if
     the GPU's queue is full.
 
     Args:
         images: of a batch, over all processes.
-        log: called with the line, if more than `TOLERATED` of the time is waiting.
         advice: end of the line.
     """
 
-    def __init__(self, images: int, log: Callable[[str], object], advice: str):
-        self.images, self.log, self.advice = images, log, advice
+    def __init__(self, images: int, advice: str):
+        self.images, self.advice = images, advice
         self.batches, self.waited, self.used = 0, 0.0, 0.0
 
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
@@ -83,7 +86,7 @@ class Waiting:
         if self.batches == WATCHED and self.waited > TOLERATED * (total := self.waited + self.used):
             images, share = self.images * (WATCHED - SKIPPED), 100 * self.waited / total
             given, needed = images / total, images / max(self.used, 1e-9)
-            self.log(
+            log.info(
                 f'loading: {given:.0f} images/s come, the steps need {needed:.0f}; {share:.0f} % of the time is'
                 f' waiting for images. {self.advice}'
             )
@@ -116,45 +119,11 @@ def run_folders(save: str | Path, kind: str, note: str) -> list[Path]:
     return [folder for folder in Path(save).glob(f'{kind}-*/') if name.fullmatch(folder.name)]
 
 
-class _Console(logging.Handler):
-    """Lines to stdout, above a progress bar; none once stdout is closed, such as by `| head` or a lost connection."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:
-            silence(sys.stdout)
-
-
-class _LogFile(logging.FileHandler):
-    """Log file whose errors, such as a full disk, are errors of the run."""
-
-    def handleError(self, _record: logging.LogRecord) -> None:
-        raise  # noqa: PLE0704  (called where the error is being handled)
-
-
-def make_logger(folder: Path | None) -> logging.Logger:
-    """Return a logger to stdout and, appending, to `<folder>/log.txt`; a silent one without a folder.
-
-    Lines of the level DEBUG go to the file alone.
-    """
-    logger = logging.Logger('tf-nas', logging.DEBUG if folder else logging.CRITICAL)
-    if folder:
-        formatter = logging.Formatter('%(asctime)s %(message)s', datefmt='%m/%d %H:%M:%S')
-        for handler in (_Console(logging.INFO), _LogFile(folder / 'log.txt', encoding='utf-8')):
-            handler.setFormatter(formatter)
-            logger.addHandler(handler)
-    return logger
-
-
 class RunLogger:
-    """Log lines, metrics.jsonl and progress of a run; silent in all processes but the first.
-
-    `log` writes a line to stdout and log.txt, `detail` to log.txt alone.
+    """Log file, metrics.jsonl and progress of a run; nothing in all processes but the first.
 
     Args:
-        folder: of the run; None logs nothing.
+        folder: of the run; None writes nothing.
         header: first line of metrics.jsonl, see `run_header`.
         position: (epoch, step) that the run goes on from.
         tensorboard: also write TensorBoard's files.
@@ -169,8 +138,7 @@ class RunLogger:
     ):
         self.folder = folder
         self.metrics = MetricsFile(folder, header, position, tensorboard)
-        self.logger = make_logger(folder)
-        self.log, self.detail = self.logger.info, self.logger.debug
+        self.log_file = open_log(folder / 'log.txt') if folder else None
         self.lock: TextIO | None = None
         self.bar = tqdm(disable=True)
         self.waiting: dict[str, Waiting] = {}
@@ -190,9 +158,8 @@ class RunLogger:
         """Close the files and unlock the folder; a process may begin other runs."""
         self.bar.close()
         self.metrics.close()
-        for handler in list(self.logger.handlers):
-            self.logger.removeHandler(handler)
-            handler.close()
+        if self.log_file:
+            close_log(self.log_file)
         if self.lock:
             self.lock.close()
 
@@ -223,14 +190,14 @@ class RunLogger:
         if flag not in self.waiting:
             advice = f'Give more {flag}, up to the {cores()} cores of this process'
             advice += '.' if getattr(args, 'device_aug', False) else ', or --device_aug.'
-            self.waiting[flag] = Waiting(args.batch_size, self.log, advice)
+            self.waiting[flag] = Waiting(args.batch_size, advice)
         return self.waiting[flag].watch(batches)
 
     def watch_loss(self, epoch: int, loss: float) -> None:
         """Log a warning if the training loss of an epoch is `RISE` times the lowest since this process began."""
         if loss > RISE * self.least_loss:
-            text = 'WARNING: the training loss of epoch %d is %.4f, up from %.4f: a lower learning rate may help'
-            self.log(text, epoch, loss, self.least_loss)
+            text = 'the training loss of epoch %d is %.4f, up from %.4f: a lower learning rate may help'
+            log.warning(text, epoch, loss, self.least_loss)
         self.least_loss = min(self.least_loss, loss)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
@@ -240,7 +207,7 @@ class RunLogger:
         words = ' '.join(
             f'{name} {value:{FORMATS.get(name.rpartition("_")[2], ".4f")}}' for name, value in numbers.items()
         )
-        self.log('epoch %d step %d/%d %s eta %s', epoch, step, steps, words, self.time_left())
+        log.info('epoch %d step %d/%d %s eta %s', epoch, step, steps, words, self.time_left())
         self.record('step', epoch, step, steps=steps, **numbers)
 
     def time_left(self) -> str:
@@ -291,17 +258,15 @@ def open_run(
     logger = RunLogger(folder, header, position, args.tensorboard)
     logger.lock = lock
     environment = header['environment']
-    logger.log('flags: %s', shlex.join(changed_flags(args)))
-    logger.log('%s; device: %s; torch %s', folder, environment['device'], environment['torch'])
+    log.info('flags: %s', shlex.join(changed_flags(args)))
+    log.info('%s; device: %s; torch %s', folder, environment['device'], environment['torch'])
     for name, value in header['flags'].items():
-        logger.detail('--%s %s', name, value)
+        log.debug('--%s %s', name, value)
     for name, value in environment.items():
-        logger.detail('%s: %s', name, value)
-    for note in snapshot.notes:
-        logger.log(note)
+        log.debug('%s: %s', name, value)
     if snapshot.later:
         names = ', '.join(path.name for path in snapshot.later)
-        logger.log('renamed checkpoints from beyond this position to *.superseded: %s', names)
+        log.info('renamed checkpoints from beyond this position to *.superseded: %s', names)
     return logger
 
 

@@ -1,6 +1,7 @@
 """The checkpoint that a run resumes from."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from tools.errors import BadInput
 from tools.files import load_checkpoint, previous_of
 from tools.run.folder import run_folders
 from tools.run.metrics import HARMLESS, METRICS
+
+log = logging.getLogger('tf-nas')
 
 CHECKPOINT = 'checkpoint.pth.tar'
 
@@ -80,12 +83,7 @@ class Snapshot:
     folder: Path | None = None
     path: Path | None = None
     checkpoint: dict | None = None
-    notes: tuple[str, ...] = ()
     later: tuple[Path, ...] = ()
-
-    def with_notes(self, *notes: str) -> 'Snapshot':
-        """Return the same with more notes for the log; empty ones are left out."""
-        return replace(self, notes=(*self.notes, *filter(None, notes)))
 
     def without_checkpoint(self) -> 'Snapshot':
         """Return the same without the contents of the checkpoint, once they are loaded."""
@@ -118,22 +116,23 @@ def find_snapshot(args, kind: RunKind, world: World) -> Snapshot:
 
 
 def _find(args, kind: RunKind) -> Snapshot:
-    if args.snapshot == 'auto':
+    if args.snapshot != 'auto':
+        files = _from_path(Path(args.snapshot), kind)
+    else:
         folders = sorted(run_folders(args.save, kind.folders, args.note), key=_last_change, reverse=True)
         files = itertools.chain.from_iterable(map(kind.checkpoints, folders))
-    else:
-        files = _from_path(Path(args.snapshot), kind)
-    found = _first_good(files, kind)
-    if found.path:
-        return found
-    if args.snapshot != 'auto':
-        raise BadInput(f'--snapshot {found.notes[0]}')
-    return Snapshot(
-        notes=(
-            *found.notes,
-            f'--snapshot auto: no good checkpoint of --note {args.note} under {args.save}, a new run begins',
-        )
-    )
+    found, problems = _first_good(files, kind)
+    if not found and args.snapshot != 'auto':
+        raise BadInput(f'--snapshot {problems[0]}')
+    for problem in problems:
+        log.warning(problem)
+    if not found:
+        log.info('--snapshot auto: no good checkpoint of --note %s under %s, a new run begins', args.note, args.save)
+        return Snapshot()
+    log.info('goes on from %s: epoch %d step %d', found.path, *kind.position(found.checkpoint))
+    if not found.folder:
+        log.info('%s is no run folder: the run goes on in a new one', found.path.parent)
+    return found
 
 
 def _last_change(folder: Path) -> tuple[int, str]:
@@ -149,22 +148,21 @@ def _from_path(path: Path, kind: RunKind) -> list[Path]:
     return [path, *(other for other in kind.checkpoints(path.parent) if kind.place(other) < place)]
 
 
-def _first_good(paths: Iterable[Path], kind: RunKind) -> Snapshot:
-    notes = []
+def _first_good(paths: Iterable[Path], kind: RunKind) -> tuple[Snapshot | None, list[str]]:
+    """Return the snapshot of the first good file, None without one, and what is wrong with those before."""
+    problems = []
     for path in paths:
         try:
             checkpoint = read_snapshot(path, kind)
         except BadInput as e:
-            notes.append(str(e))
+            problems.append(str(e))
             continue
-        notes.append('goes on from {}: epoch {} step {}'.format(path, *kind.position(checkpoint)))
-        folder = path.parent if (path.parent / METRICS).is_file() else None
-        if not folder:
-            notes.append(f'{path.parent} is no run folder: the run goes on in a new one')
         place = kind.position(checkpoint)
+        if not (path.parent / METRICS).is_file():
+            return Snapshot(None, path, checkpoint), problems
         later = tuple(other for other in kind.checkpoints(path.parent) if place < kind.place(other) < UNREADABLE)
-        return Snapshot(folder, path, checkpoint, tuple(notes), later if folder else ())
-    return Snapshot(notes=tuple(notes))
+        return Snapshot(path.parent, path, checkpoint, later), problems
+    return None, problems
 
 
 def read_snapshot(path: Path, kind: RunKind, whole: bool = True) -> dict:
@@ -206,14 +204,14 @@ def _is_well_formed(checkpoint: dict, kind: RunKind) -> bool:
     )
 
 
-def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -> str:
-    """Return a line with the flags that differ from those of the snapshot; empty if none does.
+def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -> None:
+    """Log the flags that differ from those of the snapshot.
 
     Raises:
         BadInput: the snapshot is from within an epoch, and its position means nothing under these flags.
     """
     if not snapshot.checkpoint:
-        return ''
+        return
     before, now = snapshot.checkpoint.get('flags', {}), flags
     names = sorted(before.keys() & now.keys() - HARMLESS)
     differ = {name: f'--{name} {before[name]}, now {now[name]}' for name in names if before[name] != now[name]}
@@ -222,24 +220,25 @@ def compare_flags(snapshot: Snapshot, kind: RunKind, flags: Mapping[str, Any]) -
             f'--snapshot {snapshot.path} is from within an epoch and was made with other flags:'
             f' {"; ".join(differ[name] for name in sorted(lost))}; give the former ones'
         )
-    return f'the snapshot was made with other flags: {"; ".join(differ.values())}' if differ else ''
+    if differ:
+        log.info('the snapshot was made with other flags: %s', '; '.join(differ.values()))
 
 
-def compare_images(snapshot: Snapshot, kind: RunKind, digest: str) -> str:
-    """Return a line if the images differ from those of the snapshot; else ''.
+def compare_images(snapshot: Snapshot, kind: RunKind, digest: str) -> None:
+    """Warn if the images differ from those of the snapshot.
 
     Args:
-        digest: of the images; the snapshot has that of its own under `IMAGES`.
+        digest: of the images; the snapshot has its own under `IMAGES`.
 
     Raises:
         BadInput: they differ, and the snapshot is from within an epoch.
     """
     before = snapshot.checkpoint.get(IMAGES) if snapshot.checkpoint else None
     if before in (None, digest):
-        return ''
+        return
     if kind.position(snapshot.checkpoint)[1]:
         raise BadInput(
             f'--snapshot {snapshot.path} is from within an epoch, and its lists or folders of images have changed'
             ' since; give the former ones'
         )
-    return 'the lists or folders of images have changed since the snapshot'
+    log.warning('the lists or folders of images have changed since the snapshot')
