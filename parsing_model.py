@@ -54,11 +54,11 @@ from models.parsing import (
 )
 from models.search_space import SPACE
 from models.table_files import table_size
+from tools.chain import changed, settle, shown, suggest, with_flags
 from tools.distributed import pick_device
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.files import check_target, write_text
-from tools.next_step import batch_for, changed, shown, suggest
 from tools.options import (
     DEFAULT_TABLE,
     RECIPE_BATCH,
@@ -74,7 +74,6 @@ from tools.options import (
     run_script,
 )
 from tools.report.draw import save_figure
-from tools.settle import settle, with_flags
 
 UNMEASURED = {'measured': None, 'measured_on': None}
 """Entries of a meta if the network changes or its latency is another one."""
@@ -271,7 +270,8 @@ def suggest_training(path, args):
         return
     images['config_path'] = Path(path)
     if 'train_list' in images:
-        batch = batch_for(len(parse_list(images['train_list'])), RECIPE_BATCH)
+        most = len(parse_list(images['train_list'])) // 8  # at least eight batches per epoch
+        batch = min(RECIPE_BATCH, 1 << max(most, 2).bit_length() - 1)
         images |= {'batch_size': batch, 'lr_scale': 'linear'} if batch < RECIPE_BATCH else {}
     kept = {name: flags.get(name, usual) for name, usual in (('save', './checkpoints'), ('note', 'try'))}
     kept = {name: value for name, value in kept.items() if value not in ('./checkpoints', 'try')}

@@ -37,12 +37,12 @@ from models.model_eval import NetworkEval
 from models.onnx_graph import OPSETS, USUAL_OPSET, save_onnx, to_onnx
 from models.parsing import load_architecture
 from models.search_space import SPACE
+from tools.chain import settle, suggest, with_flags
 from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
 from tools.export import describe_input, open_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
-from tools.next_step import suggest
 from tools.options import (
     Parser,
     add_arch_args,
@@ -53,7 +53,6 @@ from tools.options import (
     run_script,
 )
 from tools.precision import Precision
-from tools.settle import settle, with_flags
 from tools.training import evaluate
 
 LAYOUT = torch.channels_last

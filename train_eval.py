@@ -23,11 +23,11 @@ from latency_pkl.runtimes import log_network_latency
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from models.training_run import open_training, suggest_test
+from tools.checkpoint import find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.options import Parser, add_training_args, run_script
 from tools.precision import Precision
 from tools.report.draw import draw_at_end
-from tools.run.resume import find_snapshot
 from tools.training import TRAINING, fit
 
 log = logging.getLogger('tf-nas')
@@ -43,7 +43,8 @@ def get_args(argv=None):
 def main(args):
     """Join the other processes if there are any, load the images, build the network, train."""
     world = join_world(args.device, args.local_rank)
-    snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
+    snapshot = find_snapshot(args.snapshot, args.save, args.note, TRAINING, world)
+    source = args.model_path or args.config_path
     config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
     for note in filter(None, notes):

@@ -24,12 +24,12 @@ from latency_pkl.runtimes import log_network_latency
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from models.training_run import open_training, suggest_test
+from tools.checkpoint import find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.errors import BadInput
 from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.precision import make_precision
 from tools.report.draw import draw_at_end
-from tools.run.resume import find_snapshot
 from tools.training import TRAINING, fit
 
 log = logging.getLogger('tf-nas')
@@ -61,7 +61,8 @@ def main(args):
     if args.sync_bn:
         check_sync_bn(world)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm if args.sync_bn and world.size > 1 else nn.Identity()
-    snapshot, source = find_snapshot(args, TRAINING, world), args.model_path or args.config_path
+    snapshot = find_snapshot(args.snapshot, args.save, args.note, TRAINING, world)
+    source = args.model_path or args.config_path
     config = load_architecture(source, SPACE)
     args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
     for note in filter(None, notes):

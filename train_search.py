@@ -63,21 +63,17 @@ from models.search import (
 from models.search_space import FREEDOMS, SPACE
 from models.table_files import table_size
 from models.targeting import log_probability, most_probable
+from tools.chain import changed, suggest, with_flags
+from tools.checkpoint import IMAGES, Checkpointer, compare_snapshot, ended_with, find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.environment import device_name, fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
-from tools.next_step import changed, suggest
 from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
 from tools.precision import DTYPES, check_format
 from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import open_run
-from tools.run.metrics import run_header
-from tools.run.resume import IMAGES, compare_flags, compare_images, find_snapshot
-from tools.run.stop import ended_with
-from tools.settle import with_flags
+from tools.run import open_run, run_header
 from tools.training import PassResult, Tally, accuracies, to_device
 
 log = logging.getLogger('tf-nas')
@@ -120,9 +116,11 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
     train_batches = to_device(train_loader, world.device, torch.channels_last)
-    train_batches = logger.track(logger.watch(train_batches, '--workers', args), f'epoch {epoch}')
+    train_batches = logger.watch(train_batches, '--workers', args.batch_size)
     val_batches = Batches(val_loader, state.recipe.architecture_steps(epoch, state.step, steps))
-    val_batches = logger.watch(to_device(val_batches, world.device, torch.channels_last), '--val_workers', args)
+    val_batches = logger.watch(
+        to_device(val_batches, world.device, torch.channels_last), '--val_workers', args.batch_size
+    )
     log_alphas = HostCopy(net.log_alphas())
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)
@@ -149,6 +147,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
                 log_alphas = HostCopy(net.log_alphas())
             a_tally.add(loss, logits, labels)
 
+        logger.advance()
         if step % args.print_freq == 0 or step == steps - 1:
             numbers = read_numbers(w_tally, a_tally, state.latency, warming_up, world, args)
             logger.step(epoch, step + 1, steps, **numbers)
@@ -278,7 +277,7 @@ def read_bounds(table, target, num_classes, args):
 def load_search_data(args, world):
     """Return the flags with what table and images give, the snapshot, and the images."""
     size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
-    snapshot = find_snapshot(args, SEARCH, world)
+    snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
     images = search_images(args, world, snapshot.folder, log.info)
     args = settle_data(args, world, images, 2, [(size, args.lookup_path)], log.info)
     return args, snapshot, images
@@ -368,8 +367,7 @@ def main(args):
     for line in filter(None, (classes_note(table, args.lookup_path, num_classes), large)):
         log.info(line)
     flags |= kept
-    compare_flags(snapshot, SEARCH, flags)
-    compare_images(snapshot, SEARCH, images.digest)
+    compare_snapshot(snapshot, flags, images.digest)
     recipe = make_recipe(args)
     mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops)
     state = new_state(num_classes, SPACE, world.device, mode, recipe, DTYPES.get(args.amp))
@@ -384,7 +382,7 @@ def main(args):
     header = make_header(followed, table, target, limits, world, args, steps)
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
     about |= {META: make_meta(images, table, target, args).to_dict()}
-    logger = open_run(args, world, SEARCH.folders, snapshot, (state.epoch, state.step), header, images.run_files)
+    logger = open_run(world, SEARCH.folders, header, snapshot, images.run_files)
     graphs = Graphs(args.cuda_graph, log.info)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
 
@@ -427,7 +425,6 @@ def main(args):
             found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)
             numbers |= trained.numbers
             log.info('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
-            logger.watch_loss(epoch, numbers['w_loss'])
             logger.record('epoch', epoch, **numbers, **found)
             if epoch == args.epochs - 1 and not warming_up:
                 warn_not_decided(found['ops'], before, state.arch)

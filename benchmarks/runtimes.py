@@ -23,6 +23,7 @@ from latency_pkl.runtimes import RUNTIMES, engine_of
 from latency_pkl.timing import measure_in_turns
 from models.config import load_config
 from tools.distributed import pick_device
+from tools.environment import ROOT
 from tools.errors import BadInput
 from tools.files import check_target, write_atomic, write_text
 from tools.options import Parser, add_device_arg, count, image_size, run_script
@@ -30,7 +31,6 @@ from tools.options import Parser, add_device_arg, count, image_size, run_script
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
 
-ROOT = Path(__file__).resolve().parent.parent
 MULTIPLES = (1, 2, 4, 8, 16)
 MOST_SECONDS, MOST_MEAN, MOST_WORST, MOST_BIAS = 120, 2.0, 5.0, 1.0
 """Goals: seconds to make a table; mean, worst and mean signed error of unseen networks in per cent."""

@@ -14,12 +14,12 @@ from dataset.images import USUAL_SIZE, load_pixels, load_rgb
 from dataset.lists import Sample
 from dataset.splits import Images, training_images
 from dataset.transforms import train_transform, val_transform
+from tools.chain import settle, with_flags
+from tools.checkpoint import outlive_signals
 from tools.distributed import World
 from tools.environment import cores
 from tools.errors import BadInput
 from tools.rng import derive_seed
-from tools.run.stop import outlive_signals
-from tools.settle import settle, with_flags
 from tools.training import lr_note
 
 MOST_BAD = 0.01

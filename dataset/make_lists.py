@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.needed  # noqa: F401  # isort: skip
 from dataset.lists import class_file, list_folder, read_classes, read_numbering, split_by_class, write_list
 from dataset.splits import RATIO, SEED, find_roots, flat, split_folder
+from tools.chain import command
 from tools.files import write_text
-from tools.next_step import command
 from tools.options import Parser, count, number, run_script
 
 

@@ -18,15 +18,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tools.environment import _libc, keep_freed_memory
+from tools.environment import ROOT, _libc, keep_freed_memory
 from tools.errors import BadInput
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class FreshProcess:

@@ -59,6 +59,7 @@ from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.parsing import USUAL_CLASSES
 from models.search_space import SPACE
 from models.table_files import table_size
+from tools.chain import settle, with_flags
 from tools.distributed import pick_device
 from tools.environment import set_tf32
 from tools.errors import BadInput
@@ -74,7 +75,6 @@ from tools.options import (
     number,
     run_script,
 )
-from tools.settle import settle, with_flags
 
 PARTNERS = {'configs': 'kit', 'opset': 'kit', 'width_divisor': 'kit', 'note': 'timings'}
 """By flag: the one that it is of."""

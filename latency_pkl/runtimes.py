@@ -21,7 +21,7 @@ from models.search_space import SearchSpace
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.export import need
-from tools.run.folder import RunLogger
+from tools.run import RunLogger
 
 log = logging.getLogger('tf-nas')
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from models.config import NetworkConfig
 from models.search_space import Arch, Block, Op, SearchSpace, Widths
 from models.table_files import by_width, read_table
+from tools.chain import command
 from tools.errors import BadInput
 from tools.files import write_atomic
-from tools.next_step import command
 
 ROUNDING = 5e-5
 """Rounding of the ends of the reachable range when they are printed."""
@@ -444,4 +444,4 @@ def _is_number(value: object) -> bool:
 
 def _maker(img_size: int) -> str:
     flags = {'img_size': img_size, 'save_path': f'my_table_{img_size}.pkl'}
-    return command('latency_pkl/make_lat_lut.py', flags, width=math.inf)
+    return command('latency_pkl/make_lat_lut.py', flags)

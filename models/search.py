@@ -21,11 +21,11 @@ from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, Network
 from models.parsing import ARCH_KEY, MASKS_KEY, Masks, mask_widths, saved_architecture, unpack_search_checkpoint
 from models.search_space import Arch, SearchSpace
+from tools.checkpoint import RunKind
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import check_weights
 from tools.precision import Precision
-from tools.run.resume import RunKind
 from tools.training import begin_momentum, cosine_lr, load_moments
 
 log = logging.getLogger('tf-nas')

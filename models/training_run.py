@@ -14,16 +14,14 @@ from models.describe import describe_network, largest_activation
 from models.meta import META
 from models.model_eval import NetworkEval, start_from_weights
 from models.search_space import SearchSpace
+from tools.chain import changed, suggest
+from tools.checkpoint import IMAGES, Checkpointer, Snapshot, compare_snapshot
 from tools.distributed import World
 from tools.environment import large_tensor_note, prepare
 from tools.files import CLASS_NAMES
-from tools.next_step import changed, suggest
 from tools.precision import Precision
 from tools.rng import derive_seed
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import RunLogger, open_run
-from tools.run.metrics import run_header
-from tools.run.resume import IMAGES, Snapshot, compare_flags, compare_images
+from tools.run import RunLogger, open_run, run_header
 from tools.training import TRAINING, TrainState, memory_format, start_state
 
 if TYPE_CHECKING:
@@ -103,13 +101,12 @@ def open_training(
     net = convert(net.to(world.device, memory_format=memory_format(args, world.device)))
     for note in filter(None, (*differences, start, large)):
         log.info(note)
-    compare_flags(snapshot, TRAINING, flags)
-    compare_images(snapshot, TRAINING, images.digest)
+    compare_snapshot(snapshot, flags, images.digest)
     state, snapshot = start_state(net, precision, snapshot, world, args)
     network = describe_network(config, args.img_size, space)
     header = run_header('training', flags, world.device, network=network, steps_an_epoch=steps)
     files = {'model.config': dump_config(config), **images.run_files}
-    logger = open_run(args, world, TRAINING.folders, snapshot, (state.epoch, state.step), header, files)
+    logger = open_run(world, TRAINING.folders, header, snapshot, files)
     about = {'environment': header['environment'], CLASS_NAMES: images.names}
     about |= {META: config.meta.to_dict(), IMAGES: images.digest}
     return TrainingRun(config, state, logger, Checkpointer(logger, world, args.save_freq, flags, about))

@@ -10,7 +10,7 @@ from models.describe import describe_architecture, describe_network, describe_sp
 from models.elasticity import latency_range, scale_widths, start_masks, update_masks
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
-from tools.run.metrics import MetricsFile, run_header
+from tools.run import RunLogger, run_header
 
 CPU = torch.device('cpu')
 
@@ -25,7 +25,7 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
     flags = {'epochs': epochs, 'warmup_epochs': warmup, 'target_lat': target, 'note': '<made> & "up"'}
     latency = {'table': 'made-up.pkl', 'target': target, **describe_table(table, space)}
     about = {'space': describe_space(img_size, space), 'latency': latency, 'steps_an_epoch': steps}
-    metrics = MetricsFile(folder, run_header('search', flags, CPU, **about))
+    metrics = RunLogger(folder, run_header('search', flags, CPU, **about))
     masks = start_masks(space)
     state = {f'{b.stage}.{b.name}.log_alphas': torch.zeros(len(space.ops)) for b in space.blocks()}
     for name, stage in space.named_stages:
@@ -42,7 +42,7 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
             if later:
                 mixture = target * (1 + 0.3 / (done - warmup + 1))
                 line |= {'a_loss': line['w_loss'] + 0.1, 'a_top1': line['w_top1'] - 4, 'mixture_latency': mixture}
-            metrics.append('step', epoch, step, steps=steps, **line)
+            metrics.record('step', epoch, step, steps=steps, **line)
         numbers |= line
         if later:
             for name in [name for name in state if name.endswith(('alphas', 'betas'))]:
@@ -58,8 +58,9 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
             numbers['val'] = {'top1': 50 * epoch / epochs, 'top5': 80.0}
         probabilities = {name: value.log_softmax(0) if name.endswith(('alphas', 'betas')) else value
                          for name, value in state.items()}  # fmt: skip
-        metrics.append('epoch', epoch, **numbers, **describe_architecture(probabilities, masks, table, space, 10))
-    metrics.append('end', epochs - 1)
+        metrics.record('epoch', epoch, **numbers, **describe_architecture(probabilities, masks, table, space, 10))
+    metrics.record('end', epochs - 1)
+    metrics.close()
     return folder
 
 
@@ -68,18 +69,19 @@ def write_training(folder, device='made-up device', ms=7.5, top1=70.0, classes=1
     folder.mkdir(parents=True, exist_ok=True)
     flags = {'epochs': epochs, 'num_classes': classes, 'img_size': 224, 'note': 'made up'}
     network = describe_network(config or load_config('models/zoo/tf_nas_a.config'), 224, SPACE)
-    metrics = MetricsFile(folder, run_header('training', flags, CPU, network=network, steps_an_epoch=4))
+    metrics = RunLogger(folder, run_header('training', flags, CPU, network=network, steps_an_epoch=4))
     for epoch in range(epochs):
         share = (epoch + 1) / epochs
         for step in range(1, 5):
             numbers = {'lr': 0.1, 'loss': 7 - 5 * (epoch + step / 4) / epochs, 'top1': top1 * share, 'top5': 90.0}
-            metrics.append('step', epoch, step, steps=4, **numbers)
+            metrics.record('step', epoch, step, steps=4, **numbers)
         train = {'loss': 6.9 - 4.9 * share, 'top1': top1 * share - 2, 'top5': 90.0, 'images': 64}
         val = {'loss': 6.5 - 4.4 * share, 'top1': top1 * (1 - 0.5 * (1 - share) ** 2), 'top5': 90.0, 'images': 32}
-        metrics.append('epoch', epoch, lr=0.1 * (1 - epoch / epochs), train=train, val=val, best_top1=val['top1'])
-    metrics.append('end', epochs, best_top1=top1)
+        metrics.record('epoch', epoch, lr=0.1 * (1 - epoch / epochs), train=train, val=val, best_top1=val['top1'])
+    metrics.record('end', epochs, best_top1=top1)
     if ms is not None:
         about = {'device': device, 'batch_size': 1, 'threads': 1, 'img_size': 224}
         parts = [0.1 * ms, *[0.8 * ms / len(network['blocks'])] * len(network['blocks']), 0.1 * ms]
-        metrics.append('latency', epochs, ms=ms, parts=parts, **about)
+        metrics.record('latency', epochs, ms=ms, parts=parts, **about)
+    metrics.close()
     return folder

@@ -23,11 +23,11 @@ from models.limits import check_reachable
 from models.parsing import ARCH_KEY, MASKS_KEY, load_architecture, mask_widths, parse_architecture
 from models.search import SEARCH
 from models.targeting import log_probability, most_probable
+from tools.checkpoint import read_snapshot
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.report.figures import depth_figure, operators_figure
-from tools.run.metrics import Run, read_run
-from tools.run.resume import read_snapshot
+from tools.run import Run, read_run
 
 CPU = torch.device('cpu')
 

@@ -18,8 +18,8 @@ from training_runs import command, data, finish, load, only_run, run_here, start
 from training_runs import flags as training_flags
 
 from models.search import remove_old_models, searched_model
+from tools.checkpoint import LossCheck
 from tools.errors import RunFailed, explain
-from tools.run.stop import LossCheck
 from tools.training import Tally
 
 CPU = torch.device('cpu')

@@ -25,7 +25,7 @@ from models.latency import Limit, load_table, save_table
 from models.limits import counted_table, read_limits
 from models.parsing import ARCH_KEY, MASKS_KEY, mask_widths
 from models.targeting import most_probable, target_range
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 CPU = torch.device('cpu')
 SIZE = ['--img_size', '32', '--num_classes', str(NUM_CLASSES), '--device', 'cpu']

@@ -20,7 +20,7 @@ from models.model_eval import NetworkEval
 from models.model_search import Network
 from tools.distributed import World
 from tools.precision import Precision
-from tools.run.metrics import read_run
+from tools.run import read_run
 from tools.training import lr_at, make_optimizer
 
 __all__ = ['data']

@@ -17,7 +17,7 @@ from tools.report.compare import PUBLISHED, _epochs_figure, _macs_figure, compar
 from tools.report.draw import draw_at_end, draw_run
 from tools.report.figures import STYLE, _collapsed, network_figure, operators_figure, training_figure, with_measured
 from tools.report.page import _with_unit
-from tools.run.metrics import METRICS, read_run
+from tools.run import METRICS, read_run
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,11 @@ import tools.files
 from conftest import ROOT
 from models.model_eval import NetworkEval, start_from_weights
 from models.search import SEARCH, remove_old_models, searched_model
+from tools.checkpoint import STOP_SIGNALS, StopRequest, find_snapshot, resume_command
 from tools.distributed import World, find_launch
 from tools.errors import BadInput
 from tools.files import load_checkpoint, read_weights, save_checkpoint, write_text
 from tools.options import DEFAULT_TABLE, project_file
-from tools.run.resume import find_snapshot
-from tools.run.stop import STOP_SIGNALS, StopRequest, resume_command
 from tools.training import TRAINING, load_moments, update_average
 
 __all__ = ['data']
@@ -204,20 +202,20 @@ def test_position_in_the_files_decides_in_a_copied_folder(tmp_path, caplog):
     run.mkdir()
     for name, place in (('checkpoint', (3, 5)), ('checkpoint.previous', (3, 0))):
         save_checkpoint(checkpoint_of(*place), run / f'{name}.pth.tar')
-    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
+    args = 'auto', str(tmp_path), 'try'
     for newer in ('checkpoint', 'checkpoint.previous'):
         os.utime(run / f'{newer}.pth.tar', ns=(time.time_ns() + 10**9, time.time_ns() + 10**9))
-        assert find_snapshot(args, TRAINING, World(CPU)).path.name == 'checkpoint.pth.tar'
+        assert find_snapshot(*args, TRAINING, World(CPU)).path.name == 'checkpoint.pth.tar'
     (run / 'checkpoint.pth.tar').write_bytes((run / 'checkpoint.pth.tar').read_bytes()[:300])
-    found = find_snapshot(args, TRAINING, World(CPU))
+    found = find_snapshot(*args, TRAINING, World(CPU))
     assert found.path.name == 'checkpoint.previous.pth.tar' and 'cannot be read' in caplog.text
     other = tmp_path / 'eval-20260102-000000-try'
     other.mkdir()
     save_checkpoint(checkpoint_of(1, 0), other / 'checkpoint.pth.tar')
     os.utime(other / 'checkpoint.pth.tar', ns=(time.time_ns() + 2 * 10**9, time.time_ns() + 2 * 10**9))
-    assert find_snapshot(args, TRAINING, World(CPU)).path.parent == other
-    given = Namespace(snapshot=str(run / 'checkpoint.pth.tar'), save=str(tmp_path), note='try')
-    assert find_snapshot(given, TRAINING, World(CPU)).path == run / 'checkpoint.previous.pth.tar'
+    assert find_snapshot(*args, TRAINING, World(CPU)).path.parent == other
+    given = str(run / 'checkpoint.pth.tar'), str(tmp_path), 'try'
+    assert find_snapshot(*given, TRAINING, World(CPU)).path == run / 'checkpoint.previous.pth.tar'
 
 
 def test_processes_that_find_other_checkpoints_do_not_run(tmp_path, monkeypatch):
@@ -227,16 +225,16 @@ def test_processes_that_find_other_checkpoints_do_not_run(tmp_path, monkeypatch)
     run = tmp_path / 'eval-20260101-000000-try'
     run.mkdir()
     save_checkpoint(checkpoint_of(3, 5), run / 'checkpoint.pth.tar')
-    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
+    args = 'auto', str(tmp_path), 'try'
     furthest[:] = [3, 5, -3, -5]
-    assert find_snapshot(args, TRAINING, World(CPU, 1, 2)).path
+    assert find_snapshot(*args, TRAINING, World(CPU, 1, 2)).path
     for other in ((3, 4), (2, 9), (4, 5), (-1, -1)):
         furthest[:] = [*other, *(-number for number in other)]
         with pytest.raises(BadInput, match='process 1 found .*checkpoint.pth.tar and others found another position'):
-            find_snapshot(args, TRAINING, World(CPU, 1, 2))
+            find_snapshot(*args, TRAINING, World(CPU, 1, 2))
     furthest[:] = [3, 5, -3, -5]
     with pytest.raises(BadInput, match='process 1 found no checkpoint'):
-        find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='other'), TRAINING, World(CPU, 1, 2))
+        find_snapshot('auto', str(tmp_path), 'other', TRAINING, World(CPU, 1, 2))
 
 
 def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_path, caplog):
@@ -247,13 +245,13 @@ def test_searched_models_of_old_and_new_numbering_resume_by_their_contents(tmp_p
     save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')  # old: seven epochs done
     save_checkpoint(base | {'epoch': 5}, run / 'searched_model_05.pth.tar')
     save_checkpoint(base | {'epoch': 7}, run / searched_model(8))
-    args = Namespace(snapshot='auto', save=str(tmp_path), note='try')
-    assert find_snapshot(args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
+    args = 'auto', str(tmp_path), 'try'
+    assert find_snapshot(*args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
     remove_old_models(run, 8, 2)
-    assert find_snapshot(args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
+    assert find_snapshot(*args, SEARCH, World(CPU)).path.name == 'searched_model_08.pth.tar'
     (run / 'searched_model_08.pth.tar').unlink()
     save_checkpoint(base | {'epoch': 6}, run / 'searched_model_06.pth.tar')
-    found = find_snapshot(args, SEARCH, World(CPU))
+    found = find_snapshot(*args, SEARCH, World(CPU))
     assert found.path.name == 'searched_model_06.pth.tar' and 'epoch 7 step 0' in caplog.text
 
 
@@ -325,14 +323,6 @@ def test_a_type_that_is_not_read_is_named(tmp_path):
     torch.save({'state_dict': {}, 'x': np.array(['a', None], dtype=object)}, tmp_path / 'w.pth')
     with pytest.raises(BadInput, match='it holds a numpy'):
         read_weights(tmp_path / 'w.pth')
-
-
-def test_accuracies_stored_as_tensors_are_numbers(tmp_path):
-    run = tmp_path / 'eval-20260101-000000-try'
-    run.mkdir()
-    save_checkpoint(checkpoint_of(2, 0) | {'best_acc_top1': torch.tensor(61.5)}, run / 'checkpoint.pth.tar')
-    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING, World(CPU))
-    assert found.checkpoint['best_acc_top1'] == 61.5 and isinstance(found.checkpoint['best_acc_top1'], float)
 
 
 def test_a_classifier_of_other_classes_is_left_out(tmp_path):
@@ -415,7 +405,7 @@ def test_a_run_that_went_back_is_not_resumed_from_where_it_was_before(data, tmp_
     run_here(monkeypatch, back)
     assert (run / 'checkpoint.pth.tar.superseded').exists()
     assert 'beyond this position to *.superseded: checkpoint.pth.tar' in (run / 'log.txt').read_text()
-    found = find_snapshot(Namespace(snapshot='auto', save=str(tmp_path), note='try'), TRAINING, World(CPU))
+    found = find_snapshot('auto', str(tmp_path), 'try', TRAINING, World(CPU))
     assert TRAINING.position(found.checkpoint) == (2, 2) and found.checkpoint['flags']['lr'] == 0.01
 
 

@@ -12,7 +12,7 @@ from conftest import RECIPE
 from models.describe import changed_blocks, mean_entropy, warn_not_decided, warn_not_learned
 from models.search import default_schedule, settle_schedule
 from tools.errors import BadInput
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 
 def test_entropy_by_hand():

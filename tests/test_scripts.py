@@ -14,7 +14,7 @@ from dataset import splits
 from models.config import load_config
 from models.parsing import load_search_checkpoint
 from models.search_space import SPACE
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 SIZE = ['--img_size', '32']
 SMALL = [*SIZE, '--num_classes', '3', '--workers', '0']

@@ -17,12 +17,12 @@ from training_runs import (
 )
 
 from models.model_eval import NetworkEval
+from tools.checkpoint import Snapshot
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import put_weights, read_weights
 from tools.options import Parser, add_amp_args
 from tools.precision import ApexPrecision, Precision, make_precision
-from tools.run.resume import Snapshot
 from tools.training import start_state
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')

@@ -25,11 +25,11 @@ from training_runs import run_here as train_here
 import train_eval_amp
 from dataset.loaders import ImageList, make_loader
 from models.model_eval import NetworkEval
+from tools.checkpoint import Checkpointer
 from tools.distributed import World, join_world, leave_world
 from tools.errors import BadInput
 from tools.precision import Precision
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import RunLogger
+from tools.run import RunLogger
 from tools.training import TrainState, evaluate, train_epoch, wrap_model
 
 

@@ -19,10 +19,10 @@ from training_runs import (
 
 from dataset.transforms import POLICIES, train_transform
 from models.model_eval import NetworkEval
+from tools.checkpoint import Checkpointer
 from tools.distributed import World
 from tools.precision import Precision
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import RunLogger
+from tools.run import RunLogger
 from tools.training import TrainState, last_batch, lr_at, make_mix, make_optimizer, memory_format, train_epoch
 
 CPU = torch.device('cpu')

@@ -29,15 +29,18 @@ from training_runs import run_here as train_here
 from conftest import SMALL_SPACE, new_search
 from models.model_eval import NetworkEval
 from models.search import SEARCH
+from tools.checkpoint import Checkpointer, find_snapshot, keep_previous, previous_of
 from tools.distributed import World
 from tools.errors import BadInput
-from tools.files import load_checkpoint, previous_of, save_and_keep_previous
+from tools.files import load_checkpoint, save_checkpoint
 from tools.precision import Precision
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import RunLogger
-from tools.run.metrics import METRICS
-from tools.run.resume import find_snapshot
+from tools.run import METRICS, RunLogger
 from tools.training import TRAINING, start_state
+
+
+def save_and_keep_previous(value, path):
+    save_checkpoint(value, path, lambda: keep_previous(path))
+
 
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
 
@@ -215,9 +218,7 @@ def folder(tmp_path):
 
 
 def find(folder, snapshot):
-    return find_snapshot(
-        Namespace(snapshot=snapshot, save=str(folder.parent), note='try'), TRAINING, World(torch.device('cpu'))
-    )
+    return find_snapshot(snapshot, str(folder.parent), 'try', TRAINING, World(torch.device('cpu')))
 
 
 @pytest.mark.parametrize('snapshot', ['auto', 'path'])
@@ -276,7 +277,7 @@ def test_a_snapshot_that_is_none_is_refused(tmp_path, content):
     elif content:
         torch.save(content, path)
     with pytest.raises(BadInput, match='--snapshot .*file.pth.tar'):
-        find_snapshot(Namespace(snapshot=str(path), save=str(tmp_path)), TRAINING, World(torch.device('cpu')))
+        find_snapshot(str(path), str(tmp_path), 'try', TRAINING, World(torch.device('cpu')))
 
 
 @pytest.mark.parametrize('script', ['train_eval_amp.py', 'train_search.py'])
@@ -289,11 +290,17 @@ def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_pat
 
     def begin():
         if script == 'train_search.py':
-            state, snapshot = new_search(SMALL_SPACE, cpu, torch.float16), find_snapshot(args, SEARCH, World(cpu))
+            state, snapshot = (
+                new_search(SMALL_SPACE, cpu, torch.float16),
+                find_snapshot(args.snapshot, str(tmp_path), 'try', SEARCH, World(cpu)),
+            )
             if snapshot.checkpoint:
                 state.load(snapshot.checkpoint, snapshot.path, World(cpu))
             return state
-        precision, snapshot = Precision(cpu, torch.float16), find_snapshot(args, TRAINING, World(cpu))
+        precision, snapshot = (
+            Precision(cpu, torch.float16),
+            find_snapshot(args.snapshot, str(tmp_path), 'try', TRAINING, World(cpu)),
+        )
         return start_state(NetworkEval(small_config()), precision, snapshot, World(cpu), args)[0]
 
     state = begin()

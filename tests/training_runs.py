@@ -15,7 +15,7 @@ from PIL import Image
 
 import train_eval_amp
 from models.config import ConvSpec, LinearSpec, MBSpec, NetworkConfig, dump_config
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 3

@@ -10,10 +10,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
 
+from tools.environment import ROOT
 from tools.errors import INTERRUPTED, BadInput, explain, has_no_reader, silence
 from tools.logs import start_console
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tools.needed  # noqa: F401  # isort: skip
 from tools.options import Parser, run_script
 from tools.report.draw import draw_run
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 
 def get_args(argv=None):

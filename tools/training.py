@@ -17,16 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from tools.checkpoint import NUMBER, Checkpointer, RunKind, Snapshot, ended_with
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import put_weights, strip_module_prefix
 from tools.options import RECIPE_BATCH, RECIPE_LR
 from tools.precision import Precision
 from tools.rng import derive_seed
-from tools.run.checkpoint import Checkpointer
-from tools.run.folder import RunLogger
-from tools.run.resume import NUMBER, RunKind, Snapshot
-from tools.run.stop import ended_with
+from tools.run import RunLogger
 
 log = logging.getLogger('tf-nas')
 
@@ -292,9 +290,8 @@ def train_epoch(
     tally, rate = Tally(world.device, state.sums if world.is_first else None), Rate(state.step)
     loader.sampler.set_epoch(state.epoch, state.step)
     batches = to_device(loader, world.device, memory_format(args, world.device))
-    batches = logger.watch(batches, '--workers', args)
-    batches = logger.track(zip(range(state.step, end), batches, strict=False), f'epoch {state.epoch}')
-    for step, (images, labels) in batches:
+    batches = logger.watch(batches, '--workers', args.batch_size)
+    for step, (images, labels) in zip(range(state.step, end), batches, strict=False):
         group = min(args.grad_accum, end - step // args.grad_accum * args.grad_accum)
         updates = (step + 1) % args.grad_accum == 0 or step + 1 == end
         torch.manual_seed(derive_seed(args.seed, 'dropout', state.epoch, step, world.rank))
@@ -306,6 +303,7 @@ def train_epoch(
             state.precision.backward(loss / group)  # with many processes this averages their gradients
         losses.append(loss.detach())
         tally.add(loss, logits, labels)
+        logger.advance()
         if world.is_first and ((step + 1) % args.print_freq == 0 or step in (0, end - 1)):
             log_step(logger, tally, rate, state, step, end, args.batch_size)
         if not updates:
@@ -336,7 +334,6 @@ def log_epoch(logger: RunLogger, state: TrainState, train: dict, val: dict, plai
     log.info('epoch %d train_loss %.4f train_top1 %.2f', state.epoch, train['loss'], train['top1'])
     average = f' (moving average; the weights themselves: {plain["top1"]:.2f})' if state.ema else ''
     log.info('epoch %d %s best_top1 %.2f%s', state.epoch, accuracies(val), state.best[0], average)
-    logger.watch_loss(state.epoch, train['loss'])
     more = {'val_without_average': plain} if state.ema else {}
     logger.record('epoch', state.epoch, lr=state.lr, train=train, val=val, best_top1=state.best[0], **more)
 

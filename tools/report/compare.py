@@ -10,12 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tools.checkpoint import HARMLESS
 from tools.errors import BadInput
 from tools.files import write_text
 from tools.report.draw import save_figure
 from tools.report.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE
 from tools.report.page import make_comparison
-from tools.run.metrics import HARMLESS, Run
+from tools.run import Run
 
 SETTING = ('device', 'batch_size', 'threads', 'img_size')
 """Settings that measured latencies must share to be drawn on one axis."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.files import write_atomic, write_text
-from tools.run.metrics import read_run
+from tools.run import read_run
 
 log = logging.getLogger('tf-nas')
 

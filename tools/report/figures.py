@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tools.run.metrics import Run, block_label
+from tools.run import Run
 
 BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = '#0072B2', '#E69F00', '#009E73', '#CC79A7', '#000000', '#8C8C8C'
 SHADES = matplotlib.colormaps['cividis']
@@ -39,6 +39,11 @@ TITLE_WIDTH = 12.5
 
 CLOSE = 0.01
 """Half-width of the band around the target, as a share of the target."""
+
+
+def block_label(block: dict) -> str:
+    """Return the name of a block of a described search space, such as stage1.1."""
+    return f'{block["stage"]}.{block["name"].removeprefix("block")}'
 
 
 def network_figure(network: dict, title: str) -> Figure:

@@ -4,7 +4,7 @@ import base64
 from html import escape
 
 from tools.report.figures import with_measured
-from tools.run.metrics import Run
+from tools.run import Run
 
 CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #111; }
