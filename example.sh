@@ -72,7 +72,7 @@ if [ -z "$imagenet" ]; then
     done
     echo "The found network: $demo/searched.config"
     echo
-    "$python" -m tools.report.summary searched=$demo/searched.txt random=$demo/random.txt
+    "$python" -m tools.plots "$(newest "$demo/eval-*-searched")" "$(newest "$demo/eval-*-random")" --out $demo/comparison
     exit
 fi
 

@@ -17,7 +17,7 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path phone.pkl --target_lat 15 --timings found.csv
 
-Within limits in other tables; several targets then also draw what each costs:
+Within limits in other tables:
 
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path table.pkl --target_lat 20% 40% 60% \\
@@ -26,7 +26,6 @@ Within limits in other tables; several targets then also draw what each costs:
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import tools.needed  # noqa: F401  # isort: skip
@@ -73,7 +72,6 @@ from tools.options import (
     project_file,
     run_script,
 )
-from tools.report.draw import save_figure
 
 UNMEASURED = {'measured': None, 'measured_on': None}
 """Entries of a meta if the network changes or its latency is another one."""
@@ -149,13 +147,13 @@ def names_config(args):
 
 
 def fitted_configs(args, paths, found, table, engine, limits):
-    """Yield (path, config) for each target, with the meta of `found`. Several targets within limits are drawn."""
+    """Yield (path, config) for each target, with the meta of `found`."""
     state, masks = load_search_checkpoint(args.model_path, SPACE)
     targets = [table.target(text, SPACE) for text in args.target_lat]
     divisor = args.width_divisor or table.width_divisor
     check_reachable(table, SPACE, targets, divisor, limits)
     fit = Fitter(state, mask_widths(masks), table, SPACE, found.classifier.out_features, divisor, limits)
-    timed, fits = found_networks(read_timings(args.timings), table) if args.timings else [], []
+    timed = found_networks(read_timings(args.timings), table) if args.timings else []
     for path, text, target in zip(paths, args.target_lat, targets, strict=True):
         print(f'Target: {target:.4f} {table.unit}')
         if args.timings:
@@ -164,20 +162,9 @@ def fitted_configs(args, paths, found, table, engine, limits):
             config = fit_to_clock(fit, target, engine, args.rounds)
         else:
             arch, config, _ = fit(target)
-            fits.append(describe_fit(arch, config, state, table, target, limits, SPACE))
-            print(f'Given up in log-probability: {fits[-1]["given_up"]:.4f}')
+            lost = describe_fit(arch, config, state, table, target, limits, SPACE)['given_up']
+            print(f'Given up in log-probability: {lost:.4f}')
         yield path, replace(config, meta=replace(found.meta, target=target, target_given=text, unit=table.unit))
-    if limits and len(fits) > 1:
-        draw_targets(fits, table.unit, Path(paths[0]))
-
-
-def draw_targets(fits, unit, path):
-    """Draw what each target costs, beside the configs."""
-    from tools.report.targets import targets_figure  # matplotlib takes a second to import
-
-    stem = path.stem.rpartition('_')[0]
-    pictures, _ = save_figure(partial(targets_figure, fits, unit), path.with_name(f'{stem}_targets'))
-    print(f'Pictures: {" ".join(map(str, pictures))}')
 
 
 def config_paths(save_path, targets):

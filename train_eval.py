@@ -26,8 +26,8 @@ from models.training_run import open_training, suggest_test
 from tools.checkpoint import find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.options import Parser, add_training_args, run_script
+from tools.plots import draw_at_end
 from tools.precision import Precision
-from tools.report.draw import draw_at_end
 from tools.training import TRAINING, fit
 
 log = logging.getLogger('tf-nas')

@@ -28,8 +28,8 @@ from tools.checkpoint import find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.errors import BadInput
 from tools.options import Parser, add_amp_args, add_training_args, run_script
+from tools.plots import draw_at_end
 from tools.precision import make_precision
-from tools.report.draw import draw_at_end
 from tools.training import TRAINING, fit
 
 log = logging.getLogger('tf-nas')

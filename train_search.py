@@ -70,8 +70,8 @@ from tools.environment import device_name, fingerprint, large_tensor_note, prepa
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
 from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
+from tools.plots import draw_at_end
 from tools.precision import DTYPES, check_format
-from tools.report.draw import draw_at_end
 from tools.rng import derive_seed, generator_for
 from tools.run import open_run, run_header
 from tools.training import PassResult, Tally, accuracies, to_device
