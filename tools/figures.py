@@ -272,6 +272,7 @@ def operators_figure(run: Run) -> Figure:
         axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
     bar = top.colorbar(image, ax=grid, shrink=0.6 if rows > 1 else 1, pad=0.01, aspect=10 * rows)
     bar.set_label('probability (line: current)')
+    bar.set_ticks([0, even, norm.vmax], labels=['0', f'1/{len(labels)}', f'{norm.vmax:.2f}'])
     _draw_entropy(bottom.subplots(), lines, values, run)
     return figure
 

@@ -1,6 +1,5 @@
 """Atomic writing of files, and reading of checkpoints without running code."""
 
-import argparse
 import errno
 import json
 import os
@@ -8,28 +7,22 @@ import re
 import secrets
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tools.errors import BadInput
 
-AVERAGE_KEYS = ('state_dict_ema', 'model_ema')
-WEIGHT_KEYS = ('state_dict', 'model', 'net', 'model_state_dict', 'weights')
-"""Keys of the moving average and of the weights in checkpoints of ours and of common training scripts."""
-
-CLASS_NAMES = 'class_names'
-"""Key of the names of the classes in checkpoints: a list of texts by label, or None."""
-
-WRAPPERS = re.compile(r'^((module|_orig_mod|model)\.)+')
-"""What data parallelism, torch.compile and Lightning put before each name."""
+WEIGHT_KEYS = ('state_dict_ema', 'state_dict', 'model')  # of weights in checkpoints; first the moving average
+CLASS_NAMES = 'class_names'  # key of the names of the classes in checkpoints: a list of texts by label, or None
 
 
-def write_atomic(path: str | Path, write, before_rename=lambda: None) -> None:
+def write_atomic(
+    path: str | Path, write: Callable[[BinaryIO], object], before_rename: Callable[[], object] = lambda: None
+) -> None:
     """Call `write(binary file)` on a temporary file in the folder of `path`, sync it to disk, then rename it."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
@@ -83,7 +76,7 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomic(path, lambda f: f.write(text.encode()))
 
 
-def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda: None) -> None:
+def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename: Callable[[], object] = lambda: None) -> None:
     """Write a checkpoint whole or not at all.
 
     Raises:
@@ -100,31 +93,6 @@ def save_checkpoint(data: dict[str, Any], path: str | Path, before_rename=lambda
         raise
 
 
-def previous_of(path: str | Path) -> Path:
-    """Return the path of the previous file, such as `checkpoint.previous.pth.tar` for `checkpoint.pth.tar`."""
-    path = Path(path)
-    stem, _, suffixes = path.name.partition('.')
-    return path.with_name(f'{stem}.previous.{suffixes}')
-
-
-def save_and_keep_previous(data: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint whole or not at all, and keep the previous one. At least one of them exists at any time."""
-    path = Path(path)
-
-    def keep() -> None:
-        if not path.exists():
-            return
-        link = path.with_name(f'.{path.name}.link')
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-            os.replace(link, previous_of(path))
-        except OSError:  # no hard links: for a moment only the previous file exists
-            os.replace(path, previous_of(path))
-
-    save_checkpoint(data, path, keep)
-
-
 def load_checkpoint(path: str | Path, whole: bool = True) -> Any:
     """Read a checkpoint of tensors and plain values to the CPU. Nothing in the file is executed.
 
@@ -137,63 +105,33 @@ def load_checkpoint(path: str | Path, whole: bool = True) -> Any:
     try:
         if Path(path).suffix == '.safetensors':
             return _read_safetensors(path)
-        if whole and zipfile.is_zipfile(path):  # torch writes checksums but does not look at them
+        is_zip = zipfile.is_zipfile(path)
+        if whole and is_zip:  # torch writes checksums but does not look at them
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f'{damaged} is damaged')
-        with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of torch, on files that are no pickles
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=not whole and zipfile.is_zipfile(path))
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip and not whole)
     except Exception as e:  # a damaged file can raise anything at all
-        if found := re.search(r'unsupported (?:global|class|type)\S* (?:global )?([\w.]+)', str(e), re.IGNORECASE):
-            reason = f'it holds a {found[1]}; only tensors, numbers, strings and containers of them are read'
-        else:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            if reason.startswith('Weights only load failed'):  # torch's advice is to run the file's code
-                reason = 'it holds more than tensors, numbers, strings and containers of them'
+        found = re.search(r'unsupported (?:global|class|type)\S* (?:global )?([\w.]+)', str(e), re.IGNORECASE)
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        if found or reason.startswith('Weights only load failed'):  # torch's advice is to run the file's code
+            what = f'a {found[1]}' if found else 'more'
+            reason = f'it holds {what}; only tensors, numbers, strings and containers of them are read'
         raise BadInput(f'{path}: cannot be read as a checkpoint ({reason})') from e
-
-
-class _NumpyDtype:
-    """Stand-in for numpy.dtype, as far as scalars of checkpoints need it."""
-
-    def __init__(self, code: str, *_):
-        self.code, self.order = code, '='
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-
-def _numpy_scalar(dtype: _NumpyDtype, data: bytes | str) -> bool | int | float:
-    """Stand-in for NumPy's function of that name: the number alone."""
-    kind = np.dtype(dtype.order.replace('|', '') + dtype.code)
-    if kind.kind not in 'biuf':
-        raise ValueError(f'a NumPy scalar of type {dtype.code} is no number')
-    return np.frombuffer(data.encode('latin1') if isinstance(data, str) else data, kind)[0].item()
-
-
-STAND_INS = [
-    argparse.Namespace,
-    (_NumpyDtype, 'numpy.dtype'),
-    (_numpy_scalar, 'numpy._core.multiarray.scalar'),
-    (_numpy_scalar, 'numpy.core.multiarray.scalar'),
-]
-"""Types that other programs store beside the weights; none of them runs anything of the file."""
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Any]:
     """Return the weights, and the file's metadata as plain values."""
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
         from safetensors.torch import load_file
     except ImportError as e:
-        raise BadInput(f'{path}: reading it needs a package that is not here: pip install safetensors') from e
-    try:
-        with safe_open(path, 'pt') as file:
-            texts = file.metadata() or {}
-        return {'state_dict': load_file(path), 'meta': {name: _from_json(text) for name, text in texts.items()}}
-    except SafetensorError as e:
-        raise ValueError(str(e)) from e
+        raise ValueError('it needs a package that is not here: pip install safetensors') from e
+    with safe_open(path, 'pt') as file:
+        texts = file.metadata() or {}
+    return {'state_dict': load_file(path), 'meta': {name: _from_json(text) for name, text in texts.items()}}
 
 
 def _from_json(text: str) -> Any:
@@ -205,8 +143,8 @@ def _from_json(text: str) -> Any:
 
 
 def strip_module_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict without the names of wrappers, such as `module.`, before each name."""
-    return {WRAPPERS.sub('', name): value for name, value in state.items()}
+    """Return the state dict without the `module.` of data parallelism before each name."""
+    return {name.removeprefix('module.'): value for name, value in state.items()}
 
 
 class Weights(NamedTuple):
@@ -227,17 +165,18 @@ def read_weights(path: str | Path, average: bool = True) -> Weights:
         BadInput: the file is unreadable or has no weights.
     """
     checkpoint = load_checkpoint(path)
-    keys = (*AVERAGE_KEYS, *WEIGHT_KEYS) if average else WEIGHT_KEYS
-    key = next((key for key in keys if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)), '')
-    state = checkpoint[key] if key else checkpoint
-    if not isinstance(state, dict) or not state or not all(map(_is_weight, state.items())):
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    key = ''
+    for name in WEIGHT_KEYS if average else WEIGHT_KEYS[1:]:
+        if not key and isinstance(entries.get(name), dict):
+            key = name
+    state = entries[key] if key else entries
+    if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise BadInput(f'{path}: holds no state dict of tensors')
-    state = {name: value for name, value in strip_module_prefix(state).items() if name != 'n_averaged'}
-    return Weights(state, key, {name: value for name, value in checkpoint.items() if name != key} if key else {})
-
-
-def _is_weight(item: tuple) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    about = {name: value for name, value in entries.items() if name != key} if key else {}
+    state = strip_module_prefix(state)
+    state.pop('n_averaged', None)  # of a moving average
+    return Weights(state, key, about)
 
 
 def put_weights(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -259,23 +198,12 @@ def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], whe
     Raises:
         BadInput: it is of another network; the message counts and names what does not fit.
     """
-    problems = [
-        _name_some('missing', [name for name in wanted if name not in state]),
-        _name_some('unexpected', [name for name in state if name not in wanted]),
-        _name_some(
-            'wrong shape',
-            [
-                f'{name} {list(state[name].shape)} for {list(value.shape)}'
-                for name, value in wanted.items()
-                if name in state and state[name].shape != value.shape
-            ],
-        ),
-    ]
-    if any(problems):
-        raise BadInput(f'{where}: weights of another network: {"; ".join(filter(None, problems))}')
-
-
-def _name_some(what: str, names: list[str]) -> str:
-    if not names:
-        return ''
-    return f'{len(names)} {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+    shared = [name for name in wanted if name in state]
+    problems = {
+        'missing': [name for name in wanted if name not in state],
+        'unexpected': [name for name in state if name not in wanted],
+        'wrong shape': [name for name in shared if state[name].shape != wanted[name].shape],
+    }
+    texts = [f'{len(names)} {what}: {", ".join(names[:3])}' for what, names in problems.items() if names]
+    if texts:
+        raise BadInput(f'{where}: weights of another network ({"; ".join(texts)})')
