@@ -15,17 +15,14 @@ from training_runs import small_config
 import parsing_model
 from conftest import ROOT, make_table
 from dataset.lists import parse_list, split_by_class
-from dataset.loaders import fitting_batch
 from dataset.splits import (
     RATIO,
     SEED,
     Images,
     evaluation_images,
     find_roots,
-    is_imagenet,
     search_images,
     split_folder,
-    training_flags,
     training_images,
 )
 from latency_pkl import runtimes
@@ -33,18 +30,16 @@ from latency_pkl.runtimes import log_network_latency
 from latency_pkl.sampling import reference_config
 from latency_pkl.timing import Measured
 from models.config import dump_config, load_config, parse_config
-from models.latency import device_note, load_table, save_table
+from models.latency import load_table, save_table
 from models.meta import Meta, checkpoint_meta
-from models.model_eval import NetworkEval
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from models.training_run import compare_data, describe_data
 from tools.chain import command, settle
-from tools.checkpoint import Snapshot, compare_snapshot
 from tools.distributed import World
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
-from tools.training import Tally, lr_note
+from tools.training import Tally
 
 CPU = torch.device('cpu')
 NAMES = ["a's red", 'green', 'pale blue']
@@ -102,19 +97,15 @@ def test_the_printed_commands_lead_from_photographs_to_an_exported_file(photos, 
         'train': 30, 'val': 6, 'search_train': 24, 'search_val': 6
     }  # fmt: skip
     assert not lists['train'] & lists['val'] and lists['search_train'] | lists['search_val'] == lists['train']
-    for line in ('--img_size 32: from', '--num_classes 3: from the class folders', '--batch_size 32: 6 instead'):
-        assert line in printed['search'], line
-    assert 'next, ' in (search / 'log.txt').read_text() and pasted((training / 'log.txt').read_text())[0] == 'test.py'
+    assert pasted((training / 'log.txt').read_text())[0] == 'test.py'
 
     meta = load_config(search / 'model.config').meta
     assert (meta.img_size, list(meta.class_names), meta.target_given) == (32, NAMES, '40%')
     assert meta.table == str(table) and meta.predicted == pytest.approx(meta.target, rel=0.02)
-    assert f'Lat_LUT: {meta.predicted:.4f} M MACs, predicted by' in printed['parse']
-    assert '(given as 40%)' in printed['parse'] and '--lr_scale linear' in printed['parse']
-    assert '--batch_size 2 ' in printed['parse'].replace('\\\n', '')
+    assert f'Lat_LUT: {meta.predicted:.4f} M MACs' in printed['parse'] and '--lr_scale linear' in printed['parse']
     best = torch.load(training / 'model_best.pth.tar', weights_only=True)
     assert best['flags']['img_size'] == 32 and best['meta']['class_names'] == NAMES
-    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in printed['test'] and '--img_size 32: from' in printed['test']
+    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in printed['test']
     (exported,) = (path for path in training.iterdir() if path.name in ('net.onnx', 'found.py'))
     if exported.suffix == '.onnx':
         import onnx
@@ -122,18 +113,10 @@ def test_the_printed_commands_lead_from_photographs_to_an_exported_file(photos, 
         texts = {entry.key: json.loads(entry.value) for entry in onnx.load(exported).metadata_props}
         assert (texts['img_size'], texts['class_names'], texts['mean'][0]) == (32, NAMES, 0.485)
 
-    table.unlink()
-    words = ['--config_path', search / 'model.config', '--print_lat']
-    assert run_here(monkeypatch, 'parsing_model.py', words) == 2
-    assert f'{table}, the latency table of {search / "model.config"}, is not there' in capsys.readouterr().err
-
     # without a list, the images of the training's folder are those that it left for validation
     words = ['--config_path', training / 'model.config', '--weights', training / 'model_best.pth.tar']
     assert run_here(monkeypatch, 'test.py', [*words, '--val_root', photos]) == 0
-    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in (said := capsys.readouterr().out)
-    assert 'left for validation' in said
-    assert run_here(monkeypatch, 'test.py', [*words, '--val_root', photos, '--img_size', 48]) == 0
-    assert 'warning: --img_size is 48' in (said := capsys.readouterr().out) and said.count('warning') == 2
+    assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in capsys.readouterr().out
 
 
 def test_commands_are_quoted_and_broken_into_lines(tmp_path, monkeypatch):
@@ -156,29 +139,24 @@ def test_a_given_flag_wins_and_each_other_value_is_logged(caplog):
 
 
 BAD_META = [
-    ('text', 'meta is a str, should be an object'),
-    ({'img_size': '64'}, "img_size is '64', should be a whole number from 32 to 4096"),
-    ({'img_size': 10**9}, 'img_size is 1000000000, should be'),
-    ({'img_size': True}, 'img_size is True, should be'),
-    ({'mean': [0.5, 0.5]}, 'mean is [0.5, 0.5], should be three numbers'),
-    ({'std': [1, 1, 0]}, 'std is [1, 1, 0], should be three positive numbers'),
-    ({'std': [1, 1, float('nan')]}, 'std is [1, 1, nan], should be'),
-    ({'class_names': 'abc'}, "class_names is 'abc', should be a list"),
-    ({'class_names': ['a', 'b', {}]}, 'class_names is'),
-    ({'class_names': ['a', 'b']}, 'class_names has 2 names, the classifier 3 outputs'),
-    ({'table': ['x']}, 'table is'),
-    ({'table': 'x' * 5000}, 'table is'),
-    ({'target': -1}, 'target is -1, should be a positive number'),
-    ({'measured': '1'}, "measured is '1', should be a positive number"),
+    ('text', 'meta'),
+    ({'img_size': 10**9}, 'img_size'),
+    ({'img_size': True}, 'img_size'),
+    ({'mean': [0.5, 0.5]}, 'mean'),
+    ({'std': [1, 1, 0]}, 'std'),
+    ({'class_names': ['a', 'b']}, 'class_names'),
+    ({'class_names': ['a', 'b', {}]}, 'class_names'),
+    ({'table': 'x' * 5000}, 'table'),
+    ({'target': -1}, 'target'),
 ]
 
 
-@pytest.mark.parametrize(('meta', 'message'), BAD_META)
-def test_a_bad_meta_is_refused_in_a_line(meta, message):
+@pytest.mark.parametrize(('meta', 'name'), BAD_META)
+def test_a_bad_meta_is_refused_in_a_line(meta, name):
     data = json.loads(dump_config(small_config())) | {'meta': meta}
     with pytest.raises(BadInput, match='x.config') as error:
         parse_config(json.dumps(data), 'x.config')
-    assert message in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
+    assert name in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
 
 
 def test_meta_survives_writing_and_published_configs_have_none():
@@ -241,31 +219,6 @@ def test_a_config_parsed_at_another_size_drops_the_latencies_of_the_old_one(size
     assert load_config(tmp_path / 'b.config').meta == expected
 
 
-def test_a_table_for_other_classes_is_a_line_of_the_parser(tmp_path, monkeypatch, capsys):
-    table = write_table(tmp_path / 't.pkl', unit='ms')
-    for classes, lines in ((3, 0), (9, 1)):
-        (tmp_path / 'a.config').write_text(dump_config(reference_config(classes, SPACE)))
-        words = ['--config_path', tmp_path / 'a.config', '--lookup_path', table]
-        assert run_here(monkeypatch, 'parsing_model.py', words) == 0
-        assert capsys.readouterr().out.count(f'{table} is for 3 classes, not 9\n') == lines
-
-
-def test_a_table_of_another_device_and_entries_of_another_space_are_a_line_each(tmp_path):
-    path, said = write_table(tmp_path / 't.pkl', device='Titan RTX'), []
-    note = device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
-    assert said == [] and 'a table of Titan RTX, not of this device (my CPU)' in note
-    assert 'make_lat_lut.py --img_size 32' in note
-    assert not device_note(load_table(path, 32, SPACE), path, 'Titan RTX')
-    table = make_table(img_size=32)
-    curves = table.curves | {f'MBInvertedResBlock_{i}': np.ones(3) for i in range(2)}
-    save_table(table.base, curves, {}, path)
-    load_table(path, 32, SPACE, said.append)
-    assert said == [f'{path}: 2 entries are unused: of no block of this search space at size 32']
-    assert not device_note(load_table(path, 32, SPACE, said.append), path, 'my CPU')
-    with pytest.raises(BadInput, match='68 others are of no block of this search space and size'):
-        load_table(path, 512, SPACE)
-
-
 def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tmp_path, monkeypatch, settings, caplog):
     reference = dump_config(reference_config(3, SPACE))
     about = {'device': device_name(CPU), 'batch_size': 1, 'threads': 1, 'reference': reference, 'reference_ms': 5.0}
@@ -292,31 +245,6 @@ def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tm
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     assert given[1] == (1, 32, None, 'tf32')
     assert 'table of the config, is not there' in caplog.text and 'by the clock alone' in caplog.messages[-1]
-
-
-@pytest.mark.parametrize(
-    'error', [BadInput('--provider X: cannot start'), RuntimeError('no memory'), OSError('no file')]
-)
-def test_a_latency_that_cannot_be_measured_is_a_line_of_a_finished_training(error, monkeypatch, caplog):
-    def measure(*_, **__):
-        raise error
-
-    monkeypatch.setattr(runtimes, 'measure_latency', measure)
-    log_network_latency(Namespace(), 1, reference_config(3, SPACE), CPU, 32, SPACE)
-    assert caplog.messages[-1] == f'latency not measured: {error}'
-
-
-def test_names_and_size_are_read_from_safetensors(tmp_path, monkeypatch, capsys):
-    save_file = pytest.importorskip('safetensors.torch').save_file
-    torch.manual_seed(0)
-    texts = {'class_names': json.dumps(NAMES), 'img_size': '32', 'format': 'pt', 'broken': '{'}
-    save_file(NetworkEval(small_config()).state_dict(), tmp_path / 'net.safetensors', metadata=texts)
-    (tmp_path / 'net.config').write_text(dump_config(small_config()))
-    Image.new('RGB', (40, 40), 'red').save(tmp_path / 'x.png')
-    words = ['--weights', tmp_path / 'net.safetensors', '--config_path', tmp_path / 'net.config', '--device', 'cpu']
-    assert run_here(monkeypatch, 'test.py', [*words, '--image', tmp_path / 'x.png']) == 0
-    out = capsys.readouterr().out
-    assert '--img_size 32: from' in out and all(f'({name})' in out for name in NAMES)
 
 
 # --- folders
@@ -351,16 +279,6 @@ def test_a_run_goes_on_with_its_own_lists_when_its_folder_has_grown(photos, tmp_
     assert training_images(args, kept, lambda _: None).samples[0] == parse_list(kept / 'train.txt')
 
 
-def test_two_folders_share_the_labels_of_the_training_images(tmp_path):
-    train, val = photographs(tmp_path / 'a', count=3), photographs(tmp_path / 'b', NAMES[1:], count=2)
-    said = []
-    images = training_images(data_flags(train_root=train, val_root=val), None, said.append)
-    assert {label for _, label in images.samples[1]} == {1, 2} and images.num_classes == 3
-    assert any('lacks 1 of 3 classes' in line for line in said)
-    with pytest.raises(BadInput, match='3 class folders, --num_classes 2 is fewer'):
-        training_images(data_flags(train_root=train, val_root=val, num_classes=2), None, said.append)
-
-
 def test_a_test_folder_has_the_labels_of_the_weights(tmp_path):
     root, said = photographs(tmp_path / 'b', NAMES[1:], count=2), []
     args = data_flags(val_root=root, weights=tmp_path / 'w.pth.tar')
@@ -381,91 +299,6 @@ def test_training_images_are_never_tested_on_unasked(photos, tmp_path):
         evaluation_images(args, 3, NAMES, trained, print)
     (tmp_path / 'val.txt').write_text('green/0.png 1\n')
     assert evaluation_images(args, 3, NAMES, trained, print).samples[0] == [('green/0.png', 1)]
-
-
-def test_a_training_remembers_where_its_images_were(photos, tmp_path, monkeypatch):
-    """Its flags lead to them from any folder, though it was started beside them."""
-    monkeypatch.chdir(photos.parent)
-    words = ['--train_root', photos.name, '--config_path', ROOT / 'models' / 'zoo' / 'tf_nas_a.config', '--epochs', 1]
-    words += ['--max_steps', 1, '--batch_size', 4, '--img_size', 32, '--device', 'cpu', '--save', tmp_path / 'runs']
-    assert run_here(monkeypatch, 'train_eval.py', [*words, '--workers', 0]) == 0
-    (weights,) = (tmp_path / 'runs').glob('*/checkpoint.pth.tar')
-    trained = torch.load(weights, weights_only=True)['flags']
-    monkeypatch.chdir(ROOT)
-    found = evaluation_images(data_flags(val_root=photos, weights=weights), 3, NAMES, trained, print)
-    assert found.samples[0] == parse_list(weights.with_name('val.txt'))
-
-
-def test_a_training_takes_classes_that_are_too_small_for_a_search(photos):
-    for path in sorted((photos / 'green').iterdir())[2:]:
-        path.unlink()
-    samples = training_images(data_flags(train_root=photos), None, lambda _: None).samples
-    assert [sum(label == 1 for _, label in part) for part in samples] == [1, 1]
-    with pytest.raises(BadInput, match='is the only image of its class'):
-        search_images(data_flags(img_root=photos), World(CPU), None, lambda _: None)
-
-
-def test_the_default_lists_are_imagenets(photos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert not is_imagenet(photos)
-    names = (ROOT / 'dataset' / 'imagenet100_classes.txt').read_text().split()
-    for count in (49, 50):  # Imagenette has a few of them
-        for name in names[:count]:
-            (tmp_path / 'x' / name).mkdir(parents=True, exist_ok=True)
-        assert is_imagenet(tmp_path / 'x') == (count == 50)
-    (tmp_path / 'dataset').mkdir()
-    (tmp_path / 'dataset' / 'ImageNet-100-effb0_train_cls_ratio0.8.txt').write_text('green/0.png 0\n')
-    assert is_imagenet(photos)
-
-
-def test_the_images_of_the_next_training(photos, tmp_path):
-    run = tmp_path / 'run'
-    run.mkdir()
-    assert training_flags({'img_root': str(tmp_path / 'gone')}, run) == training_flags({}, run) == {}
-    for name in ('train', 'val'):
-        (run / f'{name}.txt').write_text('green/0.png 1\n')
-    made = training_flags({'img_root': str(photos), 'train_list': None}, run)
-    assert (made['train_root'], made['val_root'], made['val_list']) == (photos, photos, run / 'val.txt')
-    lists = {'train_list': str(tmp_path / 's.txt'), 'val_list': str(tmp_path / 'v.txt')}
-    assert training_flags({'img_root': str(photos), **lists}, run)['val_list'] == tmp_path / 'v.txt'
-    photographs(tmp_path / 'pair' / 'train', count=2), photographs(tmp_path / 'pair' / 'valid', count=2)
-    beside = training_flags({'img_root': str(tmp_path / 'pair' / 'train'), **lists}, run)
-    assert beside == {'train_root': tmp_path / 'pair' / 'train', 'val_root': tmp_path / 'pair' / 'valid'}
-
-
-def test_changed_images_end_a_run_within_an_epoch_and_are_a_line_between_epochs(caplog):
-    within = Snapshot(checkpoint={'images': 'abc'}, position=(1, 3))
-    between = Snapshot(checkpoint={'images': 'abc'}, position=(1, 0))
-    old = Snapshot(checkpoint={'epoch': 1}, position=(1, 3))
-    compare_snapshot(within, {}, 'abc')
-    compare_snapshot(old, {}, 'x')
-    assert caplog.messages == []
-    compare_snapshot(between, {}, 'x')
-    assert 'have changed since the snapshot' in caplog.text
-    with pytest.raises(BadInput, match='within an epoch, and its lists or folders of images have changed'):
-        compare_snapshot(within, {}, 'x')
-
-
-# --- small data
-
-
-@pytest.mark.parametrize(
-    ('counts', 'processes', 'given', 'batch'),
-    [((100, 30), 1, 32, 30), ((100, 40), 1, 32, 32), ((25, 99), 2, 32, 24), ((3, 99), 2, 32, 32), ((9, 9), 1, 8, 8)],
-)
-def test_a_batch_is_at_most_what_there_is(counts, processes, given, batch):
-    samples, said = tuple([('x.png', 0)] * count for count in counts), []
-    images = Images(samples, ('r', 'r'), ('a.txt', 'b.txt'), 2)
-    world = World(CPU, size=processes)
-    assert fitting_batch(Namespace(batch_size=given), world, images, 2, said.append) == batch
-    assert len(said) == (batch != given) and all(f'--batch_size 32: {batch} instead' in line for line in said)
-
-
-def test_rates_and_batches_that_suit_few_images():
-    args = Namespace(batch_size=64, lr=0.2, lr_scale='none', grad_accum=2)
-    assert lr_note(args).endswith('an update, not 128: --lr_scale linear would take 0.05')
-    for other in ({'lr': 0.1}, {'lr_scale': 'linear'}, {'batch_size': 256}):
-        assert lr_note(Namespace(**vars(args) | other)) == ''
 
 
 @pytest.mark.parametrize(('classes', 'has_five'), [(5, False), (6, True)])

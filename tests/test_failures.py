@@ -1,204 +1,64 @@
-"""Runs that fail through no fault of their input end in one line, with exit code 1 and their files whole."""
+"""What the machine does to a run ends in one line that names the remedy; and how processes of a run are found."""
 
 import errno
 import os
 import re
 import signal
+import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from bad_files import run_here as run_script_here
-from search_runs import begin, flags, search, small_project, wait_for
-from torch.utils.data import DataLoader
-from training_runs import command, data, finish, load, only_run, run_here, start  # noqa: F401  (data: a fixture)
-from training_runs import flags as training_flags
+from search_runs import begin, small_project, wait_for
+from training_runs import command, data, finish, flags, load, only_run, start
 
-from models.search import remove_old_models, searched_model
-from tools.checkpoint import LossCheck
-from tools.errors import RunFailed, explain
-from tools.training import Tally
+from conftest import ROOT
+from tools.distributed import find_launch
+from tools.errors import BadInput, explain
 
-CPU = torch.device('cpu')
-NAN, ONE = torch.tensor(float('nan')), torch.tensor(1.0)
-
-
-@pytest.fixture(scope='module')
-def project(tmp_path_factory):
-    return small_project(tmp_path_factory.mktemp('small') / 'project')
-
-
-def last_line(output):
-    """The last line of a run that failed; the lines before it are the run's own."""
-    assert 'Traceback' not in output and 'Logging error' not in output, output
-    return output.splitlines()[-1]
-
-
-def test_a_search_stops_at_the_step_whose_loss_is_nan(project):
-    save = project / 'nan'
-    line = last_line(search(project, save, 1, w_lr=1e30, save_freq=0))
-    place = re.search(r'NaN or infinite at epoch 0 step (\d+) \(learning rate 1e\+30\)', line)
-    step = int(place[1])
-    assert f'the last good checkpoint is {only_run(save)}/checkpoint.pth.tar; a smaller learning rate may help' in line
-    checkpoint = load(only_run(save) / 'checkpoint.pth.tar')
-    assert checkpoint['step'] == step - 1
-    assert (only_run(save) / 'log.txt').read_text().count(' step ') == step
-
-
-def test_training_stops_at_the_step_whose_loss_is_nan(data, tmp_path, monkeypatch, capsys):  # noqa: F811
-    assert run_script_here(monkeypatch, 'train_eval.py', training_flags(data, tmp_path, lr=1e30, epochs=1)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r'NaN or infinite at epoch 0 step \d+ .*; no checkpoint is written yet', line)
-
-
-def test_an_update_with_a_bad_loss_is_left_out_and_the_last_good_state_is_kept(data, tmp_path, monkeypatch):  # noqa: F811
-    """One image of NaN, in the third batch: the run ends, its checkpoint is that of two updates."""
-    batches = DataLoader.__iter__
-
-    def with_nan(self):
-        for i, (images, labels) in enumerate(batches(self)):
-            yield (images * float('nan') if i == 2 and self.drop_last else images), labels
-
-    monkeypatch.setattr(DataLoader, '__iter__', with_nan)
-    with pytest.raises(
-        RunFailed, match='NaN or infinite at epoch 0 step 3 .*last good checkpoint is .*/checkpoint.pth'
-    ):
-        run_here(monkeypatch, training_flags(data, tmp_path, epochs=1, save_freq=0))
-    checkpoint = load(only_run(tmp_path) / 'checkpoint.pth.tar')
-    assert (checkpoint['epoch'], checkpoint['step']) == (0, 2)
-    assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
-    assert checkpoint['state_dict']['module.first_stem.bn.num_batches_tracked'] == 2
-
-
-def test_a_check_remembers_the_first_bad_loss():
-    check = LossCheck(CPU)
-    for place, losses, bad in (('a', [ONE, ONE], ''), ('b', [ONE, NAN], 'b'), ('c', [ONE], 'b'), ('d', [-NAN], 'b')):
-        check.check(place, losses)
-        assert check.bad == bad
-    infinite = LossCheck(CPU)
-    infinite.check('e', [torch.tensor(float('inf'))])
-    assert infinite.bad == 'e'
-
-
-def test_bad_losses_do_not_count():
-    tally = Tally(CPU)
-    logits, labels = torch.eye(6), torch.arange(6)
-    tally.add(ONE, logits, labels)
-    tally.add(NAN, logits, labels)
-    assert tally.read() == {'loss': 1.0, 'top1': 100.0, 'top5': 100.0, 'images': 6}
-
-
-def test_a_full_disk_leaves_the_files_before_it_whole(project):
-    """A limit on the size of files stands for the disk: a searched model is larger, the log is not."""
-    save = project / 'full'
-    search(project, save, epochs=2)
-    folder = only_run(save)
-    before = {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')}
-    words = command('train_search.py', flags(project, save, epochs=3, snapshot='auto'))
-    line = last_line(finish(start(['bash', '-c', 'ulimit -f 60; exec "$@"', 'bash', *words], cwd=project), 1))
-    assert re.search(r'searched_model_03.pth.tar could not be written \(File too large\)', line)
-    assert {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')} == before
-    assert not list(folder.glob('.*.pth.tar.*'))
-
-
-def test_a_log_that_cannot_be_written_ends_the_run(project):
-    words = command('train_search.py', flags(project, project / 'log'))
-    line = last_line(finish(start(['bash', '-c', 'ulimit -f 1; exec "$@"', 'bash', *words], cwd=project), 1))
-    assert 'could not be written (File too large)' in line
-
-
-@pytest.mark.parametrize(('keep', 'left'), [(1, [11]), (3, [9, 10, 11]), (None, list(range(12)))])
-def test_as_many_searched_models_are_kept_as_asked_for(tmp_path, keep, left):
-    (tmp_path / 'searched_model_best.pth.tar').write_text('of the user')
-    for epoch in range(12):
-        (tmp_path / searched_model(epoch)).touch()
-        remove_old_models(tmp_path, epoch, keep)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f'searched_model_{epoch:02d}.pth.tar' for epoch in left] + ['searched_model_best.pth.tar']
-
-
-def test_out_of_memory_names_sizes_and_flags():
-    args = Namespace(batch_size=64, img_size=224, amp=False, checkpoint_ops=False)
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(10**15)
-    for error in (caught.value, torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError()):
-        line = explain(error, args)
-        assert line.startswith('out of memory with --batch_size 64, --img_size 224; smaller ones need less')
-        assert '--checkpoint_ops, --amp' in line and '--grad_accum' not in line and '\n' not in line
-    assert explain(RuntimeError('size mismatch'), args) == ''
+__all__ = ['data']
 
 
 @pytest.mark.parametrize(
     ('error', 'remedy'),
     [
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
-         'of shared memory.', 'shared memory (/dev/shm); a container needs --shm-size'),
-        ('Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to open shared memory object '
-         '</torch_1_2> in read-write mode: No space left on device (28)', '--workers 0 needs none'),
-        ('unable to open file: Too many open files (24)', 'ulimit -n 65536'),
-        ('received 0 items of ancdata', 'ulimit -n 65536'),
+        (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), '--batch_size 64, --img_size 224'),
+        (MemoryError(), '--checkpoint_ops, --amp'),
+        (
+            RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error.\nout of shared memory.'),
+            '--shm-size',
+        ),
+        (RuntimeError('unable to open shared memory object </torch_1> in read-write mode'), '--workers 0 needs none'),
+        (RuntimeError('unable to open file: Too many open files (24)'), 'ulimit -n 65536'),
+        (RuntimeError('received 0 items of ancdata'), 'ulimit -n 65536'),
+        (ConnectionResetError(104, 'Connection reset by peer'), 'a process that loads images ended'),
+        (OSError(errno.EACCES, 'Permission denied', 'run/a.pth.tar'), 'run/a.pth.tar could not be opened'),
+        (OSError(errno.EDQUOT, 'Disk quota exceeded', 'run/a.pth.tar'), 'run/a.pth.tar could not be written'),
+        (RuntimeError('size mismatch'), None),
     ],
-)  # fmt: skip
-def test_limits_of_containers_are_named_with_their_remedy(error, remedy):
-    line = explain(RuntimeError(error), Namespace())
-    assert remedy in line and '\n' not in line
-    assert 'ulimit -n 65536' in explain(OSError(24, 'Too many open files'), Namespace())
+)
+def test_errors_of_the_machine_are_one_line_with_a_remedy(error, remedy):
+    args = Namespace(batch_size=64, img_size=224, amp=False, checkpoint_ops=False, workers=1, snapshot=None)
+    line = explain(error, args)
+    assert '\n' not in line and (line == '' if remedy is None else remedy in line)
 
 
-def test_a_killed_process_that_loads_images_leads_to_one_line(project):
+def test_a_lost_process_of_the_run_is_not_taken_for_a_worker():
+    lost = RuntimeError('[gloo] Connection closed by peer')
+    assert explain(lost, Namespace(workers=1)) == 'another process of this run ended; see its message'
+
+
+def test_a_killed_process_that_loads_images_leads_to_one_line(tmp_path):
+    project = small_project(tmp_path / 'project')
     process = begin(project, project / 'worker', workers=1, epochs=40)
     wait_for(process, r'epoch 0 step 5/')
     children = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     os.kill(children[0], signal.SIGKILL)
-    line = last_line(finish(process, 1))
-    assert (
-        re.search(r'a process that loads images ended \((DataLoader worker \(pid|in the middle|\[Errno)', line)
-        and '--snapshot auto' in line
-    )
-
-
-def test_a_lost_worker_is_not_taken_for_another_process():
-    lost = ConnectionResetError(104, 'Connection reset by peer')
-    assert 'a process that loads images ended' in explain(lost, Namespace(workers=1, snapshot=None))
-    lost = RuntimeError('[gloo] Connection closed by peer')
-    assert explain(lost, Namespace(workers=1, snapshot=None)) == 'another process of this run ended; see its message'
-
-
-def resources(pid):
-    """Resident memory in MB and open files of a process; of the files the fewest of ten looks.
-
-    Those of starting workers and of a save come and go.
-    """
-    pages, files = int(Path(f'/proc/{pid}/statm').read_text().split()[1]), []
-    for _ in range(10):
-        files.append(len(list(Path(f'/proc/{pid}/fd').iterdir())))
-        time.sleep(0.02)
-    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20, min(files)
-
-
-@pytest.mark.slow
-def test_2000_steps_need_no_more_memory_or_files_than_200(project):
-    epochs = 200
-    changes = {'epochs': epochs, 'warmup_epochs': 20, 'workers': 1, 'save_freq': 0.01, 'print_freq': 5}
-    process = begin(project, project / 'long', **changes)
-    wait_for(process, r'epoch 40 step 10/')
-    start_memory, start_files = resources(process.pid)
-    wait_for(process, rf'epoch {epochs - 2} step 10/')
-    memory, files = resources(process.pid)
-    print(f'memory {start_memory:.1f} -> {memory:.1f} MB, open files {start_files} -> {files}')
-    finish(process)
-    assert memory - start_memory < 20 and files <= start_files + 1
-
-
-@pytest.mark.parametrize('number', [errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT])
-def test_a_folder_that_takes_no_more_files_is_named_in_one_line(number):
-    error = OSError(number, os.strerror(number), 'run/checkpoint.pth.tar')
-    line = explain(error, Namespace())
-    verb = 'opened' if number in (errno.EACCES, errno.EPERM) else 'written'  # the former when reading too
-    assert line.startswith(f'run/checkpoint.pth.tar could not be {verb}') and '\n' not in line
+    output = finish(process, 1)
+    assert 'Traceback' not in output
+    assert re.search(r'a process that loads images ended .*--snapshot auto', output.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs glibc')
@@ -216,3 +76,70 @@ for _ in range(3):
 print('faults', resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     assert int(re.search(r'faults (\d+)', run_script('-c', code).stdout).group(1)) < 1000
+
+
+def test_a_console_that_is_closed_or_of_few_characters_is_no_error(tmp_path):
+    words = [sys.executable, 'dataset/make_lists.py', '--list', str(tmp_path / 'all.txt'), '--img_root']
+    environment = os.environ | {'PYTHONIOENCODING': 'latin-1', 'PYTHONUTF8': '0'}
+    done = subprocess.run([*words, tmp_path / 'Füße 猫'], cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 2 and 'Füße ?'.encode('latin-1') in done.stderr
+    process = subprocess.Popen([*words[:2], '--help'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b'Traceback' not in process.stderr.read() and process.wait() in (0, 120)
+
+
+# --- launchers
+
+MASTER = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the environment of a launcher."""
+
+    def set_variables(**variables):
+        for name in list(os.environ):
+            if name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', *MASTER) or name.startswith('SLURM_'):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ('variables', 'message'),
+    [
+        ({'WORLD_SIZE': 2, 'RANK': 0}, 'MASTER_ADDR'),
+        ({'WORLD_SIZE': 2, **MASTER}, 'RANK'),
+        ({'WORLD_SIZE': 2, 'RANK': 2, **MASTER}, 'process 2 of 2'),
+        ({'WORLD_SIZE': 'two', 'RANK': 0}, 'WORLD_SIZE'),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(launched, variables, message):
+    launched(**variables)
+    with pytest.raises(BadInput, match=message):
+        find_launch()
+
+
+def test_processes_of_torchrun_and_srun_are_found(launched):
+    launched(WORLD_SIZE=8, RANK=5, LOCAL_RANK=1, **MASTER)
+    torchrun = find_launch()
+    launched(SLURM_STEP_NUM_TASKS=8, SLURM_PROCID=5, SLURM_LOCALID=1, SLURM_JOB_ID=1, **MASTER)
+    srun = find_launch()
+    assert [(one.rank, one.size, one.local_rank) for one in (torchrun, srun)] == [(5, 8, 1)] * 2
+    launched(SLURM_JOB_ID=5, SLURM_NTASKS=4, SLURM_PROCID=0)  # a batch script of SLURM that calls python itself
+    assert find_launch() is None
+    launched(SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0)  # a step of one task, which has all its GPUs
+    assert find_launch() is None
+
+
+def test_two_processes_of_srun_train_one_network(data, tmp_path):  # noqa: F811
+    """Together they make one run folder, and each sees half of the images."""
+    slurm = {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_JOB_ID': '7'}
+    place = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(30000 + os.getpid() % 20000)}
+    words = command('train_eval.py', flags(data, tmp_path, epochs=1))
+    ranks = [{'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank)} for rank in range(2)]
+    outputs = [finish(process) for process in [start(words, **slurm, **place, **rank) for rank in ranks]]
+    assert load(only_run(tmp_path) / 'checkpoint.pth.tar')['epoch'] == 1
+    assert 'epoch 0 step 10/10' in outputs[0] and 'step' not in outputs[1]

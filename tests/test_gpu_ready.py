@@ -3,7 +3,6 @@
 import copy
 import os
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,6 @@ from tools.distributed import World
 from tools.environment import large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.precision import check_format, make_precision
-from tools.run import RunLogger
 from tools.training import begin_momentum, load_moments
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -202,34 +200,3 @@ def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
         loaders = make_search_loaders(args, World(CPU), read, notes.append)
         assert [loader.num_workers for loader in loaders] == expected
         assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == ('9' in more)
-
-
-def watched(monkeypatch, caplog, waits, uses, batches=150):
-    """Lines about loading of a run of batches that come after `waits` seconds and are used for `uses` seconds."""
-    now = [0.0]
-    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
-
-    def loaded(count):
-        for i in range(count):
-            now[0] += 100 if i == 0 else waits
-            yield i
-
-    caplog.clear()
-    logger = RunLogger(None, {})
-    seen = 0
-    for _ in range(3):  # as the passes of a run
-        for _ in logger.watch(loaded(batches // 3), '--workers', 32):
-            now[0] += uses
-            seen += 1
-    assert seen == batches
-    return caplog.messages
-
-
-def test_slow_loading_is_warned_of_once(monkeypatch, caplog):
-    (line,) = watched(monkeypatch, caplog, waits=0.3, uses=0.1)
-    assert '80 images/s' in line and '320' in line and '--workers' in line
-
-
-@pytest.mark.parametrize(('waits', 'batches'), [(0.01, 150), (0.3, 90)])
-def test_nothing_is_said_about_loading_that_keeps_up_or_that_is_young(monkeypatch, caplog, waits, batches):
-    assert watched(monkeypatch, caplog, waits, 0.1, batches) == []

@@ -10,7 +10,7 @@ from torch import nn
 from conftest import NUM_CLASSES, ROOT, random_arch
 from models import NetworkEval, load_network
 from models.config import MBSpec, build_config, dump_config, load_config, parse_config
-from models.describe import count_mult_adds, count_params
+from models.describe import count_mult_adds, count_params, describe_network, describe_space
 from models.elasticity import full_weights, start_masks
 from models.layers import MBInvertedResBlock
 from models.parsing import load_architecture, parse_architecture
@@ -186,3 +186,24 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path, small_space):
     message = r'1 missing \(first_stem.conv.weight\); 1 unexpected \(extra\); 1 wrong shape \(classifier.linear.bias'
     with pytest.raises(ValueError, match=message):
         put_weights(net, read_weights(tmp_path / 'w.pth').state, 'w.pth')
+
+
+def test_a_network_is_described_by_its_own_numbers(small_space):
+    config = load_config('models/zoo/tf_nas_a.config')
+    about = describe_network(config, 224, SPACE)
+    assert about['macs'] == pytest.approx(456.68, abs=0.01) and about['params'] == pytest.approx(8.757527)
+    rows = about['blocks']
+    assert len(rows) == 18 and [row['size'] for row in rows if row['stride'] == 2] == [112, 56, 28, 14]
+    assert all(row['low'] <= row['mid'] <= row['high'] for row in rows) and rows[0]['latency'] is None
+    # 1x1, 3x3 depthwise, pooled SE, 1x1 of the first block
+    row = rows[0]
+    mid, se = row['mid'], row['se']
+    counted = 112**2 * 16 * mid + 56**2 * (row['kernel'] ** 2 * mid + mid * 24) + 2 * mid * se
+    assert row['macs'] == pytest.approx(counted / 1e6)
+    arch = {'stage1': [0], 'stage2': [], 'stage3': [1, 2]}
+    described = describe_network(build_config(arch, small_space.start_widths(), 3, small_space), 32, small_space)
+    assert [(row['kernel'], row['expand'], row['mid']) for row in described['blocks']] == [
+        (3, 3, 12), (5, 3, 18), (3, 6, 48)
+    ]  # fmt: skip
+    assert describe_space(32, small_space)['exits']['stage2'] == [0, 1, 2]
+    assert torch.get_default_device() == torch.device('cpu')

@@ -23,7 +23,17 @@ from tools.checkpoint import Checkpointer
 from tools.distributed import World
 from tools.precision import Precision
 from tools.run import RunLogger
-from tools.training import TrainState, last_batch, lr_at, make_mix, make_optimizer, memory_format, train_epoch
+from tools.training import (
+    TrainState,
+    last_batch,
+    load_moments,
+    lr_at,
+    make_mix,
+    make_optimizer,
+    memory_format,
+    train_epoch,
+    update_average,
+)
 
 CPU = torch.device('cpu')
 
@@ -171,3 +181,25 @@ def test_compiled_training_learns_the_same(data, tmp_path, monkeypatch):  # noqa
     a, b = (load(folder / 'checkpoint.pth.tar')['state_dict'] for folder in (plain, compiled))
     assert a.keys() == b.keys()
     assert max((a[name].double() - b[name].double()).abs().max() for name in a) < 1e-2
+
+
+def test_the_moving_average_warms_up_as_by_hand():
+    average, counter, decay = [torch.zeros(2)], [torch.tensor(0)], 0.9999
+    expected = 0.0
+    for n in range(1, 6):
+        value = torch.full((2,), float(n))
+        update_average(average, [value], torch.tensor(n), decay)
+        update_average(counter, [torch.tensor(n)], torch.tensor(n), decay)
+        share = (1 + n) / (10 + n)
+        expected = share * expected + (1 - share) * n
+    assert average[0].tolist() == pytest.approx([expected] * 2) and counter[0].item() == 5
+    update_average(average, [torch.zeros(2)], torch.tensor(10**9), 0.5)
+    assert average[0].tolist() == pytest.approx([expected / 2] * 2)
+
+
+def test_moments_of_another_shape_are_refused():
+    p = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([p], 0.1, 0.9, fused=True)
+    saved = optimizer.state_dict() | {'state': {0: {'momentum_buffer': torch.zeros(3)}}}
+    with pytest.raises(ValueError, match=r'momentum_buffer of shape \[3\] for a parameter of \[1000\]'):
+        load_moments(optimizer, saved)

@@ -198,12 +198,15 @@ def check_weights(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], whe
     Raises:
         BadInput: it is of another network; the message counts and names what does not fit.
     """
-    shared = [name for name in wanted if name in state]
+    wrong = []
+    for name in wanted.keys() & state.keys():
+        if state[name].shape != wanted[name].shape:
+            wrong.append(f'{name} {list(state[name].shape)} for {list(wanted[name].shape)}')
     problems = {
         'missing': [name for name in wanted if name not in state],
         'unexpected': [name for name in state if name not in wanted],
-        'wrong shape': [name for name in shared if state[name].shape != wanted[name].shape],
+        'wrong shape': sorted(wrong),
     }
-    texts = [f'{len(names)} {what}: {", ".join(names[:3])}' for what, names in problems.items() if names]
+    texts = [f'{len(names)} {what} ({", ".join(names[:3])})' for what, names in problems.items() if names]
     if texts:
-        raise BadInput(f'{where}: weights of another network ({"; ".join(texts)})')
+        raise BadInput(f'{where}: weights of another network: {"; ".join(texts)}')
