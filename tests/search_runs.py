@@ -93,14 +93,6 @@ def wait_for(process, pattern, skip=0):
     return ''.join(lines)
 
 
-def steps_logged(text):
-    """The numbers that a log has for each step, of whichever part of the run."""
-    found = {}
-    for step, numbers in re.findall(r'(epoch \d+ step \d+)/\d+ (.*) eta ', text):
-        found.setdefault(step, set()).add(numbers)
-    return found
-
-
 def assert_same_search(folder_a, folder_b, epochs=EPOCHS):
     """Both searches ended with bit-identical weights and masks."""
     name = f'searched_model_{epochs:02d}.pth.tar'

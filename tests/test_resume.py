@@ -56,7 +56,7 @@ CPU = torch.device('cpu')
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
 SCRIPTS = {'search': 'train_search.py', 'training': 'train_eval_amp.py'}
 RESULTS = {'search': ['searched_model_04.pth.tar'], 'training': ['checkpoint.pth.tar', 'model_best.pth.tar']}
-STEPS = {'search': 40, 'training': 20}
+STOPS = {'search': ('epoch 0 step 4/', 'epoch 2 step 5/'), 'training': ('epoch 0 step 4/', 'epoch 1 step 5/')}
 
 
 @pytest.fixture(scope='module')
@@ -125,12 +125,11 @@ def slow(*values):
 )
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(project, whole, tmp_path, kind, processes, how, changes):
     """Stopped twice: early, and in the second half, where a search trains its architecture too."""
-    half, rng = STEPS[kind] // 2, random.Random()
     again = changes | {'snapshot': 'auto', 'save_freq': 0 if how == 'kill' else 10}
-    for skip in (rng.randrange(4, 8), rng.randrange(3, half - 3)):
+    for place in STOPS[kind]:
         process = begin(kind, project, tmp_path, processes, **again)
-        wait_for(process, r' step \d+/', skip if how == 'kill' or skip < half else half)
-        time.sleep(rng.random() * 0.03)
+        wait_for(process, place)
+        time.sleep(random.random() * 0.03)
         if how == 'kill':
             kill_all(process)
             continue
