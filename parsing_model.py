@@ -17,14 +17,15 @@ The most probable network of a search that meets a target; several targets; and 
     python parsing_model.py --model_path searched.pth.tar \\
         --lookup_path phone.pkl --target_lat 15 --timings found.csv
 
-Within limits in other tables:
+Within a limit on parameters, MACs or another latency; and a random network, to compare with:
 
     python parsing_model.py --model_path searched.pth.tar \\
-        --lookup_path table.pkl --target_lat 20% 40% 60% \\
-        --limit params=5 phone.pkl=40
-
+        --lookup_path table.pkl --target_lat 20% 40% --limit params=5
+    python parsing_model.py --random 1 --num_classes 10 \\
+        --lookup_path table.pkl --target_lat 40% --save_path random.config
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,25 +35,19 @@ import torch
 from dataset.images import MEAN, STD, USUAL_SIZE
 from dataset.lists import parse_list
 from dataset.splits import training_flags
-from latency_pkl.closed_loop import Fitter, fit_to_clock, fit_to_timings
+from latency_pkl.closed_loop import fit_to_clock, fit_to_timings
 from latency_pkl.kit import found_networks, read_timings
 from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, tf32_of
 from latency_pkl.timing import ROUNDS, host_note, measure_latency
-from models.config import dump_config
+from models.config import dump_config, load_config
 from models.describe import count_mult_adds, count_params
-from models.latency import classes_note, device_note, load_table
-from models.limits import check_reachable, describe_fit, read_limits
+from models.fitting import Fitter, read_limit
 from models.model_eval import NetworkEval
-from models.parsing import (
-    is_config_file,
-    load_architecture,
-    load_search_checkpoint,
-    mask_widths,
-    search_flags,
-)
+from models.parsing import is_config_file, random_search, read_searched
 from models.search_space import SPACE
-from models.table_files import table_size
+from models.tables import compare_table, load_table, table_size
+from models.targeting import Target
 from tools.chain import changed, settle, shown, suggest, with_flags
 from tools.distributed import pick_device
 from tools.environment import device_name, set_tf32
@@ -64,7 +59,6 @@ from tools.options import (
     Parser,
     add_arch_args,
     add_device_arg,
-    add_limit_arg,
     add_runtime_args,
     add_size_arg,
     class_count,
@@ -73,14 +67,16 @@ from tools.options import (
     run_script,
 )
 
-UNMEASURED = {'measured': None, 'measured_on': None}
-"""Entries of a meta if the network changes or its latency is another one."""
+log = logging.getLogger('tf-nas')
+
+UNMEASURED = {'measured': None, 'measured_on': None}  # of a meta if the network or its latency is another one
 
 
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    add_arch_args(parser)
+    sources = add_arch_args(parser)
+    sources.add_argument('--random', metavar='SEED', type=count(0), help='a random architecture, to compare with')
     network, latency = parser.groups['network'], parser.groups['latency']
     network.add_argument(
         '--num_classes',
@@ -109,7 +105,13 @@ def get_args(argv=None):
         type=count(),
         help="widths are multiples of it, those of a --config_path rounded up; default with --target_lat: the table's",
     )
-    add_limit_arg(parser)
+    latency.add_argument(
+        '--limit',
+        metavar='TABLE=VALUE',
+        nargs='+',
+        default=[],
+        help='with --target_lat: at most VALUE in TABLE, a latency table, or params or macs (in millions)',
+    )
     latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
     latency.add_argument(
         '--timings', metavar='CSV', help='with --target_lat: correct the fit by times of found networks on their device'
@@ -128,8 +130,9 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.rounds and not (args.print_lat or args.fit_measured):
         parser.error(f'--rounds {args.rounds} is of measured latencies: give --print_lat or --fit_measured too')
-    if (args.fit_measured or args.timings) and not args.target_lat:
-        parser.error(f'{"--timings" if args.timings else "--fit_measured"} needs a --target_lat')
+    for name in ('fit_measured', 'timings', 'limit'):
+        if getattr(args, name) and not args.target_lat:
+            parser.error(f'--{name} needs a --target_lat')
     if args.timings and args.fit_measured:
         parser.error('--timings corrects the fit by times that are there: leave out --fit_measured')
     if args.target_lat and len(set(args.target_lat)) < len(args.target_lat):
@@ -142,29 +145,13 @@ def get_args(argv=None):
 
 
 def names_config(args):
-    """Return whether the network is given as a config, not as a searched model."""
-    return bool(args.config_path) or is_config_file(args.model_path)
+    """Return whether the network is given as a config, not as a searched model or by --random."""
+    return bool(args.config_path) or bool(args.model_path) and is_config_file(args.model_path)
 
 
-def fitted_configs(args, paths, found, table, engine, limits):
-    """Yield (path, config) for each target, with the meta of `found`."""
-    state, masks = load_search_checkpoint(args.model_path, SPACE)
-    targets = [table.target(text, SPACE) for text in args.target_lat]
-    divisor = args.width_divisor or table.width_divisor
-    check_reachable(table, SPACE, targets, divisor, limits)
-    fit = Fitter(state, mask_widths(masks), table, SPACE, found.classifier.out_features, divisor, limits)
-    timed = found_networks(read_timings(args.timings), table) if args.timings else []
-    for path, text, target in zip(paths, args.target_lat, targets, strict=True):
-        print(f'Target: {target:.4f} {table.unit}')
-        if args.timings:
-            config = fit_to_timings(fit, target, timed)
-        elif args.fit_measured:
-            config = fit_to_clock(fit, target, engine, args.rounds)
-        else:
-            arch, config, _ = fit(target)
-            lost = describe_fit(arch, config, state, table, target, limits, SPACE)['given_up']
-            print(f'Given up in log-probability: {lost:.4f}')
-        yield path, replace(config, meta=replace(found.meta, target=target, target_given=text, unit=table.unit))
+def source_of(args):
+    """Return where the network comes from, for messages."""
+    return args.model_path or args.config_path or f'--random {args.random}'
 
 
 def config_paths(save_path, targets):
@@ -173,6 +160,53 @@ def config_paths(save_path, targets):
         return [save_path]
     path = Path(save_path)
     return [path.with_name(f'{path.stem}_{text.replace("%", "pc")}{path.suffix}') for text in targets]
+
+
+def settle_flags(args, meta, num_classes):
+    """Return the flags with what the search or config has, the table if it is needed, and the meta of the network."""
+    source = source_of(args)
+    lookup_path = args.lookup_path or meta.table or DEFAULT_TABLE
+    needed = args.lookup_path or args.print_lat or args.target_lat or args.width_divisor
+    if needed and lookup_path == meta.table and not Path(lookup_path).is_file():
+        raise BadInput(f'{lookup_path}, the latency table of {source}, is not there; name one with --lookup_path')
+    if needed and meta.table and Path(lookup_path).resolve() != Path(meta.table).resolve():
+        log.warning('--lookup_path is %s, %s has %s', lookup_path, source, meta.table)
+        meta = replace(meta, target=None, target_given=None, **UNMEASURED)  # they hold for the other table
+    path = project_file(lookup_path, DEFAULT_TABLE)
+    known = [(meta.img_size, source), (table_size(path) if needed else None, lookup_path)]
+    img_size = settle('--img_size', args.img_size, known, USUAL_SIZE)
+    if args.img_size or any(size for size, _ in known):
+        meta = replace(meta.at_size(img_size), mean=meta.mean or MEAN, std=meta.std or STD)
+    if not names_config(args) and not args.num_classes:
+        log.info('--num_classes %d: from %s', num_classes, source)
+    args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
+    if not needed:
+        return args, None, meta
+    return args, load_table(path, img_size, SPACE), replace(meta, table=str(Path(path).absolute()))
+
+
+def fitted_configs(args, paths, searched, found, table, engine):
+    """Yield (path, config) for each target, with the meta of `found`."""
+    divisor, num_classes = args.width_divisor or table.width_divisor, found.classifier.out_features
+    limits = [read_limit(text, args.img_size, num_classes, SPACE) for text in args.limit]
+    targets = [Target(table, SPACE, table.target(text, SPACE), divisor) for text in args.target_lat]
+    for target in targets:
+        target.check()
+    timed = found_networks(read_timings(args.timings), table) if args.timings else []
+    for path, text, target in zip(paths, args.target_lat, targets, strict=True):
+        fit = Fitter(searched.state, searched.widths, target, num_classes, limits)
+        print(f'Target: {target.value:.4f} {table.unit}')
+        if args.timings:
+            config = fit_to_timings(fit, target.value, timed)
+        elif args.fit_measured:
+            config = fit_to_clock(fit, target.value, engine, args.rounds)
+        else:
+            arch, config, _ = fit(target.value)
+            print(f'Given up in log-probability: {fit.given_up(arch):.4f}')
+        for limit in limits:
+            total = limit.table.of_config(config)
+            print(f'Limit {limit.name}: {total:.4f}, at most {limit.value:.4f} {limit.table.unit}')
+        yield path, replace(config, meta=replace(found.meta, target=target.value, target_given=text, unit=table.unit))
 
 
 def timings_of(table, engine, fitted):
@@ -189,122 +223,106 @@ def timings_of(table, engine, fitted):
     return list(dict.fromkeys(places))
 
 
-def report(path, config, table, args, engine, limits):
+def report(path, config, table, args, engine):
     """Write one config if there is a path for it, and print its size and latencies."""
+    meta = config.meta
     if table:
-        config = replace(config, meta=replace(config.meta, predicted=table.of_config(config), unit=table.unit))
+        meta = replace(meta, predicted=table.of_config(config), unit=table.unit)
+        config = replace(config, meta=meta)
     if path:
         write_text(path, dump_config(config))
-        print(f'Config: {path}')
-    net, meta = NetworkEval(config), config.meta
+        log.info('Config: %s', path)
+    net = NetworkEval(config)
     print(f'Params: {count_params(net):.6f} M')
     print(f'FLOPs: {count_mult_adds(net, args.img_size):.2f} M')
     if table:
         given = f' (given as {meta.target_given})' if meta.target_given else ''
         target = f'; target {meta.target:.4f} {table.unit}{given}' if meta.target else ''
         print(f'Lat_LUT: {meta.predicted:.4f} {table.unit}, predicted by {shown(args.lookup_path)}{target}')
-    for limit in limits:
-        total = limit.table.of_config(config)
-        verdict = 'at most' if limit.holds(total) else 'above the limit of'
-        print(f'Limit {limit.name}: {total:.4f} {limit.table.unit} by the table, {verdict} {limit.value:.4f}')
     if args.print_lat:
-        for number, (name, place, batch_size) in enumerate(timings_of(table, engine, args.fit_measured)):
-            launch = launch_of(table, place.clock)
-            standard = standard_of(table, batch_size, place, launch)
-            print(f'Timing on the {name}, batch {batch_size}: usually 15 to 40 s', flush=True)
-            build = place.build(config, 0, args.img_size, batch_size)
-            measured = measure_latency(build, batch_size, args.img_size, place.clock, standard, args.rounds, launch)
-            runtime = '' if place.runtime == 'torch' else f' {place.runtime}'
-            print(f'Lat_{name} bs={batch_size}{runtime}: {measured}{host_note(measured, launch)}, {measured.reference}')
-            if number == 0:
-                where = f'{device_name(place.device)}{runtime}, batch {batch_size}'
-                config = replace(config, meta=replace(meta, measured=measured.ms, measured_on=where))
+        config = print_latencies(config, table, args, engine)
         if path:
             write_text(path, dump_config(config))
 
 
-def settle_flags(args, found, is_config):
-    """Return the flags with what the search or config has, the table if it is needed, and the meta of the network."""
-    source, meta = args.model_path or args.config_path, found.meta
-    lookup_path = args.lookup_path or meta.table or DEFAULT_TABLE
-    needed = args.lookup_path or args.print_lat or args.target_lat or args.width_divisor
-    if needed and lookup_path == meta.table and not Path(lookup_path).is_file():
-        raise BadInput(f'{lookup_path}, the latency table of {source}, is not there; name one with --lookup_path')
-    if needed and meta.table and Path(lookup_path).resolve() != Path(meta.table).resolve():
-        print(f'warning: --lookup_path is {lookup_path}, {source} has {meta.table}')
-        meta = replace(meta, target=None, target_given=None, **UNMEASURED)
-    path = project_file(lookup_path, DEFAULT_TABLE)
-    known = [(meta.img_size, source), (table_size(path) if needed else None, lookup_path)]
-    is_known = args.img_size or any(size for size, _ in known)
-    img_size = settle('--img_size', args.img_size, known, USUAL_SIZE)
-    if is_known:
-        meta = replace(meta.at_size(img_size), mean=meta.mean or MEAN, std=meta.std or STD)
-    if not is_config and not args.num_classes:
-        print(f'--num_classes {found.classifier.out_features}: from {source}')
-    args = with_flags(args, lookup_path=lookup_path, img_size=img_size, rounds=args.rounds or ROUNDS)
-    table = load_table(path, img_size, SPACE) if needed else None
-    return args, table, replace(meta, table=str(Path(path).absolute())) if table else meta
+def print_latencies(config, table, args, engine):
+    """Time a network, print its latencies, and return the config with the first of them."""
+    for number, (name, place, batch_size) in enumerate(timings_of(table, engine, args.fit_measured)):
+        launch = launch_of(table, place.clock)
+        standard = standard_of(table, batch_size, place, launch)
+        log.info('Timing on the %s, batch %d: usually 15 to 40 s', name, batch_size)
+        build = place.build(config, 0, args.img_size, batch_size)
+        measured = measure_latency(build, batch_size, args.img_size, place.clock, standard, args.rounds, launch)
+        runtime = '' if place.runtime == 'torch' else f' {place.runtime}'
+        print(f'Lat_{name} bs={batch_size}{runtime}: {measured}{host_note(measured, launch)}, {measured.reference}')
+        if number == 0:
+            where = f'{device_name(place.device)}{runtime}, batch {batch_size}'
+            config = replace(config, meta=replace(config.meta, measured=measured.ms, measured_on=where))
+    return config
 
 
-def suggest_training(path, args):
-    """Print the command that trains the network of a config, if the search's images are still there."""
-    if names_config(args):
+def suggest_training(path, flags, args):
+    """Log the command that trains the network of a config, if the search's images are still there.
+
+    Args:
+        flags: of the search.
+    """
+    try:
+        images = training_flags(flags, Path(args.model_path).absolute().parent)
+    except BadInput as e:  # images that are gone are no fault of the config
+        log.info('no command to train it: %s', e)
         return
-    folder = Path(args.model_path).absolute().parent
-    flags = search_flags(args.model_path)
-    images = training_flags(flags, folder)
     if not images:
         return
     images['config_path'] = Path(path)
     if 'train_list' in images:
         most = len(parse_list(images['train_list'])) // 8  # at least eight batches per epoch
-        batch = min(RECIPE_BATCH, 1 << max(most, 2).bit_length() - 1)
-        images |= {'batch_size': batch, 'lr_scale': 'linear'} if batch < RECIPE_BATCH else {}
-    kept = {name: flags.get(name, usual) for name, usual in (('save', './checkpoints'), ('note', 'try'))}
-    kept = {name: value for name, value in kept.items() if value not in ('./checkpoints', 'try')}
+        batch = 1 << max(most, 2).bit_length() - 1
+        if batch < RECIPE_BATCH:
+            images |= {'batch_size': batch, 'lr_scale': 'linear'}
+    kept = {name: flags[name] for name in ('save', 'note') if flags.get(name) not in (None, './checkpoints', 'try')}
     suggest('train it', 'train_eval.py', {**images, **kept, **changed(args, device='auto')})
 
 
 def main(args):
     """Read, fit if a target is given, write, print."""
-    device = pick_device(args.device)
-    is_config = names_config(args)
+    device, is_config, searched = pick_device(args.device), names_config(args), None
     save_path = args.save_path or (None if is_config else 'model.config')
     paths = config_paths(save_path, args.target_lat)
-    found = load_architecture(args.model_path or args.config_path, SPACE)
+    if is_config:
+        found = load_config(args.model_path or args.config_path)
+    else:
+        random = args.random is not None
+        searched = random_search(args.random, 1000, SPACE) if random else read_searched(args.model_path, SPACE)
+        found = searched.config(SPACE)
     found = found.with_classes(args.num_classes) if args.num_classes else found
+    num_classes = found.classifier.out_features
     for path in filter(None, paths):
         check_target(path, '--save_path', [args.lookup_path, found.meta.table, None if is_config else args.model_path])
-    args, table, meta = settle_flags(args, found, is_config)
-    found = replace(found, meta=meta)
-    if (args.fit_measured or args.timings) and table.unit != 'ms':
-        flag = '--timings' if args.timings else '--fit_measured'
-        raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
-    if table and (note := device_note(table, args.lookup_path, device_name(device))):
-        print(note)
-    if table and (note := classes_note(table, args.lookup_path, found.classifier.out_features)):
-        print(note)
-    measures = args.print_lat or args.fit_measured
-    engine = engine_of_table(table.meta, args.runtime, args.provider, device) if measures and table else None
+    args, table, meta = settle_flags(args, found.meta, num_classes)
+    found, engine = replace(found, meta=meta), None
     set_tf32(tf32_of(table) if table else True)
     torch.set_num_threads(args.threads or (table.setting('threads', 1) if table else 1))
-    limits = read_limits(args.limit, args.img_size, found.classifier.out_features, SPACE)
+    if table:
+        if (args.fit_measured or args.timings) and table.unit != 'ms':
+            flag = '--timings' if args.timings else '--fit_measured'
+            raise BadInput(f'{flag}: {args.lookup_path} counts {table.unit}, not ms')
+        compare_table(table, args.lookup_path, device_name(device), num_classes)
+        if args.print_lat or args.fit_measured:
+            engine = engine_of_table(table.meta, args.runtime, args.provider, device)
     configs = [(save_path, found)]
     if args.target_lat:
-        configs = fitted_configs(args, paths, found, table, engine, limits)
+        configs = fitted_configs(args, paths, searched, found, table, engine)
     elif args.width_divisor:
         print('Widths as given:')
-        report(None, found, table, args, engine, limits)
+        report(None, found, table, args, engine)
         print(f'Widths rounded up to multiples of {args.width_divisor}:')
         rounded = found.rounded_up(args.width_divisor)
         configs = [(save_path, replace(rounded, meta=replace(rounded.meta, **UNMEASURED)))]
     for path, config in configs:
-        report(path, config, table, args, engine, limits)
-    if save_path:
-        try:
-            suggest_training(paths[0], args)
-        except BadInput as e:  # images of the search that are gone are no fault of the config
-            print(f'no command to train it: {e}')
+        report(path, config, table, args, engine)
+    if save_path and args.model_path and not is_config:
+        suggest_training(paths[0], searched.flags, args)
 
 
 if __name__ == '__main__':

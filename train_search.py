@@ -42,9 +42,7 @@ from models.describe import (
     warn_not_decided,
     warn_not_learned,
 )
-from models.elasticity import align_operators, check_divisor, fit_widths, latency_range, scale_widths, update_masks
-from models.latency import LatencyLoss, classes_note, device_note, load_table
-from models.limits import check_reachable, describe_limits, limit_names, log_limits, read_limits
+from models.elasticity import align_operators, check_divisor, update_masks
 from models.meta import META, Meta
 from models.model_search import ExecutionMode, HostCopy
 from models.parsing import mask_widths, parse_architecture
@@ -61,8 +59,8 @@ from models.search import (
     train_only,
 )
 from models.search_space import FREEDOMS, SPACE
-from models.table_files import table_size
-from models.targeting import log_probability, most_probable
+from models.tables import compare_table, load_table, table_size
+from models.targeting import OFF_TARGET, Target, log_probability
 from tools.chain import changed, suggest, with_flags
 from tools.checkpoint import IMAGES, Checkpointer, compare_snapshot, ended_with, find_snapshot
 from tools.distributed import join_world, leave_world
@@ -77,9 +75,6 @@ from tools.run import open_run, run_header
 from tools.training import PassResult, Tally, accuracies, to_device
 
 log = logging.getLogger('tf-nas')
-
-CLOSE = 0.01
-"""Distance from the target, as a share of it, from which the log names it after scaling."""
 
 VALIDATED_EPOCHS = 5
 
@@ -149,7 +144,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
 
         logger.advance()
         if step % args.print_freq == 0 or step == steps - 1:
-            numbers = read_numbers(w_tally, a_tally, state.latency, warming_up, world, args)
+            numbers = read_numbers(w_tally, a_tally, state.latency, warming_up, world)
             logger.step(epoch, step + 1, steps, **numbers)
         state.step = step + 1
         if checkpointer.is_due():
@@ -159,7 +154,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
         if checkpointer.signal:
             return PassResult({}, stopped=True)
     state.sums = [*w_tally.total(world), *a_tally.total(world)]
-    return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world, args))
+    return PassResult(read_numbers(w_tally, a_tally, state.latency, warming_up, world))
 
 
 def learn_with_noise(state, latency_loss, images, labels, noise):
@@ -168,19 +163,15 @@ def learn_with_noise(state, latency_loss, images, labels, noise):
     return backward_on_mixture(state.net, images, labels, op_weights, latency_loss, state.a_precision)
 
 
-def read_numbers(w_tally, a_tally, latency, warming_up, world, args):
-    """Return loss and top-1 of the epoch so far, of weights and architecture, and the last latency of the mixture.
-
-    With limits, the mixture has one in each table.
-    """
-    tallies = {'w': w_tally.read(world)} | ({} if warming_up else {'a': a_tally.read(world)})
-    numbers = {f'{which}_{name}': tally[name] for which, tally in tallies.items() for name in ('loss', 'top1')}
-    if warming_up:
-        return numbers
-    if latency.ndim == 0:
-        return numbers | {'mixture_latency': latency.item()}
-    names = [f'mixture_{name}' for name in ('latency', *limit_names(args.limit))]
-    return numbers | dict(zip(names, latency.tolist(), strict=False))
+def read_numbers(w_tally, a_tally, latency, warming_up, world):
+    """Return loss and top-1 of the epoch so far, of weights and architecture, and the last latency of the mixture."""
+    weights = w_tally.read(world)
+    numbers = {'w_loss': weights['loss'], 'w_top1': weights['top1']}
+    if not warming_up:
+        architecture = a_tally.read(world)
+        numbers |= {'a_loss': architecture['loss'], 'a_top1': architecture['top1']}
+        numbers['mixture_latency'] = latency.item()
+    return numbers
 
 
 @torch.no_grad()
@@ -213,65 +204,51 @@ def log_probabilities(net):
         log.debug('%s exits %s', name, ' '.join(f'{p:.4f}' for p in weights.tolist()))
 
 
-def scale_to_target(state, table, target, limits, args):
+def scale_to_target(state, target, scales):
     """Elasticity-scaling of the current architecture: the most probable one that can meet the target.
+
+    Args:
+        scales: False for fixed widths (`--freedoms` without width), of the most probable architecture of all.
 
     Returns:
         The architecture, the new widths, and the latencies for the metrics.
     """
-    arch, widths = parse_architecture(state.full, SPACE), mask_widths(state.masks)
-    scaled, more, divisor = widths, {}, args.width_divisor or table.width_divisor
-    if 'width' in args.freedoms:
-        first, arch = arch, most_probable(state.full, table, SPACE, target, divisor, limits)
-        scale = fit_widths if limits else scale_widths  # proportional steps stop at the first limit
-        scaled = scale(arch, widths, table, SPACE, target, divisor, limits)
-        if not limits and abs(table.total(arch, scaled, SPACE) / target - 1) > CLOSE:  # as with coarse steps of widths
-            scaled = fit_widths(arch, widths, table, SPACE, target, divisor)
-        if arch != first:
-            more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
-            least, most = latency_range(first, table, SPACE, divisor)
-            within = ' within the limits' if limits and least <= target <= most else ''
-            log.info('The most probable architecture reaches %.4f to %.4f: not the target lat%s.', least, most, within)
-            log.info(
-                'The most probable one that can meet it is current; given up in log-probability: %.4f', *more.values()
-            )
-    before, after = (table.total(arch, values, SPACE) for values in (widths, scaled))
-    for when, latency in (('Before', before), ('After', after)):
-        log.info('%s, the current lat: %.4f, the target lat: %.4f', when, latency, target)
-    if 'width' in args.freedoms and abs(after / target - 1) > CLOSE:
-        why = 'limits leave no nearer widths' if limits else f'widths have steps of {divisor}'
-        log.warning('the target is missed by %.1f %%: %s', 100 * (after / target - 1), why)
-    if limits:
-        more['limits'] = log_limits(arch, widths, scaled, limits, SPACE, log.info)
-    least, most = latency_range(arch, table, SPACE, divisor)
-    latency = {'target': target, 'before': before, 'after': after, 'least': least, 'most': most}
+    first, widths, more = parse_architecture(state.full, SPACE), mask_widths(state.masks), {}
+    arch, scaled = first, widths
+    if scales:
+        arch = target.most_probable(state.full)
+        scaled = target.scaled(arch, widths)
+    if arch != first:
+        more['given_up'] = log_probability(first, state.full, SPACE) - log_probability(arch, state.full, SPACE)
+        least, most = target.reach(first)
+        log.info('The most probable architecture reaches %.4f to %.4f: not the target', least, most)
+        log.info('using the most probable one that can meet it (log-probability -%.4f)', more['given_up'])
+    before, after = target.latency(arch, widths), target.latency(arch, scaled)
+    off = after / target.value - 1
+    log.info('Before, the current lat: %.4f, the target lat: %.4f', before, target.value)
+    log.info('After, the current lat: %.4f, the target lat: %.4f', after, target.value)
+    if scales and abs(off) > OFF_TARGET:
+        log.warning('the target is missed by %.1f %%: widths have steps of %d', 100 * off, target.divisor)
+    least, most = target.reach(arch)
+    latency = {'target': target.value, 'before': before, 'after': after, 'least': least, 'most': most}
     return arch, scaled, latency | more
 
 
-def read_table(args, world):
-    """Return the latency table, and the target in its unit."""
+def read_target(args, world, num_classes):
+    """Return the target in the latency table, after a check that networks of the space can meet it."""
     path = project_file(args.lookup_path, DEFAULT_TABLE)
-    table = load_table(path, args.img_size, SPACE, log.info)
+    table = load_table(path, args.img_size, SPACE)
     reach = '%s: networks reach from %.4f (at full depth from %.4f) to %.4f %s'
     log.info(reach, args.lookup_path, *table.reach(SPACE), table.unit)
-    if note := device_note(table, args.lookup_path, device_name(world.device)):
-        log.info(note)
+    compare_table(table, args.lookup_path, device_name(world.device), num_classes)
     divisor = args.width_divisor or table.width_divisor
     check_divisor(divisor, SPACE)
     if divisor > 1:
-        source = '--width_divisor' if args.width_divisor else f'from {args.lookup_path}'
-        log.info('All widths stay multiples of %d (%s)', divisor, source)
-    if args.limit and 'width' not in args.freedoms:
-        raise BadInput(f'--limit {args.limit[0]}: fixed widths cannot keep it; leave it out, or give --freedoms width')
-    return table, table.target(args.target_lat, SPACE)
-
-
-def read_bounds(table, target, num_classes, args):
-    """Return the limits, after a check that target and limits can be met."""
-    limits = read_limits(args.limit, args.img_size, num_classes, SPACE, log.info)
+        log.info('All widths are multiples of %d', divisor)
+    target = Target(table, SPACE, table.target(args.target_lat, SPACE), divisor)
     if 'width' in args.freedoms:
-        check_reachable(table, SPACE, [target], args.width_divisor or table.width_divisor, limits, log.info)
-    return limits
+        target.check()
+    return target
 
 
 def load_search_data(args, world):
@@ -283,18 +260,18 @@ def load_search_data(args, world):
     return args, snapshot, images
 
 
-def make_meta(images, table, target, args):
+def make_meta(images, target, args):
     """Return what the found network is for, for the next steps."""
     names = tuple(images.names) if images.names else None
     path = str(Path(project_file(args.lookup_path, DEFAULT_TABLE)).absolute())
-    given = {'target': target, 'target_given': args.target_lat, 'unit': table.unit, 'table': path}
+    given = {'target': target.value, 'target_given': args.target_lat, 'unit': target.table.unit, 'table': path}
     return Meta(img_size=args.img_size, mean=images.mean, std=images.std, class_names=names, **given)
 
 
-def suggest_parsing(model, table, args):
+def suggest_parsing(model, unit, args):
     """Log the command that makes a config of a searched model."""
-    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': table.unit == 'ms'}
-    flags |= {'save_path': model.with_name('model.config'), **changed(args, 'width_divisor', device='auto', limit=[])}
+    flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': unit == 'ms'}
+    flags |= {'save_path': model.with_name('model.config'), **changed(args, 'width_divisor', device='auto')}
     suggest('make the config of the found network', 'parsing_model.py', flags)
 
 
@@ -333,15 +310,14 @@ def make_recipe(args):
     )
 
 
-def make_header(flags, table, target, limits, world, args, steps):
+def make_header(flags, target, world, args, steps):
     """Return the first line of metrics.jsonl."""
-    path = project_file(args.lookup_path, DEFAULT_TABLE)
-    latency = {'table': args.lookup_path, 'target': target, 'given': args.target_lat, **describe_table(table, SPACE)}
-    if limits:
-        latency['limits'] = describe_limits(limits, SPACE)
+    latency = {'table': args.lookup_path, 'target': target.value, 'given': args.target_lat}
+    latency |= describe_table(target.table, SPACE)
     about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
     header = run_header('search', flags, world.device, **about)
-    header['environment'] |= {'processes': world.size, 'table': fingerprint(path)}
+    table = fingerprint(project_file(args.lookup_path, DEFAULT_TABLE))
+    header['environment'] |= {'processes': world.size, 'table': table}
     return header
 
 
@@ -352,20 +328,19 @@ def main(args):
     if args.cuda_graph and world.device.type != 'cuda':
         raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
     args, snapshot, images = load_search_data(args, world)
-    table, target = read_table(args, world)
     check_lengths(args)
     num_classes = images.num_classes
-    limits = read_bounds(table, target, num_classes, args)
+    target = read_target(args, world, num_classes)
     loaders = make_search_loaders(args, world, images, log.info)
-    flags, steps = vars(args) | images.flags | {'target_lat': target}, len(loaders[0])
+    flags, steps = vars(args) | images.flags | {'target_lat': target.value}, len(loaders[0])
     flags |= {'img_root': str(Path(args.img_root).absolute())}
     torch.manual_seed(derive_seed(args.seed, 'weights'))
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     share = args.batch_size // world.size
     args, kept = settle_args(args, snapshot, steps)
     large = large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device)
-    for line in filter(None, (classes_note(table, args.lookup_path, num_classes), large)):
-        log.info(line)
+    if large:
+        log.info(large)
     flags |= kept
     compare_snapshot(snapshot, flags, images.digest)
     recipe = make_recipe(args)
@@ -376,12 +351,12 @@ def main(args):
     snapshot = snapshot.without_checkpoint()
     if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
         shape = loaders[1].batch_size, 3, args.img_size, args.img_size
-        latency_loss = LatencyLoss(table, SPACE.max_widths(), SPACE, target, args.lambda_lat, world.device, limits)
+        latency_loss = target.loss(SPACE.max_widths(), args.lambda_lat, world.device)
         rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, recipe)
     followed = flags | {name: getattr(args, name) for name in kept}
-    header = make_header(followed, table, target, limits, world, args, steps)
+    header = make_header(followed, target, world, args, steps)
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
-    about |= {META: make_meta(images, table, target, args).to_dict()}
+    about |= {META: make_meta(images, target, args).to_dict()}
     logger = open_run(world, SEARCH.folders, header, snapshot, images.run_files)
     graphs = Graphs(args.cuda_graph, log.info)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
@@ -398,8 +373,7 @@ def main(args):
                 state.begin_epoch()
             numbers = {'lr': recipe.weights_lr(epoch), 'temperature': recipe.temperature(epoch)}
             log.info('epoch %d w_lr %.5f T %.4f', epoch, *numbers.values())
-            widths, lambda_lat = state.net.widths(), args.lambda_lat
-            latency_loss = LatencyLoss(table, widths, SPACE, target, lambda_lat, world.device, limits)
+            latency_loss = target.loss(state.net.widths(), args.lambda_lat, world.device)
             learn = graphs.wrap(partial(learn_with_noise, state, latency_loss), state.net.arch_parameters())
             trained = train_epoch(state, loaders, learn, world, args, checkpointer, logger)
             if trained.stopped:
@@ -419,10 +393,10 @@ def main(args):
                     warn_not_learned(val.numbers['top1'], num_classes)
             if not warming_up:
                 log_probabilities(state.net)
-                scale = partial(scale_to_target, state, table, target, limits, args)
+                scale = partial(scale_to_target, state, target, 'width' in args.freedoms)
                 before, (state.arch, widths, numbers['latency']) = state.arch, world.from_rank0(scale)
                 state.masks = update_masks(state.masks, widths, state.full)
-            found = describe_architecture(state.full, state.masks, table, SPACE, num_classes, state.arch)
+            found = describe_architecture(state.full, state.masks, target.table, SPACE, num_classes, state.arch)
             numbers |= trained.numbers
             log.info('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
             logger.record('epoch', epoch, **numbers, **found)
@@ -442,7 +416,7 @@ def main(args):
     if args.report and logger.ended:
         draw_at_end(logger.folder)
     if logger.ended:
-        suggest_parsing(logger.folder / searched_model(args.epochs), table, args)
+        suggest_parsing(logger.folder / searched_model(args.epochs), target.table.unit, args)
     code = checkpointer.exit_code()
     logger.close()
     return code

@@ -33,11 +33,12 @@ from benchmarks.plain_search import (
 )
 from models.cuda_graph import Graphs
 from models.elasticity import full_weights, gather, scatter, start_masks, update_masks
-from models.latency import LatencyLoss, LatencyTable
+from models.latency import LatencyTable
 from models.model_search import UNFUSED, ExecutionMode, HostCopy, Network
 from models.parsing import mask_widths
 from models.search import Recipe, backward_on_mixture, backward_on_paths, train_only
 from models.search_space import SPACE
+from models.targeting import Target
 from tools.distributed import pick_device
 from tools.environment import device_name, prepare
 from tools.files import save_checkpoint
@@ -87,7 +88,7 @@ def make_steps(net, plain, images, labels, table, dtype, graphs, fixed=None):
         fixed: the two paths of each weight step, instead of draws.
     """
     device, draws = images.device, generator_for(0, 'benchmark')
-    latency_loss = LatencyLoss(table, net.widths(), SPACE, TARGET_LAT, LAMBDA_LAT, device)
+    latency_loss = Target(table, SPACE, TARGET_LAT, 1).loss(net.widths(), LAMBDA_LAT, device)
     weight_params, arch_params = net.weight_parameters(), net.arch_parameters()
     precision = Precision(device, None if plain else dtype)
     if plain:

@@ -2,20 +2,16 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from latency_pkl.kit import Found
 from latency_pkl.runtimes import Engine, standard_of
 from latency_pkl.sampling import launch_of
 from latency_pkl.timing import ROUNDS, Pool, host_note, measure_latency, pool_timings
-from models.config import NetworkConfig, build_config
-from models.elasticity import fit_widths
-from models.latency import LatencyTable, Limit
-from models.search_space import Arch, SearchSpace, Widths
-from models.targeting import is_reachable, most_probable, target_range
+from models.config import NetworkConfig
+from models.fitting import Fitter
+from models.search_space import Arch
 
 MEASURED_ROUNDS = 4
 """Networks timed before a fit to the clock may end, outliers not counted."""
@@ -30,43 +26,6 @@ CLOSE = 1e-3
 """Change of the correction at which a fit to timings has converged."""
 
 
-@dataclass(frozen=True)
-class Fitter:
-    """Fits networks of a search to latencies in a table.
-
-    Args:
-        state: log_alphas and betas, as in a searched model.
-        widths: where scaling starts.
-    """
-
-    state: Mapping[str, Tensor]
-    widths: Widths
-    table: LatencyTable
-    space: SearchSpace
-    num_classes: int
-    divisor: int = 1
-    limits: Sequence[Limit] = ()
-
-    def __call__(self, target: float, arch: Arch | None = None) -> tuple[Arch, NetworkConfig, float]:
-        """Return a network that meets a latency: its architecture, config, and latency in the table.
-
-        Args:
-            arch: its architecture; None: the most probable one that can meet the latency.
-        """
-        setting = self.table, self.space, target, self.divisor, self.limits
-        arch = arch or most_probable(self.state, *setting)
-        config = build_config(arch, fit_widths(arch, self.widths, *setting), self.num_classes, self.space)
-        return arch, config, self.table.of_config(config)
-
-    def nearest(self, target: float) -> float:
-        """Return the latency nearest to a target that networks reach, within the limits."""
-        setting = self.divisor, self.limits
-        if is_reachable(self.table, self.space, target, *setting):
-            return target
-        ends = target_range(self.table, self.space, *setting, below=target, above=target)
-        return min((end for end in ends if end is not None), key=lambda end: abs(end - target))
-
-
 def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUNDS) -> NetworkConfig:
     """Fit a network to a target by the clock: each is timed until the measured time meets it. Prints each round.
 
@@ -78,7 +37,7 @@ def fit_to_clock(fit: Fitter, target: float, engine: Engine, rounds: int = ROUND
     Args:
         rounds: builds of a network for one timing, see `measure_latency`.
     """
-    table = fit.table
+    table = fit.target.table
     batch_size = table.setting('batch_size', 32 if engine.device.type == 'cuda' else 1)
     launch = launch_of(table, engine.clock)
     standard = standard_of(table, batch_size, engine, launch)
@@ -135,7 +94,7 @@ def fit_to_timings(
     Networks of one architecture take the same time relative to the table. So their mean ratio corrects the aim; that of
     all timed networks does if none of them has the architecture.
     """
-    size = fit.table.img_size
+    size = fit.target.table.img_size
     ratios: dict[tuple, list[float]] = {}
     for one in found:
         ratios.setdefault(_architecture(one.config, size), []).append(one.ms / one.predicted)

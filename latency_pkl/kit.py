@@ -17,9 +17,10 @@ from latency_pkl.fit_whole import FAR, LEAST_FITTED, fit_whole, wild_timings
 from latency_pkl.measured import errors_of
 from latency_pkl.sampling import Decks, reference_config
 from models.config import NetworkConfig, build_config, load_config, unique_keys
-from models.latency import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS, LatencyTable
+from models.latency import LatencyTable
 from models.onnx_graph import RANDOM_BOUND, save_onnx, to_onnx
 from models.search_space import Arch, SearchSpace
+from models.tables import LEAST_PLAUSIBLE_MS, MOST_PLAUSIBLE_MS
 from tools.errors import BadInput
 from tools.files import write_atomic, write_text
 

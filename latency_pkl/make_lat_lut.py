@@ -52,13 +52,12 @@ from latency_pkl.runtimes import engine_of_table, standard_of
 from latency_pkl.sampling import launch_of, random_config, reference_config, tf32_of
 from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
 from models.config import load_config
+from models.counted import counted_table
 from models.elasticity import check_divisor
-from models.latency import load_table, save_table, warn_of_errors
-from models.limits import counted_table
 from models.onnx_graph import OPSETS, USUAL_OPSET
 from models.parsing import USUAL_CLASSES
 from models.search_space import SPACE
-from models.table_files import table_size
+from models.tables import load_table, save_table, table_size, warn_of_errors
 from tools.chain import settle, with_flags
 from tools.distributed import pick_device
 from tools.environment import set_tf32

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from latency_pkl.sampling import build_network, launch_of, tf32_of
 from latency_pkl.timing import PART_PASSES, ROUNDS, Bench, Standard, measure_latency
 from models.config import NetworkConfig, parse_config
-from models.latency import LatencyTable, load_table
+from models.latency import LatencyTable
 from models.onnx_graph import to_onnx
 from models.search_space import SearchSpace
+from models.tables import load_table
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.export import need
@@ -259,7 +260,7 @@ def log_network_latency(
         log.info('%s, the table of the config, is not there: the latency is not relative to it', meta.table)
     elif meta.table:
         try:
-            table = load_table(meta.table, img_size, space, lambda _: None)
+            table = load_table(meta.table, img_size, space)
             if table.unit == 'ms':
                 meta = replace(meta, predicted=table.of_config(config))
             if table.unit == 'ms' and table.is_of(device_name(device)):

@@ -4,95 +4,26 @@ Paper: width level, section 3.4 and algorithm 1.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.latency import TOLERANCE, LatencyTable, Limit
+from models.latency import LatencyTable
 from models.layers import MID_DIMS
 from models.model_search import Network
 from models.parsing import Masks, mask_widths
 from models.search_space import Arch, Op, SearchSpace, Widths
-from models.width_program import Reach, reach_within
 from tools.errors import BadInput
 
-CLOSE_ENOUGH = 1e-4
-"""Gap to the target, as a share of it, at which `fit_widths` stops."""
-
-PATH_STEPS = 256
-"""Steps in which `fit_widths` walks to widths that reach the target within all limits."""
-
-FILL_STEPS = 32
-"""Most steps by which `fit_widths` moves one block at a time."""
+FIT_GAP = 1e-4  # share of the target that a fit may leave: 1.5 us of 15 ms, far below any clock's noise
+FIT_STEPS = 32  # most steps by which a fit moves one block; more would only cost time, since two blocks can trade
 
 
-def scale_widths(
-    arch: Arch,
-    widths: Widths,
-    table: LatencyTable,
-    space: SearchSpace,
-    target: float,
-    divisor: int = 1,
-    limits: Sequence[Limit] = (),
-) -> Widths:
-    """Move the widths of the architecture's operators until its latency meets the target, coarse to fine.
-
-    If it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n. If it is too fast, expand
-    over stages 1 to n, 2 to n, ..., n. No step moves away from the target. The result is slower than the target only if
-    the least widths are.
-
-    With limits, shrinking goes on until the target and all limits hold, and expanding stops before any is broken.
-
-    Args:
-        arch: the current architecture.
-        widths: mid channels of all operators; those outside `arch` stay as they are.
-        table: latency table.
-        space: the search space of `arch`.
-        target: ms.
-        divisor: all widths are multiples of it; 1 in the paper.
-        limits: in other tables; none in the paper.
-
-    Returns:
-        New widths; the argument is not changed.
-    """
-    scaler = _Scaler(arch, widths, table, space, target, divisor, limits)
-    scaler.scale()
-    return scaler.result()
-
-
-def fit_widths(
-    arch: Arch,
-    widths: Widths,
-    table: LatencyTable,
-    space: SearchSpace,
-    target: float,
-    divisor: int = 1,
-    limits: Sequence[Limit] = (),
-) -> Widths:
-    """Scale widths as `scale_widths` does, then close the remaining gap by moving one block, or two against each other.
-
-    Arguments and result as for `scale_widths`. The result exceeds the target or a limit only if the least widths do. If
-    limits keep such moves from the target, the widths are taken from the way to widths that reach it within the limits.
-    """
-    scaler = _Scaler(arch, widths, table, space, target, divisor, limits)
-    scaler.scale()
-    scaler.fill()
-    if limits and scaler.misses():
-        scaler.detour()
-    return scaler.result()
-
-
-def reach_of(
-    arch: Arch, table: LatencyTable, space: SearchSpace, need: float, divisor: int, limits: Sequence[Limit]
-) -> Reach:
-    """Return how far the widths of an architecture reach in `table` within the limits, without the table's base.
-
-    Args:
-        need: latency in `table` that is far enough; inf for the most that there is.
-    """
-    return _Scaler(arch, space.start_widths(), table, space, 0.0, divisor, limits).reach(need)
+def width_range(op: Op, in_ch: int, divisor: int) -> tuple[int, int]:
+    """Return the least and the most mid channels of an operator that are multiples of `divisor`."""
+    return -(-op.min_width(in_ch) // divisor) * divisor, op.max_width(in_ch) // divisor * divisor
 
 
 def check_divisor(divisor: int, space: SearchSpace) -> None:
@@ -106,194 +37,139 @@ def check_divisor(divisor: int, space: SearchSpace) -> None:
             )
 
 
-def width_range(op: Op, in_ch: int, divisor: int) -> tuple[int, int]:
-    """Return the least and the most mid channels of an operator that are multiples of `divisor`."""
-    return -(-op.min_width(in_ch) // divisor) * divisor, op.max_width(in_ch) // divisor * divisor
+class Scaler:
+    """Bounds and latency curves of one architecture's blocks. Inside, widths are lists over blocks.
 
+    Args:
+        divisor: all widths are multiples of it; 1 in the paper.
+    """
 
-def latency_range(arch: Arch, table: LatencyTable, space: SearchSpace, divisor: int = 1) -> tuple[float, float]:
-    """Return the latency of an architecture at its least and at its most widths, in ms."""
-    scaler = _Scaler(arch, space.start_widths(), table, space, target=0.0, divisor=divisor)
-    return scaler.measure(scaler.low), scaler.measure(scaler.high)
-
-
-class _Scaler:
-    """Widths, bounds and latency curves of one architecture's blocks, as lists over blocks."""
-
-    def __init__(
-        self,
-        arch: Arch,
-        widths: Widths,
-        table: LatencyTable,
-        space: SearchSpace,
-        target: float,
-        divisor: int = 1,
-        limits: Sequence[Limit] = (),
-    ):
-        self.start, self.target, self.divisor, self.last_stage = widths, target, divisor, len(space.stages)
+    def __init__(self, arch: Arch, table: LatencyTable, space: SearchSpace, divisor: int):
+        self.divisor, self.base = divisor, table.base
         self.picks = space.chosen(arch, table.img_size)
-        ops = [space.ops[index] for _, index in self.picks]
-        self.stage = [space.stage_names.index(block.stage) + 1 for block, _ in self.picks]
-        ends = [width_range(op, block.in_ch, divisor) for (block, _), op in zip(self.picks, ops, strict=True)]
-        self.low, self.high = [low for low, _ in ends], [high for _, high in ends]
-        if any(low > high for low, high in zip(self.low, self.high, strict=True)):
-            raise BadInput(f'width divisor {divisor}: some blocks have no such width; use a smaller one')
-        keys = [block.key(op) for (block, _), op in zip(self.picks, ops, strict=True)]
-        self.curves, self.base = [table.curves[key] for key in keys], table.base
-        self.limits = [(limit, [limit.table.curves[key] for key in keys]) for limit in limits]
-        self.widths = [
-            min(max(round(widths[block.stage][block.name][index] / divisor) * divisor, low), high)
-            for (block, index), low, high in zip(self.picks, self.low, self.high, strict=True)
-        ]
-        self.latency = self.measure(self.widths)
+        self.low, self.high, self.curves, self.stage = [], [], [], []
+        for block, index in self.picks:
+            op = space.ops[index]
+            low, high = width_range(op, block.in_ch, divisor)
+            self.low.append(low)
+            self.high.append(high)
+            self.curves.append(table.curves[block.key(op)])
+            self.stage.append(space.stage_names.index(block.stage) + 1)
+        self.last_stage = len(space.stages)
 
-    def measure(self, widths: list[int]) -> float:
-        """Return the latency in ms with these widths, one per block."""
+    def reach(self) -> tuple[float, float]:
+        """Return the latency at the least and at the most widths."""
+        return self.latency(self.low), self.latency(self.high)
+
+    def latency(self, widths: list[int]) -> float:
+        """Return the latency of the whole network."""
         return self.base + sum(float(curve[w - 1]) for curve, w in zip(self.curves, widths, strict=True))
 
-    def keeps_limits(self, widths: list[int]) -> bool:
-        """Return whether these widths, one per block, keep all limits."""
-        return all(limit.holds(self.total(limit, curves, widths)) for limit, curves in self.limits)
+    def scale(self, widths: Widths, target: float) -> Widths:
+        """Return widths that meet the target, coarse to fine: the passes of the paper's algorithm 1.
 
-    def misses(self) -> bool:
-        """Return whether the target is further than `fit_widths` allows, and not exceeded."""
-        return self.target - self.latency > CLOSE_ENOUGH * self.target
+        If it is too slow, shrink over all stages, then expand over stages 2 to n, 3 to n, ..., n. If it is too fast,
+        expand over stages 1 to n, 2 to n, ..., n. No step moves away from the target. The result is slower than the
+        target only if the least widths are.
+        """
+        return self._with(widths, self._scaled(self._own(widths), target))
 
-    def scale(self) -> None:
-        """Run all passes of the paper's algorithm 1."""
-        if self.latency > self.target or not self.keeps_limits(self.widths):
-            self.shrink(first_stage=1)
-            starts = range(2, self.last_stage + 1)
-        else:
-            starts = range(1 if self.latency < self.target else self.last_stage + 1, self.last_stage + 1)
-        for first in starts:
-            self.expand(first_stage=first)
+    def fit(self, widths: Widths, target: float) -> Widths:
+        """Scale, then close the remaining gap by moving one block, or two against each other."""
+        return self._with(widths, self._filled(self._scaled(self._own(widths), target), target))
 
-    def shrink(self, first_stage: int) -> None:
-        """Step down to the first widths that meet the target and limits, or to the least widths of the range."""
-        ratios = self.ratios(first_stage)
-        while self.latency > self.target or not self.keeps_limits(self.widths):
-            stepped = self.stepped(ratios, -1)
-            if stepped == self.widths:
+    def _scaled(self, widths: list[int], target: float) -> list[int]:
+        latency = self.latency(widths)
+        if latency == target:
+            return widths
+        first_stage = 1
+        if latency > target:
+            widths = self._shrunk(widths, target)
+            first_stage = 2
+        for stage in range(first_stage, self.last_stage + 1):
+            widths = self._expanded(widths, target, stage)
+        return widths
+
+    def _shrunk(self, widths: list[int], target: float) -> list[int]:
+        """Step down to the first widths that meet the target, or to the least widths."""
+        steps = self._steps(widths, first_stage=1)
+        while self.latency(widths) > target:
+            stepped = self._stepped(widths, steps, -1)
+            if stepped == widths:
                 break
-            self.widths, self.latency = stepped, self.measure(stepped)
+            widths = stepped
+        return widths
 
-    def expand(self, first_stage: int) -> None:
-        """Step up to the last widths that meet the target and limits, or to the most widths of the range."""
-        ratios = self.ratios(first_stage)
+    def _expanded(self, widths: list[int], target: float, first_stage: int) -> list[int]:
+        """Step up to the last widths that meet the target, or to the most widths of these stages."""
+        steps = self._steps(widths, first_stage)
         while True:
-            stepped = self.stepped(ratios, +1)
-            latency = self.measure(stepped)
-            if stepped == self.widths or latency > self.target or not self.keeps_limits(stepped):
-                break
-            self.widths, self.latency = stepped, latency
+            stepped = self._stepped(widths, steps, +1)
+            if stepped == widths or self.latency(stepped) > target:
+                return widths
+            widths = stepped
 
-    def fill(self) -> None:
-        """Move one or two blocks at a time so as to fill most of the gap to the target, until it is small enough or no
-        move fills more of it. Two blocks can trade channels if single moves are too coarse."""
-        while (gap := self.target - self.latency) > CLOSE_ENOUGH * self.target:
-            moves = [self.moves(i) for i in range(len(self.widths))]
-            totals = [self.total(limit, curves, self.widths) for limit, curves in self.limits]
-            most = [limit.value * (1 + TOLERANCE) for limit, _ in self.limits]
-            room = np.array(most) - np.array(totals)
-            best = (0.0, self.widths)
-            for i, (widths_i, gains_i, costs_i) in enumerate(moves):
-                for j in range(i + 1, len(moves)):
-                    widths_j, gains_j, costs_j = moves[j]
-                    if self.limits:
-                        gains = gains_i[:, None] + gains_j
-                        kept = (costs_i[:, :, None] + costs_j[:, None] <= room[:, None, None]).all(axis=0)
-                        gains = np.where(kept & (gains <= gap), gains, -np.inf)
-                        partner = gains.argmax(axis=1)
-                        gains = gains.max(axis=1)
-                    else:
-                        partner = np.searchsorted(gains_j, gap - gains_i, side='right') - 1
-                        gains = np.where(partner >= 0, gains_i + gains_j[partner], -np.inf)
-                    at = int(gains.argmax())
-                    if best[0] < gains[at] <= gap:
-                        stepped = list(self.widths)
-                        stepped[i], stepped[j] = int(widths_i[at]), int(widths_j[partner[at]])
-                        best = (float(gains[at]), stepped)
-            latency = self.measure(best[1])
-            if not self.latency < latency <= self.target or not self.keeps_limits(best[1]):
-                break
-            self.widths, self.latency = best[1], latency
-
-    def moves(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the widths that `fill` may give a block, the current one included, the latency that each adds, and
-        what each adds in the tables of the limits [limits, widths].
-        """
-        reach = FILL_STEPS * self.divisor
-        low, high = max(self.widths[i] - reach, self.low[i]), min(self.widths[i] + reach, self.high[i])
-        widths = np.arange(low, high + 1, self.divisor)
-        added = [
-            curves[i][widths - 1] - curves[i][self.widths[i] - 1]
-            for curves in [self.curves, *(curves for _, curves in self.limits)]
-        ]
-        return widths, added[0], np.array(added[1:])
-
-    def reach(self, need: float) -> Reach:
-        """Return how far the widths reach within the limits, see `reach_of`."""
-        of_tables = [self.curves, *(curves for _, curves in self.limits)]
-        gains, *costs = (
-            [curve[low - 1 : high : self.divisor] for curve, low, high in zip(curves, self.low, self.high, strict=True)]
-            for curves in of_tables
-        )
-        return reach_within(
-            gains, costs, [limit.value - limit.table.base for limit, _ in self.limits], need - self.base
-        )
-
-    def detour(self) -> None:
-        """Take the widths from the way to some that reach the target within the limits, nearest to it from below, and
-        fill again; keep the present ones if those are not nearer.
-
-        Such a way leads from the present widths; or if it breaks limits, from the least widths, which keep them.
-        """
-        reach = self.reach(self.target)
-        goal = np.array([low + at * self.divisor for low, at in zip(self.low, reach.choice, strict=True)])
-        found = self.widths, self.latency
-        for start in (np.array(self.widths), np.array(self.low)):
-            self.widths, self.latency = self.along(start, goal)
-            self.fill()
-            if self.latency > found[1] and self.keeps_limits(self.widths):
-                found = self.widths, self.latency
-            self.widths, self.latency = found
-            if not self.misses():
-                break
-
-    def along(self, start: np.ndarray, goal: np.ndarray) -> tuple[list[int], float]:
-        """Return the widths between two, and their latency, that are slowest within the target and the limits."""
-        found = start.tolist(), self.measure(start.tolist())
-        for share in np.linspace(0, 1, PATH_STEPS + 1):
-            widths = (start + np.rint((goal - start) * share / self.divisor).astype(int) * self.divisor).tolist()
-            latency = self.measure(widths)
-            if found[1] < latency <= self.target and self.keeps_limits(widths):
-                found = widths, latency
-        return found
-
-    def total(self, limit: Limit, curves: list[np.ndarray], widths: list[int]) -> float:
-        """Return the total with these widths in the table of a limit."""
-        return limit.table.base + sum(float(curve[w - 1]) for curve, w in zip(curves, widths, strict=True))
-
-    def ratios(self, first_stage: int) -> dict[int, int]:
-        """Return block position -> channels per step for a range of stages, in proportion to their widths."""
+    def _steps(self, widths: list[int], first_stage: int) -> dict[int, int]:
+        """Return block -> multiples per step, in proportion to the widths, so that blocks keep their proportions."""
         blocks = [i for i, stage in enumerate(self.stage) if stage >= first_stage]
-        smallest = min((self.widths[i] for i in blocks), default=1)
-        return {i: round(self.widths[i] / smallest) for i in blocks}
+        smallest = min((widths[i] for i in blocks), default=1)
+        return {i: round(widths[i] / smallest) for i in blocks}
 
-    def stepped(self, ratios: dict[int, int], sign: int) -> list[int]:
-        """Return the widths after one step, clipped to their bounds."""
-        widths = list(self.widths)
-        for i, ratio in ratios.items():
-            widths[i] = min(max(widths[i] + sign * ratio * self.divisor, self.low[i]), self.high[i])
+    def _stepped(self, widths: list[int], steps: dict[int, int], sign: int) -> list[int]:
+        stepped = list(widths)
+        for i, step in steps.items():
+            moved = stepped[i] + sign * step * self.divisor
+            stepped[i] = min(max(moved, self.low[i]), self.high[i])
+        return stepped
+
+    def _filled(self, widths: list[int], target: float) -> list[int]:
+        """Move one or two blocks at a time so as to fill most of the gap, until it is small or no move fills more."""
+        latency = self.latency(widths)
+        while (gap := target - latency) > FIT_GAP * target:
+            moved = self._best_move(widths, gap)
+            after = self.latency(moved)
+            if not latency < after <= target:
+                break
+            widths, latency = moved, after
         return widths
 
-    def result(self) -> Widths:
-        """Return the widths of all operators; only those of the architecture have changed."""
-        widths = {stage: {block: dict(ops) for block, ops in blocks.items()} for stage, blocks in self.start.items()}
-        for (block, index), width in zip(self.picks, self.widths, strict=True):
-            widths[block.stage][block.name][index] = width
-        return widths
+    def _best_move(self, widths: list[int], gap: float) -> list[int]:
+        """Return the widths after the move of two blocks that fills most of the gap; one of them may stay."""
+        moves = [self._moves(i, widths[i]) for i in range(len(widths))]
+        best_gain, best = 0.0, widths
+        for i, (widths_i, gains_i) in enumerate(moves):
+            for j in range(i + 1, len(moves)):
+                widths_j, gains_j = moves[j]
+                # curves rise, so the best partner of each move is the last one that still fits the gap
+                partner = np.searchsorted(gains_j, gap - gains_i, side='right') - 1
+                gains = np.where(partner >= 0, gains_i + gains_j[partner], -np.inf)
+                at = int(gains.argmax())
+                if best_gain < gains[at] <= gap:
+                    best_gain, best = float(gains[at]), list(widths)
+                    best[i], best[j] = int(widths_i[at]), int(widths_j[partner[at]])
+        return best
+
+    def _moves(self, i: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the widths that a block may move to, its own included, and the latency that each adds."""
+        reach = FIT_STEPS * self.divisor
+        low, high = max(width - reach, self.low[i]), min(width + reach, self.high[i])
+        widths = np.arange(low, high + 1, self.divisor)
+        return widths, self.curves[i][widths - 1] - self.curves[i][width - 1]
+
+    def _own(self, widths: Widths) -> list[int]:
+        """Return the blocks' widths, as the nearest multiples within their bounds."""
+        own = []
+        for (block, index), low, high in zip(self.picks, self.low, self.high, strict=True):
+            nearest = round(widths[block.stage][block.name][index] / self.divisor) * self.divisor
+            own.append(min(max(nearest, low), high))
+        return own
+
+    def _with(self, widths: Widths, own: list[int]) -> Widths:
+        """Return the widths of all operators; only those of the architecture change."""
+        new = {stage: {block: dict(ops) for block, ops in blocks.items()} for stage, blocks in widths.items()}
+        for (block, index), width in zip(self.picks, own, strict=True):
+            new[block.stage][block.name][index] = width
+        return new
 
 
 def start_masks(space: SearchSpace) -> Masks:

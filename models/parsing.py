@@ -1,10 +1,11 @@
 """Reading of search checkpoints: architecture, widths, and the config of the found network."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.config import NetworkConfig, build_config, load_config
@@ -13,17 +14,11 @@ from models.search_space import Arch, SearchSpace, Widths
 from tools.errors import BadInput
 from tools.files import load_checkpoint, strip_module_prefix
 
-Masks = dict[str, dict[str, dict[int, Tensor]]]
-"""0/1 masks of mid channels, [max width] each: masks[stage name][block name][op index]."""
+Masks = dict[str, dict[str, dict[int, Tensor]]]  # 0/1, [max width] each: masks[stage name][block name][op index]
 
-MASKS_KEY = 'mc_mask_dddict'
-"""Key of the masks in a search checkpoint."""
-
-ARCH_KEY = 'arch'
-"""Key of the current architecture in a search checkpoint; published ones have none."""
-
-USUAL_CLASSES = 1000
-"""Number of classes if a searched model has none, as published ones."""
+MASKS_KEY = 'mc_mask_dddict'  # of the masks in a search checkpoint, as published
+ARCH_KEY = 'arch'  # of the current architecture in a search checkpoint; published ones have none
+USUAL_CLASSES = 1000  # of a searched model that names none, as published ones
 
 
 def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
@@ -37,6 +32,14 @@ def parse_architecture(state: Mapping[str, Tensor], space: SearchSpace) -> Arch:
         depth = stage.exit_depths[int(state[f'{name}.betas'].argmax())]
         arch[name] = [int(state[f'{name}.block{i}.log_alphas'].argmax()) for i in range(1, depth + 1)]
     return arch
+
+
+def random_probabilities(seed: int, space: SearchSpace) -> dict[str, Tensor]:
+    """Return random log_alphas and betas: all depths and operators are equally likely to be the most probable."""
+    sizes = {f'{block.stage}.{block.name}.log_alphas': len(space.ops) for block in space.blocks()}
+    sizes |= {f'{name}.betas': len(stage.exit_depths) for name, stage in space.named_stages}
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(size, generator=draw).log_softmax(0) for name, size in sizes.items()}
 
 
 def mask_widths(masks: Masks) -> Widths:
@@ -60,67 +63,64 @@ def is_config_file(path: str | Path) -> bool:
         raise BadInput(f'{path}: cannot be read ({e.strerror}); expected a searched model or a model.config') from e
 
 
-def load_architecture(path: str | Path, space: SearchSpace) -> NetworkConfig:
-    """Return the config of the network in `path`, a searched model or a `model.config`, with its meta.
+@dataclass(frozen=True)
+class Searched:
+    """What a parser needs of a search.
 
-    A searched model has the classes of its search.
-
-    Raises:
-        BadInput: the file is neither.
+    Attributes:
+        state: log_alphas and betas, and full-width weights if it was read from a searched model.
+        widths: of all operators.
+        arch: current architecture, whose widths meet the target of the search.
+        flags: of the search; none if it has none, as published ones.
     """
-    if is_config_file(path):
-        return load_config(path)
-    checkpoint = _read_search_checkpoint(path)
-    state, masks = unpack_search_checkpoint(checkpoint, path, space)
-    arch = saved_architecture(checkpoint, path, space) or parse_architecture(state, space)
-    meta, searched_classes = search_meta(path)
-    config = build_config(arch, mask_widths(masks), searched_classes, space)
-    return replace(config, meta=meta).with_classes(searched_classes)
+
+    state: dict[str, Tensor]
+    widths: Widths
+    arch: Arch
+    meta: Meta
+    num_classes: int
+    flags: Mapping[str, Any]
+
+    def config(self, space: SearchSpace) -> NetworkConfig:
+        """Return the config of the current architecture, with the meta of the search."""
+        config = build_config(self.arch, self.widths, self.num_classes, space)
+        return replace(config, meta=self.meta).with_classes(self.num_classes)
 
 
-def search_meta(path: str | Path) -> tuple[Meta, int]:
-    """Return the meta of a searched model, and the number of classes of its search; `USUAL_CLASSES` if it has none.
-
-    Raises:
-        BadInput: unreadable, or see `Meta.from_dict`.
-    """
-    checkpoint = load_checkpoint(path, whole=False)
-    meta = checkpoint_meta(checkpoint if isinstance(checkpoint, dict) else {}, str(path))
-    count = search_flags(path).get('num_classes')
-    if type(count) is not int or not 2 <= count <= MOST_NAMES:
-        count = len(meta.class_names or ()) or USUAL_CLASSES
-    return meta, count
-
-
-def search_flags(path: str | Path) -> Mapping[str, Any]:
-    """Return the flags that a searched model was made with; none if it has none, as published ones.
-
-    Raises:
-        BadInput: unreadable.
-    """
-    checkpoint = load_checkpoint(path, whole=False)
-    flags = checkpoint.get('flags') if isinstance(checkpoint, dict) else None
-    return flags if isinstance(flags, Mapping) else {}
-
-
-def load_search_checkpoint(path: str | Path, space: SearchSpace) -> tuple[dict[str, Tensor], Masks]:
-    """Return the full-width weights (names without `module.`) and masks of a searched model.
+def read_searched(path: str | Path, space: SearchSpace) -> Searched:
+    """Read a searched model.
 
     Raises:
         BadInput: not a search checkpoint, or one of another search space.
     """
-    return unpack_search_checkpoint(_read_search_checkpoint(path), path, space)
-
-
-def _read_search_checkpoint(path: str | Path) -> dict:
     checkpoint = load_checkpoint(path)
-    state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
-    if (
-        not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()))
-        or MASKS_KEY not in checkpoint
-    ):
+    weights = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    named = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
+    if not named or MASKS_KEY not in checkpoint:
         raise BadInput(f'{path}: neither a model.config nor a searched model (no state_dict and {MASKS_KEY} in it)')
-    return checkpoint
+    state, masks = unpack_search_checkpoint(checkpoint, path, space)
+    arch = saved_architecture(checkpoint, path, space) or parse_architecture(state, space)
+    meta, flags = checkpoint_meta(checkpoint, str(path)), checkpoint.get('flags')
+    flags = flags if isinstance(flags, Mapping) else {}
+    count = flags.get('num_classes')
+    if type(count) is not int or not 2 <= count <= MOST_NAMES:
+        count = len(meta.class_names or ()) or USUAL_CLASSES
+    return Searched(state, mask_widths(masks), arch, meta, count, flags)
+
+
+def random_search(seed: int, num_classes: int, space: SearchSpace) -> Searched:
+    """Return what a search might have found by chance: a random architecture at the widths of a search's start."""
+    state = random_probabilities(seed, space)
+    return Searched(state, space.start_widths(), parse_architecture(state, space), Meta(), num_classes, {})
+
+
+def load_architecture(path: str | Path, space: SearchSpace) -> NetworkConfig:
+    """Return the config of the network in `path`, a searched model or a `model.config`, with its meta.
+
+    Raises:
+        BadInput: the file is neither.
+    """
+    return load_config(path) if is_config_file(path) else read_searched(path, space).config(space)
 
 
 def unpack_search_checkpoint(
@@ -131,11 +131,10 @@ def unpack_search_checkpoint(
     Raises:
         BadInput: it is of another search space.
     """
-    state, masks = strip_module_prefix(checkpoint['state_dict']), checkpoint[MASKS_KEY]
+    state, masks, ops = strip_module_prefix(checkpoint['state_dict']), checkpoint[MASKS_KEY], len(space.ops)
     for block, index, op in space.positions():
         where = f'{block.stage}.{block.name}'
         alphas = state.get(f'{where}.log_alphas')
-        ops = len(space.ops)
         if alphas is None or alphas.shape != (ops,) or not alphas.isfinite().all():
             raise BadInput(f'{path}: {where}.log_alphas should be {ops} values; another search space?')
         least, most = op.min_width(block.in_ch), op.max_width(block.in_ch)
@@ -146,23 +145,20 @@ def unpack_search_checkpoint(
             good = False
         if not good:
             raise BadInput(f'{path}: mask of {where} op {index} is not {most} zeros and ones')
-        if (width := int(mask.sum())) < least:  # the block might have no expansion
+        width = int(mask.sum())
+        if width < least:  # the block might have no expansion
             raise BadInput(
                 f'{path}: mask of {where} op {index} keeps {width} channels, should keep at least {least} of {most}'
             )
     for name, stage in space.named_stages:
-        if f'{name}.betas' not in state or state[f'{name}.betas'].shape != (len(stage.exit_depths),):
-            raise BadInput(f'{path}: {name}.betas should be {len(stage.exit_depths)} values; another search space?')
+        betas, exits = state.get(f'{name}.betas'), len(stage.exit_depths)
+        if betas is None or betas.shape != (exits,):
+            raise BadInput(f'{path}: {name}.betas should be {exits} values; another search space?')
     return state, masks
 
 
 def saved_architecture(checkpoint: Mapping, path: str | Path, space: SearchSpace) -> Arch | None:
     """Return the current architecture in a searched model that was read from `path`; None if it has none.
-
-    Its widths in the masks meet the target of the search.
-
-    Args:
-        checkpoint: passed `unpack_search_checkpoint`.
 
     Raises:
         BadInput: it is of another search space.
@@ -170,13 +166,10 @@ def saved_architecture(checkpoint: Mapping, path: str | Path, space: SearchSpace
     arch = checkpoint.get(ARCH_KEY)
     if arch is None:
         return None
-    state = strip_module_prefix(checkpoint['state_dict'])
     for name, stage in space.named_stages:
         ops = arch.get(name) if isinstance(arch, dict) else None
         good = isinstance(ops, list) and len(ops) in stage.exit_depths
-        for i, op in enumerate(ops if good else (), start=1):
-            good = good and type(op) is int and 0 <= op < len(state[f'{name}.block{i}.log_alphas'])
-        if not good:
+        if not good or not all(type(op) is int and 0 <= op < len(space.ops) for op in ops):
             raise BadInput(
                 f'{path}: {ARCH_KEY}.{name} should be a list of {stage.exit_depths[0]} to {stage.depth} operators by '
                 f'number; another search space?'

@@ -15,9 +15,9 @@ from dataset import make_lists
 from dataset.demo import unpack
 from latency_pkl import make_lat_lut
 from models.elasticity import full_weights, start_masks
-from models.latency import save_table
 from models.parsing import MASKS_KEY
 from models.search_space import SPACE
+from models.tables import save_table
 from tools.options import run_script
 
 SCRIPTS = {

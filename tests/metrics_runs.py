@@ -7,7 +7,7 @@ import torch
 from conftest import make_table
 from models.config import load_config
 from models.describe import describe_architecture, describe_network, describe_space, describe_table
-from models.elasticity import latency_range, scale_widths, start_masks, update_masks
+from models.elasticity import Scaler, start_masks, update_masks
 from models.parsing import mask_widths, parse_architecture
 from models.search_space import SPACE
 from tools.run import RunLogger, run_header
@@ -49,8 +49,9 @@ def write_search(folder, space=SPACE, epochs=6, warmup=2, img_size=64, steps=10,
                 noise = torch.randn(state[name].shape, generator=draw)
                 state[name] = (state[name] + 3 / epochs**0.5 * noise).log_softmax(0)
             arch, widths = parse_architecture(state, space), mask_widths(masks)
-            scaled = scale_widths(arch, widths, table, space, target)
-            least, most = latency_range(arch, table, space)
+            scaler = Scaler(arch, table, space, 1)
+            scaled = scaler.scale(widths, target)
+            least, most = scaler.reach()
             before, after = table.total(arch, widths, space), table.total(arch, scaled, space)
             numbers['latency'] = {'target': target, 'before': before, 'after': after}
             numbers['latency'] |= {'least': least, 'most': most}

@@ -30,10 +30,10 @@ from latency_pkl.runtimes import log_network_latency
 from latency_pkl.sampling import reference_config
 from latency_pkl.timing import Measured
 from models.config import dump_config, load_config, parse_config
-from models.latency import load_table, save_table
 from models.meta import Meta, checkpoint_meta
 from models.parsing import load_architecture
 from models.search_space import SPACE
+from models.tables import load_table, save_table
 from models.training_run import compare_data, describe_data
 from tools.chain import command, settle
 from tools.distributed import World

@@ -18,7 +18,7 @@ import pytest
 
 from conftest import make_table
 from models.config import dump_config, load_config
-from models.latency import save_table
+from models.tables import save_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'experiments/README.md'))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import NUM_CLASSES, make_table, random_arch
-from models.elasticity import full_weights, gather, scale_widths, scatter, start_masks, update_masks
+from models.elasticity import Scaler, full_weights, gather, scatter, start_masks, update_masks
 from models.model_search import Network
 from models.parsing import mask_widths
 from models.search_space import SPACE
@@ -52,6 +52,10 @@ def recompute(arch, widths, table, space, target):
         if any(stage >= first for stage in stages) and cost(now) <= target:
             now = [v for v in steps(now, first, +1) if cost(v) <= target][-1]
     return now
+
+
+def scale_widths(arch, widths, table, space, target):
+    return Scaler(arch, table, space, 1).scale(widths, target)
 
 
 def used(arch, widths, space):

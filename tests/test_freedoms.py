@@ -8,39 +8,10 @@ from bad_files import good_flags, run_here, words_of, write_table
 from training_runs import only_run
 
 from conftest import NUM_CLASSES, SMALL_SPACE
-from models.elasticity import align_operators, full_weights, start_masks
-from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
+from models.elasticity import align_operators, full_weights
+from models.parsing import read_searched
 from models.search_space import SPACE
-from tools.errors import BadInput
 from tools.rng import derive_seed
-
-
-@pytest.mark.parametrize(
-    ('spoil', 'message'),
-    [
-        (lambda data: data.pop('state_dict'), 'neither a model.config nor a searched model'),
-        (lambda data: data['state_dict'].update(epoch=3), 'neither a model.config nor a searched model'),
-        (lambda data: data['state_dict'].pop('stage3.betas'), 'stage3.betas should be 2 values'),
-        (
-            lambda data: data['state_dict'].pop('stage1.block1.log_alphas'),
-            'block1.log_alphas should be 3 values',
-        ),
-        (lambda data: data[MASKS_KEY]['stage1']['block1'][0].fill_(0.5), 'mask of stage1.block1 op 0'),
-        (lambda data: data[MASKS_KEY].pop('stage2'), 'mask of stage2.block1 op 0'),
-        (
-            lambda data: data[MASKS_KEY]['stage3']['block2'][2][31:].zero_(),
-            'mask of stage3.block2 op 2 keeps 31 channels, should keep at least 32 of 64',
-        ),
-    ],
-)
-def test_spoiled_searched_models_are_refused_by_what_is_wrong(tmp_path, spoil, message):
-    path = tmp_path / 'searched.pth.tar'
-    masks = start_masks(SMALL_SPACE)
-    data = {'state_dict': full_weights(NUM_CLASSES, torch.device('cpu'), SMALL_SPACE), MASKS_KEY: masks}
-    spoil(data)
-    torch.save(data, path)
-    with pytest.raises(BadInput, match=message):
-        load_search_checkpoint(path, SMALL_SPACE)
 
 
 def test_aligned_operators_are_parts_of_the_largest():
@@ -68,7 +39,7 @@ def test_epochs_of_the_largest_operators_train_these_alone_and_then_all_start_fr
     torch.manual_seed(derive_seed(2, 'weights'))
     start = full_weights(3, torch.device('cpu'), SPACE)
     folder, lead = only_run(tmp_path / 'runs'), 3  # k5 e6 without SE
-    first, second = (load_search_checkpoint(folder / f'searched_model_0{n}.pth.tar', SPACE)[0] for n in (1, 2))
+    first, second = (read_searched(folder / f'searched_model_0{n}.pth.tar', SPACE).state for n in (1, 2))
     for block in SPACE.blocks():
         names = [f'{block.stage}.{block.name}.m_ops.{i}.point_linear.conv.weight' for i in range(8)]
         assert [not torch.equal(start[name], first[name]) for name in names] == [i == lead for i in range(8)]
@@ -104,7 +75,7 @@ def test_search_without_width_keeps_the_start(search):
     pairs = re.findall(r'current lat: ([\d.]+), the target lat: ([\d.]+)$', log, re.M)
     (before, target), (after, _) = pairs
     assert before == after != target
-    assert mask_widths(load_search_checkpoint(model, SPACE)[1]) == SPACE.start_widths()
+    assert read_searched(model, SPACE).widths == SPACE.start_widths()
 
 
 def test_search_without_operator_trains_the_gumbel_path_alone(search):
@@ -112,7 +83,7 @@ def test_search_without_operator_trains_the_gumbel_path_alone(search):
     torch.manual_seed(derive_seed(2, 'weights'))
     start, moved = full_weights(3, torch.device('cpu'), SPACE), {}
     for freedoms in ((), ('operator',)):
-        state, _ = load_search_checkpoint(search(*freedoms)[1], SPACE)
+        state = read_searched(search(*freedoms)[1], SPACE).state
         moved[freedoms] = [
             sum(
                 not torch.equal(start[name], state[name])

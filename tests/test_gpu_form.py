@@ -16,9 +16,9 @@ import train_search
 from conftest import NUM_CLASSES, RECIPE, make_table, new_search
 from models import search
 from models.cuda_graph import EAGER_STEPS, Graphs, record_cuda_graph
-from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy
 from models.search import backward_on_mixture, backward_on_paths, rehearse_architecture_step, train_only
+from models.targeting import Target
 from tools import environment
 from tools.distributed import World
 from tools.errors import BadInput
@@ -28,7 +28,9 @@ from tools.rng import generator_for
 CPU = torch.device('cpu')
 HALF = Precision(CPU, torch.bfloat16)
 STEPS = 12
-ARGS = SimpleNamespace(largest_epochs=0, seed=0, warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0)
+ARGS = SimpleNamespace(
+    batch_size=4, largest_epochs=0, seed=0, warmup_epochs=0, freedoms=['operator'], print_freq=100, grad_clip=5.0
+)
 
 
 class Loader(list):
@@ -48,12 +50,10 @@ def train_epochs(space, graphs, epochs=1, device=CPU):
     generator = torch.Generator().manual_seed(1)
     batches = Loader((torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4) % 3) for _ in range(STEPS))
     checkpointer = SimpleNamespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
-    logger = SimpleNamespace(
-        track=lambda batches, _: batches, watch=lambda batches, *_: batches, step=lambda *_, **__: None
-    )
+    logger = SimpleNamespace(watch=lambda batches, *_: batches, advance=lambda: None, step=lambda *_, **__: None)
     for _ in range(epochs):
         state.begin_epoch()
-        loss = LatencyLoss(make_table(space, 32), state.net.widths(), space, 2.0, 0.1, device)
+        loss = Target(make_table(space, 32), space, 2.0, 1).loss(state.net.widths(), 0.1, device)
         learn = partial(train_search.learn_with_noise, state, loss)
         learn = graphs.wrap(learn, state.net.arch_parameters())
         train_search.train_epoch(state, (batches, batches), learn, World(device), ARGS, checkpointer, logger)
@@ -175,7 +175,7 @@ def test_rehearsal_runs_the_widest_step_and_changes_nothing(small_space, monkeyp
         return result
 
     monkeypatch.setattr(search, 'backward_on_mixture', spy)
-    loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
+    loss = Target(make_table(small_space, 32), small_space, 2.0, 1).loss(small_space.max_widths(), 0.1, CPU)
     rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)
     expected_loss = torch.tensor(float(NUM_CLASSES)).log().item()  # of weights that are zero
     assert ran == [(small_space.max_widths(), (4, 3, 32, 32), True, pytest.approx(expected_loss))]
@@ -190,7 +190,7 @@ def test_a_search_with_a_rehearsal_has_the_same_bits(small_space, monkeypatch):
 
     def begin_and_rehearse(*args):
         state = begin(*args)
-        loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, CPU)
+        loss = Target(make_table(small_space, 32), small_space, 2.0, 1).loss(small_space.max_widths(), 0.1, CPU)
         rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)
         return state
 
@@ -303,7 +303,7 @@ def test_a_cuda_graph_equals_the_eager_steps(small_space, settings, deterministi
 def test_a_rehearsal_leaves_no_memory_behind(small_space):
     cuda = torch.device('cuda')
     state = begin_search(small_space, cuda)
-    loss = LatencyLoss(make_table(small_space, 32), small_space.max_widths(), small_space, 2.0, 0.1, cuda)
+    loss = Target(make_table(small_space, 32), small_space, 2.0, 1).loss(small_space.max_widths(), 0.1, cuda)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     rehearse_architecture_step(state.net, (4, 3, 32, 32), loss, state.a_precision, RECIPE)

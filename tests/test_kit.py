@@ -30,9 +30,10 @@ from latency_pkl.kit import (
     write_kit,
 )
 from models.config import dump_config
-from models.latency import LatencyTable, load_table
+from models.latency import LatencyTable
 from models.meta import Meta
 from models.search_space import SPACE
+from models.tables import load_table
 from tools.errors import BadInput
 
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -34,9 +34,12 @@ from latency_pkl.timing import QUEUED, TOGETHER, UNCONFIRMED, WAITED, Measured, 
 from latency_pkl.width_grid import MULTIPLES, WidthGrid
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
-from models.latency import LatencyTable, load_table, save_table
-from models.parsing import MASKS_KEY, load_search_checkpoint, mask_widths
+from models.fitting import Fitter
+from models.latency import LatencyTable
+from models.parsing import MASKS_KEY, read_searched
 from models.search_space import SPACE
+from models.tables import load_table, save_table
+from models.targeting import Target
 from tools.errors import BadInput
 from tools.files import save_checkpoint
 
@@ -413,10 +416,10 @@ def fit_by(clock, searched, monkeypatch):
         return measured[-1]
 
     monkeypatch.setattr(closed_loop, 'measure_latency', measure_latency)
-    state, masks = load_search_checkpoint(searched, SPACE)
+    found = read_searched(searched, SPACE)
     least, _, most = table.reach(SPACE)
     target = (least + most) / 2
-    fit = closed_loop.Fitter(state, mask_widths(masks), table, SPACE, 10)
+    fit = Fitter(found.state, found.widths, Target(table, SPACE, target, 1), 10)
     config = closed_loop.fit_to_clock(fit, target, CPU, 1)
     return table.of_config(config), target, [one.ms for one in measured]
 

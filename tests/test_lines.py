@@ -15,9 +15,9 @@ import train_search
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table, new_search
 from dataset.loaders import ImageList
 from dataset.transforms import train_transform
-from models.latency import LatencyLoss
 from models.model_eval import NetworkEval
 from models.model_search import Network
+from models.targeting import Target
 from tools.distributed import World
 from tools.precision import Precision
 from tools.run import read_run
@@ -74,7 +74,7 @@ def test_the_loss_of_the_latency_by_hand():
     arch = {name: [1] * stage.depth for name, stage in SMALL_SPACE.named_stages}
     expected = table.total(arch, SMALL_SPACE.start_widths(), SMALL_SPACE)
     for target in (0.5 * expected, 2 * expected):
-        loss_of = LatencyLoss(table, SMALL_SPACE.start_widths(), SMALL_SPACE, target, 0.3, torch.device('cpu'))
+        loss_of = Target(table, SMALL_SPACE, target, 1).loss(SMALL_SPACE.start_widths(), 0.3, torch.device('cpu'))
         loss, latency = loss_of(one_hot, net.depth_weights())
         assert latency.item() == pytest.approx(expected, rel=1e-5)
         assert loss.item() == pytest.approx(0.3 * abs(expected / target - 1), rel=1e-4)
@@ -109,9 +109,9 @@ def test_the_events_of_an_epoch_of_a_search(monkeypatch):
     images = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     batches = test_gpu_form.Loader([images] * 3)
     checkpointer = Namespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
-    logger = Namespace(track=lambda items, _: items, watch=lambda items, *_: items, step=lambda *_, **__: None)
+    logger = Namespace(watch=lambda items, *_: items, advance=lambda: None, step=lambda *_, **__: None)
     widths = SMALL_SPACE.start_widths()
-    loss = LatencyLoss(make_table(SMALL_SPACE, 32), widths, SMALL_SPACE, 2.0, 0.1, torch.device('cpu'))
+    loss = Target(make_table(SMALL_SPACE, 32), SMALL_SPACE, 2.0, 1).loss(widths, 0.1, torch.device('cpu'))
     learn = partial(train_search.learn_with_noise, state, loss)
     world = World(torch.device('cpu'))
     numbers = train_search.train_epoch(

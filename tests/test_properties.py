@@ -18,11 +18,11 @@ from conftest import SMALL_SPACE, make_table, random_arch
 from dataset.images import load_pixels, load_rgb
 from dataset.lists import read_list, write_list
 from models.config import NetworkConfig, dump_config, load_config, parse_config
-from models.elasticity import fit_widths, latency_range, scale_widths
-from models.latency import load_table, save_table
 from models.model_eval import NetworkEval
-from models.parsing import load_architecture, load_search_checkpoint
+from models.parsing import load_architecture, read_searched
 from models.search_space import SPACE
+from models.tables import load_table, save_table
+from models.targeting import Target
 from tools.errors import BadInput
 from tools.files import load_checkpoint
 
@@ -157,7 +157,7 @@ def test_a_table_with_any_value_changed_is_repaired_or_bad_input(tmp_path, seed,
     (data if at in ('base', key) else data[key])[at] = value
     (tmp_path / 't.pkl').write_bytes(pickle.dumps(data))
     try:
-        loaded = load_table(tmp_path / 't.pkl', 32, SMALL_SPACE, log=lambda _: None)
+        loaded = load_table(tmp_path / 't.pkl', 32, SMALL_SPACE)
     except BadInput as e:
         assert 't.pkl' in str(e)
     else:
@@ -177,14 +177,13 @@ def test_any_pickled_value_is_a_table_or_bad_input(tmp_path, value):
 @quick
 @given(st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([1, 2]))
 def test_scaled_widths_stay_in_range_and_meet_feasible_targets(seed, share, divisor):
-    rng = random.Random(seed)
-    table = make_table(SMALL_SPACE, 32, seed)
+    rng, table = random.Random(seed), make_table(SMALL_SPACE, 32, seed)
     arch, widths = random_arch(SMALL_SPACE, rng)
-    least, most = latency_range(arch, table, SMALL_SPACE)
-    target = least + share * (most - least)
-    for scale in (scale_widths, fit_widths):
-        scaled = scale(arch, widths, table, SMALL_SPACE, target, divisor)
-        chosen = {(block.stage, block.name, index) for block, index in SMALL_SPACE.chosen(arch)}
+    target = Target(table, SMALL_SPACE, 0.0, divisor)
+    least, most = target.reach(arch)
+    target = target.at(least + share * (most - least))
+    chosen = {(block.stage, block.name, index) for block, index in SMALL_SPACE.chosen(arch)}
+    for scaled in (target.scaler(arch).scale(widths, target.value), target.fitted(arch, widths)):
         for block, index, op in SMALL_SPACE.positions():
             width, before = scaled[block.stage][block.name][index], widths[block.stage][block.name][index]
             if (block.stage, block.name, index) in chosen:
@@ -192,33 +191,7 @@ def test_scaled_widths_stay_in_range_and_meet_feasible_targets(seed, share, divi
                 assert low <= width <= high and width % divisor == 0
             else:
                 assert width == before
-        at_least = {
-            stage: {
-                block.name: {
-                    i: -(-op.min_width(block.in_ch) // divisor) * divisor for i, op in enumerate(SMALL_SPACE.ops)
-                }
-                for block in SMALL_SPACE.blocks()
-                if block.stage == stage
-            }
-            for stage in SMALL_SPACE.stage_names
-        }
-        feasible = table.total(arch, at_least, SMALL_SPACE) <= target
-        if feasible:
-            assert table.total(arch, scaled, SMALL_SPACE) <= target * (1 + 1e-9)
-
-
-@quick
-@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
-def test_fitted_latency_rises_with_the_target(seed, a, b):
-    table = make_table(SMALL_SPACE, 32, seed)
-    arch, widths = random_arch(SMALL_SPACE, random.Random(seed))
-    least, most = latency_range(arch, table, SMALL_SPACE)
-    low, high = sorted((least + a * (most - least), least + b * (most - least)))
-    reached = [
-        table.total(arch, fit_widths(arch, widths, table, SMALL_SPACE, target), SMALL_SPACE) for target in (low, high)
-    ]
-    if high > low * 1.05:
-        assert reached[0] <= reached[1] * 1.001
+        assert target.latency(arch, scaled) <= target.value * (1 + 1e-9)
 
 
 def broken(raw, rng):
@@ -262,10 +235,10 @@ def write_good(kind, path):
 READERS = {
     'list': lambda path: read_list(path, path.parent, 10, warn=lambda _: None),
     'config': load_config,
-    'table': lambda path: load_table(path, 32, SMALL_SPACE, log=lambda _: None),
+    'table': lambda path: load_table(path, 32, SMALL_SPACE),
     'checkpoint': load_checkpoint,
     'legacy checkpoint': load_checkpoint,
-    'searched model': lambda path: load_search_checkpoint(path, SPACE),
+    'searched model': lambda path: read_searched(path, SPACE),
     **dict.fromkeys(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp'], lambda path: (load_rgb(path), load_pixels(path))),
 }
 

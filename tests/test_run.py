@@ -14,7 +14,7 @@ from training_runs import CLASSES, data, flags
 import train_eval
 import train_search
 from conftest import SMALL_SPACE, make_table
-from models.latency import save_table
+from models.tables import save_table
 from tools.errors import BadInput
 from tools.run import METRICS, RunLogger, read_run, run_header
 

@@ -24,10 +24,10 @@ from latency_pkl.timing import TOGETHER, Measured, Passes, measure_latency
 from latency_pkl.width_grid import MULTIPLES, WidthGrid, on_grid, with_penalties
 from models.config import dump_config, load_config
 from models.elasticity import full_weights, start_masks
-from models.latency import load_table, save_table
 from models.meta import Meta
 from models.parsing import mask_widths
 from models.search_space import FREEDOMS, SPACE
+from models.tables import load_table, save_table
 from tools.distributed import World
 from tools.errors import BadInput
 

@@ -12,7 +12,7 @@ from bad_files import run_here
 
 from dataset import splits
 from models.config import load_config
-from models.parsing import load_search_checkpoint
+from models.parsing import read_searched
 from models.search_space import SPACE
 from tools.run import read_run
 
@@ -102,10 +102,11 @@ def test_search_metrics_agree_with_its_checkpoint_and_log(searched):
     warm, last = run.of('epoch')
     assert 'latency' not in warm and last['latency']['after'] <= latency['target']
     assert last['latency']['least'] <= last['latency']['after'] <= last['latency']['most'] <= latency['reach'][2]
-    state, masks = load_search_checkpoint(folder / 'searched_model_02.pth.tar', SPACE)
+    searched_model = read_searched(folder / 'searched_model_02.pth.tar', SPACE)
+    state = searched_model.state
     assert last['ops'][3] == pytest.approx(state['stage2.block2.log_alphas'].softmax(0).tolist(), abs=1e-6)
     assert last['exits']['stage3'] == pytest.approx(state['stage3.betas'].softmax(0).tolist(), abs=1e-6)
-    assert last['widths'][3] == [int(masks['stage2']['block2'][i].sum()) for i in range(8)]
+    assert last['widths'][3] == list(searched_model.widths['stage2']['block2'].values())
     network = last['network']
     assert network['latency'] == pytest.approx(last['latency']['after'], rel=1e-6)
     # the table counts multiply-adds, so both kinds of shares are the same
@@ -125,7 +126,7 @@ def test_search_checkpoint_has_the_published_form(searched):
     masks = checkpoint['mc_mask_dddict']
     assert masks['stage3']['block2'][5].shape == (640,) and masks['stage3']['block2'][5].dtype == torch.float32
     assert state['module.stage1.block1.log_alphas'].exp().sum().item() == pytest.approx(1, abs=1e-5)
-    warmed_up, _ = load_search_checkpoint(searched[0] / 'searched_model_01.pth.tar', SPACE)
+    warmed_up = read_searched(searched[0] / 'searched_model_01.pth.tar', SPACE).state
     assert warmed_up['stage1.block1.log_alphas'].unique().numel() == 1
 
 

@@ -12,9 +12,9 @@ from search_runs import EPOCHS, assert_same_search, begin, kill_at, search, smal
 from training_runs import load, only_run
 
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table
-from models.latency import LatencyLoss
 from models.model_search import Network
 from models.search import backward_on_mixture, backward_on_paths, train_only
+from models.targeting import Target
 from tools.distributed import join_world, leave_world
 from tools.precision import Precision
 from tools.rng import generator_for
@@ -46,7 +46,7 @@ def both_steps(net, batch, before_weights, before_architecture, optimizers=None)
         FULL.step(w_optimizer, GRAD_CLIP)
     train_only(architecture, weights)
     op_weights = net.mixture_weights(2.0, draws)
-    latency_loss = LatencyLoss(table, net.widths(), SMALL_SPACE, 3.0, 0.1, torch.device('cpu'))
+    latency_loss = Target(table, SMALL_SPACE, 3.0, 1).loss(net.widths(), 0.1, torch.device('cpu'))
     backward_on_mixture(net, *batch, op_weights, latency_loss, FULL)
     if before_architecture(architecture):
         FULL.step(a_optimizer, GRAD_CLIP)

@@ -16,10 +16,10 @@ from benchmarks.plain_search import (
 from conftest import NUM_CLASSES, RECIPE, make_table
 from models import functions
 from models.functions import ACTIVATIONS, convolve, mix_norms, norm_act
-from models.latency import LatencyLoss
 from models.model_search import ExecutionMode, HostCopy, Network
 from models.search import backward_on_mixture, backward_on_paths, train_only
 from models.search_space import SPACE, Op
+from models.targeting import Target
 from tools.precision import Precision
 from tools.rng import generator_for
 
@@ -45,7 +45,7 @@ def make_net(space, mode=MODES[0]):
 def make_loss(net, img_size):
     """Latency loss of a made-up table: weight 0.1, target 2."""
     table = make_table(net.space, img_size)
-    return LatencyLoss(table, net.widths(), net.space, 2.0, 0.1, torch.device('cpu'))
+    return Target(table, net.space, 2.0, 1).loss(net.widths(), 0.1, torch.device('cpu'))
 
 
 def architecture_step(net, optimizer, images, labels, op_weights, latency_loss, grad_clip, precision=FULL):

@@ -1,65 +1,53 @@
-"""Meeting targets: exact choice against brute force, width fits, curves from timings, estimates of cards."""
+"""Meeting targets: exact choice against brute force, scaling and fits, limits, and the current architecture."""
 
+import argparse
 import itertools
-import math
-import platform
 import random
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+import re
 
 import numpy as np
 import pytest
 import torch
+from bad_files import run_here
 
-from conftest import ROOT, SMALL_SPACE, make_table, physical_curves, random_arch
-from latency_pkl import timing as profiling
-from latency_pkl.estimate import CARDS, block_work, estimate
-from latency_pkl.fit import fit_table
-from latency_pkl.runtimes import Engine, standard_of
-from latency_pkl.sampling import Sample, build_network, random_config, reference_config, sample_of
-from latency_pkl.timing import (
-    PRECISION,
-    ROUNDS,
-    TOGETHER,
-    TURNS,
-    Bench,
-    Passes,
-    Round,
-    Standard,
-    bench_apart,
-    fastest_probe,
-    measure_in_turns,
-    measure_latency,
-    summary_of,
-    take_turns,
-    typical_parts,
-    undisturbed_share,
+import parsing_model
+import train_search
+from conftest import ROOT, SMALL_SPACE, make_table, new_search, random_arch
+from latency_pkl import make_lat_lut
+from models.config import load_config
+from models.counted import counted_table
+from models.elasticity import start_masks
+from models.fitting import Fitter, Limit
+from models.parsing import (
+    ARCH_KEY,
+    MASKS_KEY,
+    load_architecture,
+    mask_widths,
+    parse_architecture,
+    random_probabilities,
+    read_searched,
 )
-from models.config import dump_config, load_config, op_spec
-from models.elasticity import fit_widths, latency_range, scale_widths
-from models.latency import LatencyTable, load_table
-from models.model_eval import NetworkEval
-from models.parsing import parse_architecture
+from models.search import SEARCH
 from models.search_space import SPACE
-from models.targeting import most_probable
-from tools.environment import device_name
+from models.tables import load_table
+from models.targeting import Target, log_probability
+from tools.checkpoint import read_snapshot
+from tools.distributed import World
 from tools.errors import BadInput
+from tools.run import read_run
+
+STARTS = SMALL_SPACE.start_widths()
 
 
 def random_state(space, seed, spread=2.0):
     generator = torch.Generator().manual_seed(seed)
-    state = {
-        f'{b.stage}.{b.name}.log_alphas': torch.randn(len(space.ops), generator=generator) * spread
-        for b in space.blocks()
-    }
-    for name, stage in space.named_stages:
-        state[f'{name}.betas'] = torch.randn(len(stage.exit_depths), generator=generator) * spread
-    return state
+    sizes = {f'{block.stage}.{block.name}.log_alphas': len(space.ops) for block in space.blocks()}
+    sizes |= {f'{name}.betas': len(stage.exit_depths) for name, stage in space.named_stages}
+    return {name: torch.randn(size, generator=generator) * spread for name, size in sizes.items()}
 
 
 def logp(arch, state, space):
+    """Log-probability over exits and operators; a block behind the exit has its most probable operator."""
     total = 0.0
     for name, stage in space.named_stages:
         total += state[f'{name}.betas'].double().log_softmax(0)[stage.exit_depths.index(len(arch[name]))].item()
@@ -70,104 +58,108 @@ def logp(arch, state, space):
 
 
 def all_architectures(space):
-    of_stage = [
-        [list(ops) for depth in stage.exit_depths for ops in itertools.product(range(len(space.ops)), repeat=depth)]
-        for stage in space.stages
-    ]
+    of_stage = []
+    for stage in space.stages:
+        ops = range(len(space.ops))
+        of_stage.append([list(one) for depth in stage.exit_depths for one in itertools.product(ops, repeat=depth)])
     for choice in itertools.product(*of_stage):
         yield dict(zip(space.stage_names, choice, strict=True))
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_most_probable_architecture_equals_brute_force(seed):
-    table, state = make_table(SMALL_SPACE, 32, seed, base=0.1), random_state(SMALL_SPACE, seed)
-    known = [
-        (logp(a, state, SMALL_SPACE), *latency_range(a, table, SMALL_SPACE)) for a in all_architectures(SMALL_SPACE)
-    ]
-    assert len(known) == 3 * 13 * 12
-    least, _, most = table.reach(SMALL_SPACE)
-    for target in np.linspace(least, most, 25):
-        fitting = [p for p, low, high in known if low <= target <= high]
-        if not fitting:
-            continue
-        arch = most_probable(state, table, SMALL_SPACE, float(target))
-        low, high = latency_range(arch, table, SMALL_SPACE)
-        assert low <= target * (1 + 1e-9) and high >= target * (1 - 1e-9)
-        assert logp(arch, state, SMALL_SPACE) == pytest.approx(max(fitting), abs=1e-9)
+def small_target(seed, value=0.0, divisor=1):
+    return Target(make_table(SMALL_SPACE, 32, seed, base=0.1), SMALL_SPACE, value, divisor)
 
 
-def test_both_bounds_bind_in_narrow_spaces():
-    """Curves with wide gaps between operators: neither bound alone gives the answer."""
-    table = make_table(SMALL_SPACE, 32)
-    for i, curve in enumerate(table.curves.values()):
+def gapped_target(value=0.0):
+    """A table with wide gaps between operators: neither end of the widths alone decides."""
+    target = small_target(0, value)
+    for i, curve in enumerate(target.table.curves.values()):
         curve[:] = 1.0 + 2.7 * (i % 3) + 0.001 * np.arange(len(curve))
-    hits = 0
-    for seed in range(8):
-        state = random_state(SMALL_SPACE, seed)
-        known = [
-            (logp(a, state, SMALL_SPACE), *latency_range(a, table, SMALL_SPACE)) for a in all_architectures(SMALL_SPACE)
-        ]
-        for target in np.linspace(4, 24, 41):
-            fitting = [p for p, low, high in known if low <= target <= high]
-            if fitting:
-                hits += 1
-                assert logp(
-                    most_probable(state, table, SMALL_SPACE, float(target)), state, SMALL_SPACE
-                ) == pytest.approx(max(fitting))
-            else:
-                with pytest.raises(ValueError, match='no architecture'):
-                    most_probable(state, table, SMALL_SPACE, float(target))
-    assert hits > 5
+    return target
 
 
-def test_unbound_targets_give_the_most_probable_of_all():
-    table = make_table(SPACE, 64)
-    state = random_state(SPACE, 1)
-    parsed = parse_architecture(state, SPACE)
-    assert most_probable(state, table, SPACE, sum(latency_range(parsed, table, SPACE)) / 2) == parsed
+def ranked(target, state):
+    """All architectures with their log-probability and reach, the most probable first."""
+    known = [(logp(arch, state, SMALL_SPACE), *target.reach(arch)) for arch in all_architectures(SMALL_SPACE)]
+    return sorted(known, reverse=True)
 
 
-def tied_state(space, seed, values):
-    """Architecture parameters of `values` different values only."""
-    return {name: value.sign() if values == 2 else 0 * value for name, value in random_state(space, seed).items()}
-
-
-@pytest.mark.parametrize('values', [1, 2])
-@pytest.mark.parametrize('share', [0.2, 0.35, 0.41, 0.44])
-def test_one_of_many_architectures_of_the_same_probability_meets_the_target(values, share):
-    table = load_table(ROOT / 'latency_pkl/latency_gpu.pkl', 224, SPACE)
-    least, _, most = table.reach(SPACE)
-    target, state = least + share * (most - least), tied_state(SPACE, 1, values)
-    low, high = latency_range(most_probable(state, table, SPACE, target), table, SPACE)
-    assert low <= target <= high
+@pytest.mark.parametrize('divisor', [1, 5])
+@pytest.mark.parametrize('seed', range(4))
+def test_the_choice_equals_brute_force(seed, divisor):
+    state, target = random_state(SMALL_SPACE, seed), small_target(seed, divisor=divisor)
+    known = ranked(target, state)
+    assert len(known) == 3 * 13 * 12
+    for value in np.linspace(*target.table.reach(SMALL_SPACE)[::2], 20)[1:-1].tolist():
+        fitting = [p for p, low, high in known if low <= value <= high]
+        found = target.at(value).most_probable(state)
+        low, high = target.reach(found)
+        assert low <= value * (1 + 1e-9) and high >= value * (1 - 1e-9)
+        assert logp(found, state, SMALL_SPACE) == pytest.approx(fitting[0], abs=1e-9)
+        several = itertools.islice(target.at(value).by_probability(state), 5)
+        assert [logp(arch, state, SMALL_SPACE) for arch in several] == pytest.approx(fitting[:5], abs=1e-9)
 
 
 @pytest.mark.parametrize('values', [1, 2])
 def test_ties_equal_brute_force(values):
-    table, state = make_table(SMALL_SPACE, 32, 1, base=0.1), tied_state(SMALL_SPACE, 1, values)
-    known = [
-        (logp(a, state, SMALL_SPACE), *latency_range(a, table, SMALL_SPACE)) for a in all_architectures(SMALL_SPACE)
-    ]
-    least, _, most = table.reach(SMALL_SPACE)
-    for target in np.linspace(least, most, 25)[1:-1]:
-        found = most_probable(state, table, SMALL_SPACE, float(target))
-        fitting = [p for p, low, high in known if low <= target <= high]
-        assert logp(found, state, SMALL_SPACE) == pytest.approx(max(fitting), abs=1e-9)
+    """Architecture parameters of few different values, in the small space and by a shipped table."""
+    tied = {name: value.sign() if values == 2 else 0 * value for name, value in random_state(SPACE, 1).items()}
+    table = load_table(ROOT / 'latency_pkl/latency_gpu.pkl', 224, SPACE)
+    for share in ('20%', '41%', '44%'):
+        target = Target(table, SPACE, table.target(share, SPACE), 1)
+        assert target.can_meet(target.most_probable(tied))
+    state = {name: value.sign() if values == 2 else 0 * value for name, value in random_state(SMALL_SPACE, 1).items()}
+    target = small_target(1)
+    known = ranked(target, state)
+    for value in np.linspace(*target.table.reach(SMALL_SPACE)[::2], 15)[1:-1].tolist():
+        best = max(p for p, low, high in known if low <= value <= high)
+        assert logp(target.at(value).most_probable(state), state, SMALL_SPACE) == pytest.approx(best, abs=1e-9)
+
+
+def test_targets_in_gaps_are_refused_with_the_nearest_ones():
+    state, hits, refused = random_state(SMALL_SPACE, 3), 0, 0
+    known = ranked(gapped_target(), state)
+    for value in np.linspace(4, 24, 81).tolist():
+        target = gapped_target(value)
+        fitting = [p for p, low, high in known if low <= value <= high]
+        if fitting:
+            hits += 1
+            target.check()
+            found = target.most_probable(state)
+            assert logp(found, state, SMALL_SPACE) == pytest.approx(fitting[0])
+            continue
+        refused += 1
+        below = [high for _, _, high in known if high < value]
+        above = [low for _, low, _ in known if low > value]
+        assert target.nearest() == pytest.approx([*([max(below)] if below else []), *([min(above)] if above else [])])
+        with pytest.raises(BadInput, match='no architecture'):
+            target.most_probable(state)
+        with pytest.raises(BadInput, match='the nearest targets that can be met: [0-9. and]+$'):
+            target.check()
+    assert hits > 5 and refused > 5
+
+
+def test_log_probability_counts_blocks_behind_the_exit_as_certain():
+    state = random_state(SMALL_SPACE, 5)
+    first = parse_architecture(state, SMALL_SPACE)
+    for arch in list(all_architectures(SMALL_SPACE))[::50]:
+        lost = logp(first, state, SMALL_SPACE) - logp(arch, state, SMALL_SPACE)
+        own = log_probability(first, state, SMALL_SPACE) - log_probability(arch, state, SMALL_SPACE)
+        assert own == pytest.approx(lost, abs=1e-9)
 
 
 @pytest.mark.parametrize('divisor', [1, 8])
-def test_fit_meets_targets_closer_than_scaling_and_never_above(divisor):
-    table, rng = make_table(base=0.3), random.Random(6)
-    gaps = []
-    for _ in range(60):
+def test_fits_are_closer_than_scaling_and_never_above(divisor):
+    table, rng, gaps = make_table(base=0.3), random.Random(6), []
+    for _ in range(40):
         arch, widths = random_arch(SPACE, rng)
-        least, most = latency_range(arch, table, SPACE)
-        target = rng.uniform(least * 1.05, most)
-        fitted = fit_widths(arch, widths, table, SPACE, target, divisor)
-        gap = (target - table.total(arch, fitted, SPACE)) / target
-        assert 0 <= gap
-        if divisor == 1:
-            assert gap <= (target - table.total(arch, scale_widths(arch, widths, table, SPACE, target), SPACE)) / target
+        target = Target(table, SPACE, 0.0, divisor)
+        least, most = target.reach(arch)
+        target = target.at(rng.uniform(least * 1.05, most))
+        fitted = target.fitted(arch, widths)
+        gap = 1 - target.latency(arch, fitted) / target.value
+        scaled = target.scaler(arch).scale(widths, target.value)
+        assert 0 <= gap <= 1 - target.latency(arch, scaled) / target.value + 1e-12
         for block, index in SPACE.chosen(arch):
             width, op = fitted[block.stage][block.name][index], SPACE.ops[index]
             assert op.min_width(block.in_ch) <= width <= op.max_width(block.in_ch) and width % divisor == 0
@@ -176,322 +168,177 @@ def test_fit_meets_targets_closer_than_scaling_and_never_above(divisor):
     assert np.mean(np.array(gaps) <= 0.001) >= (0.99 if divisor == 1 else 0.5)
 
 
-def timed_networks(count, noise, seed, img_size=64):
-    """Samples of blocks with known times, by a noisy clock, from a machine that is slower every third time."""
-    rng, generator = random.Random(seed), np.random.default_rng(seed)
-    truth = physical_curves(img_size)
-    samples = []
-    for i in range(count):
-        slow = 1.35 if i % 3 == 0 else 1.0
-        config = random_config(rng, ends=True, num_classes=10, space=SPACE)
-        blocks = [
-            (key, spec.mid_channels, truth[key][spec.mid_channels - 1] * slow * generator.normal(1, noise))
-            for _, spec, key in config.table_keys(img_size)
-        ]
-        fixed = 0.5 * slow * generator.normal(1, noise)
-        samples.append(Sample(fixed, blocks))
-    return truth, samples
+def test_widths_are_fitted_only_if_coarse_steps_miss_the_target():
+    state, fitted = random_state(SMALL_SPACE, 1), 0
+    arch = parse_architecture(state, SMALL_SPACE)
+    for value in np.linspace(*small_target(1, divisor=5).reach(arch), 12)[1:-1].tolist():
+        target = small_target(1, value, divisor=5)
+        stepped = target.scaler(arch).scale(STARTS, value)
+        missed = 1 - target.latency(arch, stepped) / value
+        scaled = target.scaled(arch, STARTS)
+        assert scaled == (target.fitted(arch, STARTS) if missed > 0.01 else stepped)
+        fitted += scaled != stepped
+    assert fitted > 2
 
 
-def without_parts(samples, share):
-    """Samples of which some parts were never timed undisturbed."""
-    rng = random.Random(0)
-    return [
-        Sample(math.nan if rng.random() < share else one.fixed, [b for b in one.blocks if rng.random() >= share])
-        for one in samples
+@pytest.fixture
+def small(monkeypatch):
+    for script in (train_search, parsing_model, make_lat_lut):
+        monkeypatch.setattr(script, 'SPACE', SMALL_SPACE)
+
+
+def scale_to_target(target, state, scales=True):
+    return train_search.scale_to_target(argparse.Namespace(full=state, masks=start_masks(SMALL_SPACE)), target, scales)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_the_current_architecture_is_the_argmax_or_the_next_that_meets_the_target(small, seed):
+    state, moved = random_state(SMALL_SPACE, seed), 0
+    first = parse_architecture(state, SMALL_SPACE)
+    for value in np.linspace(*small_target(seed).table.reach(SMALL_SPACE)[::2], 15)[1:-1].tolist():
+        target = small_target(seed, value)
+        arch, widths, latency = scale_to_target(target, state)
+        assert arch == target.most_probable(state) and widths == target.scaled(arch, STARTS)
+        before, after = target.latency(arch, STARTS), target.latency(arch, widths)
+        expected = {'target': value, 'before': before, 'after': after}
+        expected |= dict(zip(('least', 'most'), target.reach(arch), strict=True))
+        if arch != first:
+            moved += 1
+            expected['given_up'] = logp(first, state, SMALL_SPACE) - logp(arch, state, SMALL_SPACE)
+        assert latency == pytest.approx(expected) and 0.99 * value < after <= value * (1 + 1e-9)
+        fixed, same, numbers = scale_to_target(target, state, scales=False)
+        assert fixed == first and same == STARTS and numbers['before'] == numbers['after']
+    assert moved > 3
+
+
+def test_limits_take_the_next_architecture_that_keeps_them():
+    """Against brute force over the most probable ones."""
+    state, target = random_state(SMALL_SPACE, 2), small_target(2)
+    params = counted_table('params', 32, 3, SMALL_SPACE)
+    value = target.table.target('50%', SMALL_SPACE)
+    fitted = []
+    for arch in itertools.islice(target.at(value).by_probability(state), 20):
+        fitted.append((arch, Fitter(state, STARTS, target, 3)(value, arch)[1]))
+    totals = [params.of_config(config) for _, config in fitted]
+    place = 7
+    limit = Limit('params', params, min(totals[:place]) * 0.9999)
+    kept = next((i for i, total in enumerate(totals) if total <= limit.value), None)
+    fit = Fitter(state, STARTS, target, 3, [limit])
+    if kept is None:
+        with pytest.raises(BadInput, match='--limit: none of the 20 most probable'):
+            fit(value)
+    else:
+        arch, config, latency = fit(value)
+        assert (arch, config) == fitted[kept] and kept >= place
+        assert latency <= value * (1 + 1e-9) and fit.given_up(arch) > fit.given_up(fitted[0][0])
+    loose = Fitter(state, STARTS, target, 3, [Limit('params', params, totals[0])])
+    assert loose(value)[1] == fitted[0][1]
+    with pytest.raises(BadInput, match='the nearest has params .* above: raise the limit'):
+        Fitter(state, STARTS, target, 3, [Limit('params', params, min(totals) * 0.5)])(value)
+
+
+def test_random_probabilities_draw_all_depths_and_operators():
+    depths, operators = [], []
+    for seed in range(300):
+        arch = parse_architecture(random_probabilities(seed, SMALL_SPACE), SMALL_SPACE)
+        depths.append(len(arch['stage3']))
+        operators.append(arch['stage1'][0])
+    for drawn, kinds in ((depths, (1, 2)), (operators, range(3))):
+        assert all(abs(drawn.count(kind) / 300 - 1 / len(kinds)) < 0.1 for kind in kinds)
+    one, same = random_probabilities(7, SPACE), random_probabilities(7, SPACE)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_checkpoints_keep_the_current_architecture(tmp_path):
+    state = new_search(SMALL_SPACE)
+    assert ARCH_KEY not in state.to_checkpoint({})  # during the warm-up there is none
+    first = parse_architecture(state.full, SMALL_SPACE)
+    state.arch, state.epoch = {'stage1': [2], 'stage2': [], 'stage3': [1, 0]}, 2
+    path = tmp_path / 'searched_model_02.pth.tar'
+    torch.save(state.to_checkpoint({}), path)
+    config = load_architecture(path, SMALL_SPACE)
+    kinds = [(spec.kernel_size, spec.se_channels > 0) for specs in config.stages.values() for spec in specs]
+    assert kinds == [(3, False), (5, True), (3, False)]
+    again = new_search(SMALL_SPACE)
+    again.load(read_snapshot(path, SEARCH), path, World(torch.device('cpu')))
+    assert again.arch == state.arch != first and again.to_checkpoint({})[ARCH_KEY] == state.arch
+    published = state.to_checkpoint({})
+    del published[ARCH_KEY]
+    torch.save(published, path)
+    assert read_searched(path, SMALL_SPACE).arch == first
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda data: data.pop('state_dict'), 'neither a model.config nor a searched model'),
+        (lambda data: data['state_dict'].pop('module.stage3.betas'), 'stage3.betas should be 2 values'),
+        (lambda data: data['state_dict'].pop('module.stage1.block1.log_alphas'), 'block1.log_alphas should be 3 values'),
+        (lambda data: data[MASKS_KEY]['stage1']['block1'][0].fill_(0.5), 'mask of stage1.block1 op 0'),
+        (lambda data: data[MASKS_KEY]['stage3']['block2'][2][31:].zero_(), 'keeps 31 channels, .* at least 32 of 64'),
+        (lambda data: data.update(arch='resnet50'), 'arch.stage1 should be a list'),
+        (lambda data: data['arch'].update(stage1=[]), 'arch.stage1 should be a list'),
+        (lambda data: data['arch'].update(stage2=[0, 3]), 'arch.stage2 should be a list'),
+        (lambda data: data['arch'].update(stage3=[-1]), 'arch.stage3 should be a list'),
+    ],
+)
+def test_spoiled_searched_models_are_refused_by_what_is_wrong(tmp_path, spoil, message):
+    path, data = tmp_path / 'searched.pth.tar', new_search(SMALL_SPACE).to_checkpoint({})
+    data[ARCH_KEY] = {'stage1': [0], 'stage2': [], 'stage3': [0]}
+    spoil(data)
+    torch.save(data, path)
+    with pytest.raises(BadInput, match=f'searched.pth.tar: .*{message}'):
+        load_architecture(path, SMALL_SPACE)
+
+
+def test_a_search_whose_argmax_misses_ends_on_its_target(small, images, tmp_path, monkeypatch, capsys):
+    """Hardly trained exits and operators are equally probable, and 95 % of the range needs the largest operators."""
+    size = ['--img_size', '32', '--num_classes', '3', '--device', 'cpu']
+    flops = tmp_path / 'flops.pkl'
+    assert run_here(monkeypatch, 'latency_pkl/make_lat_lut.py', ['--metric', 'flops', *size, '--save_path', flops]) == 0
+    words = ['--img_root', images, '--train_list', images / 'train.txt', '--val_list', images / 'val.txt', *size]
+    words += ['--lookup_path', flops, '--save', tmp_path / 'runs', '--workers', '0', '--batch_size', '8']
+    words += ['--epochs', '1', '--warmup_epochs', '0', '--target_lat', '95%', '--a_lr', '0.1', '--no-report']
+    assert run_here(monkeypatch, 'train_search.py', words) == 0
+    (folder,) = (tmp_path / 'runs').iterdir()
+    model, table = folder / 'searched_model_01.pth.tar', load_table(flops, 32, SMALL_SPACE)
+    searched, target = (
+        read_searched(model, SMALL_SPACE),
+        Target(table, SMALL_SPACE, table.target('95%', SMALL_SPACE), 1),
+    )
+    assert target.reach(parse_architecture(searched.state, SMALL_SPACE))[1] < target.value
+    assert searched.arch == target.most_probable(searched.state)
+    reached = target.latency(searched.arch, searched.widths)
+    assert target.value * 0.99 < reached <= target.value
+    (epoch,) = read_run(folder).of('epoch')
+    assert epoch['arch'] == searched.arch and epoch['network']['latency'] == pytest.approx(reached, rel=1e-6)
+    assert epoch['latency']['given_up'] > 0
+    words = ['--model_path', model, '--save_path', tmp_path / 'model.config', *size]
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    assert table.of_config(load_config(tmp_path / 'model.config')) == pytest.approx(reached)
+    capsys.readouterr()
+    words += ['--lookup_path', flops, '--target_lat', '60%']
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    printed = capsys.readouterr().out
+    params = float(re.search(r'Params: ([0-9.]+) M', printed)[1])
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, '--limit', f'params={params * 1.01}']) == 0
+    assert float(re.search(r'Limit params: ([0-9.]+), at most', capsys.readouterr().out)[1]) == pytest.approx(
+        params, abs=1e-3
+    )
+    assert run_here(monkeypatch, 'parsing_model.py', [*words, '--limit', 'params=0.0001']) == 2
+    words = [
+        '--random',
+        '3',
+        '--lookup_path',
+        flops,
+        '--target_lat',
+        '60%',
+        '--save_path',
+        tmp_path / 'r.config',
+        *size,
     ]
-
-
-@pytest.mark.parametrize('share', [0.0, 0.3])
-def test_table_recovers_the_truth_behind_disturbances(share):
-    truth, samples = timed_networks(200, noise=0.03, seed=0)
-    samples = without_parts(samples, share) if share else samples
-    # the reference network is timed during half of the disturbances
-    slowness = np.where(np.arange(200) % 6 == 0, 1.35, 1.0)
-    fit = fit_table(samples, slowness, 64, SPACE)
-    assert fit.base == pytest.approx(0.5, rel=0.06)
-    usual = np.array([sample.total for sample in samples]) / slowness
-    table = [sample.predicted(fit.base, fit.curves) for sample in samples]
-    known = (np.arange(200) % 3 != 0) | (slowness > 1)
-    assert (usual / table)[known].mean() == pytest.approx(1, abs=0.002)
-    errors = []
-    for key, (low, high) in SPACE.table_widths(64).items():
-        assert len(fit.curves[key]) == high and (np.diff(fit.curves[key]) >= 0).all() and fit.curves[key][0] > 0
-        errors.append(np.abs(fit.curves[key][low - 1 :] / truth[key][low - 1 :] - 1).mean())
-    assert np.mean(errors) < 0.04 and max(errors) < 0.1
-
-
-def fake_benches(monkeypatch, factors):
-    """Networks are numbers: their ms in two parts, each round times the next factor, on a core never disturbed."""
-
-    def take_turns(benches, order):
-        factor = next(factors)
-        return [[Passes(np.full((2, 2), bench.build() * factor() / 2), np.ones((2, 3)))] for bench in benches]
-
-    monkeypatch.setattr(profiling, 'take_turns', take_turns)
-
-
-def test_a_standard_takes_out_the_speed_of_the_machine(monkeypatch):
-    """A machine whose speed alternates and has dropped for good: the network takes 1.5 times the standard's 8 ms."""
-    speeds = [lambda: 1.1, lambda: 1.1 * 1.4, lambda: 1.1 * 1.2]
-    fake_benches(monkeypatch, itertools.cycle(speeds))
-    standard = Standard(lambda: 10.0, 8.0)
-    measured = measure_latency(lambda: 15.0, 1, 64, torch.device('cpu'), standard)
-    assert measured.ms == pytest.approx(12.0) and measured.slowness == pytest.approx(1.2 * 1.1 * 10 / 8)
-    assert measured.error == pytest.approx(0, abs=1e-9)
-    assert (
-        str(measured)
-        == '12.0000 ms (19.8000 by the clock, the machine being 1.65 times as slow as when its table was made)'
-    )
-    alone = measure_latency(lambda: 15.0, 1, 64, torch.device('cpu'))
-    assert alone.slowness is None and alone.ms == pytest.approx(1.2 * 1.1 * 15) and str(alone) == '19.8000 ms'
-
-
-@pytest.mark.parametrize(('spread', 'rounds'), [(0.001, ROUNDS), (0.03, None), (0.2, 2 * ROUNDS)])
-def test_a_noisy_machine_is_timed_more_often(monkeypatch, spread, rounds):
-    generator, count = np.random.default_rng(3), itertools.count()
-    fake_benches(monkeypatch, itertools.repeat(lambda: generator.normal(1, spread / 2**0.5)))
-    measured = measure_latency(lambda: 10.0 + 0 * next(count), 1, 64, torch.device('cpu'), Standard(lambda: 5.0, 5.0))
-    made = next(count)
-    assert made == rounds or (rounds is None and ROUNDS < made < 2 * ROUNDS)
-    assert rounds == 2 * ROUNDS or measured.error <= PRECISION
-    assert measured.ms == pytest.approx(10.0, rel=4 * 1.2533 * spread / made**0.5)
-
-
-def test_what_many_are_compared_with_is_built_more_often(monkeypatch):
-    """The memory layout of a build is noise; that of one standard would be in all ratios."""
-    generator, built = np.random.default_rng(0), []
-
-    def take_turns(benches, order):
-        built.append([bench.build() for bench in benches])
-        return [[Passes(np.full((2, 2), ms * generator.normal(1, 0.02) / 2), np.ones((2, 3)))] for ms in built[-1]]
-
-    monkeypatch.setattr(profiling, 'take_turns', take_turns)
-    builds = [partial(float, 5 + i) for i in range(13)]
-    measured, share = measure_in_turns(builds, 1, 64, torch.device('cpu'), Standard(lambda: 2.0, 4.0))
-    assert [len(one) for one in built[: 2 * ROUNDS]] == [10 + 3, 3 + 3] * ROUNDS and share == 1
-    assert len(built) > 2 * ROUNDS and all(one.count(2.0) == 3 for one in built)  # also in rounds with few networks
-    ratios = np.array([one.ms / (2 * (5 + i)) for i, one in enumerate(measured)])
-    assert ratios.mean() == pytest.approx(1, abs=0.007) and abs(ratios - 1).max() < 0.02
-
-
-def test_only_what_an_undisturbed_core_did_counts():
-    """Probes find the passes in which the core was contended."""
-    generator = np.random.default_rng(0)
-    disturbed = generator.random((400, 4)) < 0.6  # at each of the four probes beside three parts
-    parts = np.array([1.0, 2.0, 4.0]) * generator.normal(1, 0.02, (400, 3))
-    parts *= np.where(disturbed[:, :-1] | disturbed[:, 1:], 1.5, 1.0)
-    passes = Passes(parts, 0.03 * np.where(disturbed, 1.9, 1.0) * generator.normal(1, 0.01, (400, 4)))
-    fastest = fastest_probe([passes])
-    assert fastest == pytest.approx(0.03, rel=0.05)
-    assert undisturbed_share([passes]) == pytest.approx(0.4**2, abs=0.04)
-    halves = [Passes(parts[i::2], passes.probes[i::2]) for i in range(2)]
-    assert typical_parts(halves, fastest) == pytest.approx([1.0, 2.0, 4.0], rel=0.01)
-    assert typical_parts([Passes(parts, np.zeros((400, 4)))], 0.0).sum() > 1.3 * 7  # without probes all count
-
-
-def test_a_core_always_disturbed_gives_its_least_disturbed_times():
-    ms, probes = (
-        np.array([[3.0], [4.0], [5.0], [6.0]]) * [1, 2],
-        np.array([[0.06, 0.05], [0.05, 0.05], [0.06, 0.07], [0.05, 0.04]])[:, [0, 1, 0]],
-    )
-    assert typical_parts([Passes(ms, probes)], 0.03) == pytest.approx([5.0, 10.0])  # the second and the fourth
-    spike = Passes(np.array([[1.0, 2.0]] * 9 + [[100.0, 2.0]]), np.full((10, 3), 0.03))
-    assert typical_parts([spike], 0.03) == pytest.approx([(9 + 1.5) / 10, 2.0])
-
-
-def test_of_whole_passes_the_faster_half_of_each_build_counts():
-    """A fast build among slow ones counts as they do, so that the mean does not depend on the number of builds."""
-    slow, fast = np.arange(10.0, 18)[:, None], np.arange(8.0, 16)[::-1, None]
-    passes = [Passes(ms, np.full((8, 2), 0.06), whole=True) for ms in (slow, fast, slow)]
-    means = [10 + 1.5, 8 + 1.5, 10 + 1.5]
-    assert typical_parts(passes, 0.03) == pytest.approx([np.mean(means)])
-    assert all(one.seen(0.03).all() for one in passes) and Passes.joined(passes).whole
-    outlier = Passes(np.full((8, 1), 100.0), np.full((8, 2), 0.06), whole=True)
-    assert typical_parts([*passes, outlier], 0.03) == pytest.approx([np.mean([*means, 1.5 * 11.5])])
-    assert typical_parts([replace(passes[0], whole=False)], 0.06) == pytest.approx([13.5])
-
-
-def test_a_fast_network_is_warmed_up_for_a_time_not_for_a_pass(monkeypatch):
-    """Each look at the clock takes a tick, so a pass takes four, and five with the look after it; 10 ms are 41 ticks.
-
-    Building the network takes a second, which is no warm-up."""
-    calls, ticks = [], itertools.count(0, 1 / 4096)
-    net = SimpleNamespace(parts=lambda: [lambda x: calls.append(x)])
-    net.eval = net.to = lambda *_: net
-    monkeypatch.setattr(profiling, 'time', SimpleNamespace(perf_counter=partial(next, ticks)))
-    bench = Bench(lambda: [net, list(itertools.islice(ticks, 4096))][0], 1, 8, torch.device('cpu'))
-    assert [len(bench(2).parts), len(calls)] == [2, 9 + 2]
-    assert [len(bench(2).parts), len(calls) - 11] == [2, 9 + 2]
-
-
-def test_only_a_network_without_parts_on_a_cpu_is_timed_as_a_whole():
-    for parts in (1, 2):
-        net = SimpleNamespace(parts=lambda parts=parts: [lambda x: x] * parts)
-        net.eval = net.to = lambda *_, net=net: net
-        assert Bench(lambda net=net: net, 1, 8, torch.device('cpu'))(2).whole == (parts == 1)
-
-
-def test_networks_take_turns_and_are_built_once_a_round():
-    builds = [partial(build_network, reference_config(10, SMALL_SPACE), torch.device('cpu'), seed) for seed in (0, 1)]
-    own, other = take_turns([Bench(build, 1, 32, torch.device('cpu')) for build in builds], random.Random(0))
-    assert len(own) == len(other) == TURNS and {one.parts.shape[0] for one in own + other} == {profiling.PASSES}
-    assert len({one.parts.shape[1] for one in own + other}) == 1 and min(one.parts.min() for one in own) > 0
-
-
-def test_networks_on_a_gpu_are_rebuilt_each_round():
-    bench = Bench(lambda: torch.nn.Identity(), 1, 32, torch.device('cuda'))
-    bench.__dict__['parts'] = ['built in an earlier round']
-    with bench_apart(bench) as again:
-        assert 'parts' not in again.__dict__ and again.build is bench.build
-
-
-def test_standard_error_by_leaving_rounds_out():
-    generator, standard = np.random.default_rng(1), Standard(lambda: None, 5.0)
-
-    def passes(ms):
-        return [Passes(np.full((TOGETHER, 1), ms), np.ones((TOGETHER, 2)), whole=True)]
-
-    rounds = [[Round(passes(ms), passes(4.0)) for ms in generator.normal(10, 0.5, 24)] for _ in range(400)]
-    found = [summary_of(own, standard, 1.0) for own in rounds]
-    assert np.mean([one.ms for one in found]) == pytest.approx(12.5, rel=0.003) and found[0].slowness == 4 / 5
-    assert np.std([one.ms for one in found]) / 12.5 == pytest.approx(np.mean([one.error for one in found]), rel=0.1)
-    assert summary_of(rounds[0][:1], standard, 1.0).error == float('inf')
-
-
-def test_a_table_gives_a_standard_on_its_own_device_alone():
-    cpu = Engine('torch', None, torch.device('cpu'))
-    meta = {'device': device_name(cpu.device), 'batch_size': 2, 'threads': torch.get_num_threads(), 'reference_ms': 9.0}
-    meta['reference'] = dump_config(reference_config(10, SMALL_SPACE))
-    table = LatencyTable(1.0, {}, meta, 64)
-    standard = standard_of(table, 2, cpu)
-    assert standard.ms == 9.0 and standard.build().config == reference_config(10, SMALL_SPACE)
-    assert standard_of(table, 1, cpu) is None
-    for changed in (
-        {'device': 'another'},
-        {'batch_size': 1},
-        {'threads': 77},
-        {'runtime': 'openvino', 'provider': 'CPU'},
-    ):
-        assert standard_of(replace(table, meta=meta | changed), 2, cpu) is None
-    assert standard_of(replace(table, meta=meta | {'threads': None}), 2, cpu) is None
-    for bad in ('9', None, 0, -1.0, float('nan'), float('inf'), [9.0]):
-        with pytest.raises(BadInput, match='reference_ms is .* should be a positive number'):
-            standard_of(replace(table, meta=meta | {'reference_ms': bad}), 2, cpu)
-    with pytest.raises(BadInput, match="the latency table's reference: not a JSON file"):
-        standard_of(replace(table, meta=meta | {'reference': 'x'}), 2, cpu)
-    for absent in ('reference', 'reference_ms'):
-        assert standard_of(replace(table, meta={k: v for k, v in meta.items() if k != absent}), 2, cpu) is None
-
-
-@pytest.mark.parametrize('space', [SPACE, SMALL_SPACE])
-def test_the_reference_network_is_the_middle_of_the_space(space):
-    table, config = make_table(space, 64), reference_config(10, space)
-    depths = [len(specs) for specs in config.stages.values()]
-    assert depths == [stage.exit_depths[len(stage.exit_depths) // 2] for stage in space.stages]
-    seen = {(s.kernel_size, s.se_channels > 0) for specs in config.stages.values() for s in specs}
-    assert seen == {(op.kernel, op.se) for op in space.ops}
-    least, _, most = table.reach(space)
-    assert least + (most - least) / 4 < table.of_config(config) < most - (most - least) / 4
-
-
-def test_a_network_to_be_timed_is_noise_of_its_seed():
-    config, cpu = random_config(random.Random(0), ends=True, num_classes=10, space=SPACE), torch.device('cpu')
-    one, same, other = (build_network(config, cpu, seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(value, same[name]) for name, value in one.items())
-    for name, value in one.items():
-        if name.endswith(('running_mean', 'running_var')):
-            assert torch.equal(value, torch.full_like(value, float(name.endswith('var'))))
-        elif value.is_floating_point():
-            assert value.abs().max() <= 0.1 and not torch.equal(value, other[name])
-            assert value.numel() < 500 or value.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
-
-
-def test_blocks_are_timed_inside_their_network():
-    config = random_config(random.Random(0), ends=True, num_classes=10, space=SPACE)
-    cpu = torch.device('cpu')
-    net, images = build_network(config, cpu, seed=0), torch.randn(1, 3, 64, 64)
-    assert isinstance(net, NetworkEval) and not net.training and torch.isfinite(net(images)).all()
-    x = images
-    for part in net.parts():
-        x = part(x)
-    assert torch.equal(x, net(images))
-    passes = Bench(partial(build_network, config, cpu, 0), 1, 64, cpu)(3)
-    sample = sample_of(config, passes, 64, math.inf)  # all parts, however busy the core
-    assert [(k, m) for k, m, _ in sample.blocks] == [(k, s.mid_channels) for _, s, k in config.table_keys(64)]
-    parts = [sample.fixed, *(ms for _, _, ms in sample.blocks)]
-    assert all(ms > 0 for ms in parts) and sample.total == pytest.approx(sum(parts))
-
-
-def test_a_sample_has_the_parts_that_were_timed_undisturbed():
-    config = random_config(random.Random(0), ends=True, num_classes=10, space=SPACE)
-    keys = [(key, spec.mid_channels) for _, spec, key in config.table_keys(64)]
-    count = len(keys) + 2
-    parts = np.tile(np.arange(1.0, count + 1), (3, 1))
-    probes = np.full((3, count + 1), 0.03)
-    probes[:2, 2:4] = 0.05  # in two of three passes, the probes around the second block and beside its neighbours
-    sample = sample_of(config, Passes(parts, probes), 64, 0.03)
-    seen = [(*key, ms) for key, ms in zip(keys, np.arange(2.0, count), strict=True) if ms not in (2, 3, 4)]
-    assert sample == Sample(1.0 + count, seen) and sample.total == parts[0].sum() - 2 - 3 - 4
-    curves = {key: np.full(2000, 10.0) for key, _ in keys}
-    assert sample.predicted(0.5, curves) == pytest.approx(0.5 + 10 * len(seen))
-    probes[:, 0] = 0.05  # before the stem
-    sample = sample_of(config, Passes(parts, probes), 64, 0.03)
-    assert math.isnan(sample.fixed) and sample.total == parts[0].sum() - 2 - 3 - 4 - 1 - count
-    assert sample.predicted(0.5, curves) == pytest.approx(10 * len(seen))
-    assert len(sample_of(config, Passes(parts, probes), 64, math.inf).blocks) == len(keys)
-
-
-def test_processors_of_one_name_are_distinguished(monkeypatch):
-    text = 'processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: a : b\n'
-    monkeypatch.setattr(Path, 'read_text', lambda self: f'{text}\n{text.replace("17", "18")}')
-    assert device_name(torch.device('cpu')) == 'AMD EPYC, family 25, model 17'
-    monkeypatch.setattr(Path, 'read_text', lambda self: 'model name : Some ARM\n')
-    assert device_name(torch.device('cpu')) == 'Some ARM'
-    monkeypatch.setattr(Path, 'read_text', lambda self: 'Features : fp\n')
-    assert device_name(torch.device('cpu')) in (platform.processor(), platform.machine())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
-def test_parts_of_a_network_on_a_gpu_add_up_to_its_whole():
-    gpu, config = torch.device('cuda'), random_config(random.Random(0), ends=True, num_classes=10, space=SPACE)
-    build = partial(build_network, config, gpu, 0)
-    passes = Bench(build, 8, 64, gpu, by_part=True)(8)
-    whole = Bench(build, 8, 64, gpu)(8)
-    assert whole.parts.shape == (8, 1) and not passes.probes.any()
-    sample = sample_of(config, passes, 64, 0.0)
-    assert sample.total == pytest.approx(measure_latency(build, 8, 64, gpu).ms, rel=0.3) and sample.total > 0
-
-
-def test_random_networks_reach_both_ends_of_widths():
-    rng, seen = random.Random(0), {}
-    for _ in range(200):
-        for _, spec, key in random_config(rng, ends=True, num_classes=10, space=SPACE).table_keys(224):
-            seen.setdefault(key, set()).add(spec.mid_channels)
-    ranges = SPACE.table_widths(224)
-    assert seen.keys() == ranges.keys()
-    ends = [(min(seen[k]) == low) + (max(seen[k]) == high) for k, (low, high) in ranges.items()]
-    assert np.mean(ends) > 1.5
-
-
-def test_work_of_a_block_by_hand():
-    block = SPACE.blocks()[5]  # stage 3, block 1: 28 pixels, 40 -> 80 channels, stride 2, swish
-    work = block_work(op_spec(block, SPACE.ops[4], 100), 100, 28, batch=2)
-    inside, outside = 2 * 28 * 28, 2 * 14 * 14
-    assert work.dense == inside * 100 * 40 + outside * 80 * 100
-    assert work.depthwise == outside * 100 * 9
-    assert work.squeeze == 2 * 2 * 100 * 40
-    # expansion 3 passes over its output and one over its input, swish 5; depthwise the same; SE 3; projection
-    traffic = inside * (40 + 8 * 100) + inside * 100 + outside * 8 * 100 + outside * 3 * 100 + outside * (100 + 3 * 80)
-    assert work.traffic == traffic
-    assert work.kernels == 4 + 4 + 7 + 2
-
-
-def test_estimated_titan_rtx_gives_tf_nas_a_its_published_time():
-    base, curves = estimate(CARDS['titan_rtx'], 224, 32, 1000, SPACE)
-    table = LatencyTable(base, curves, {}, 224)
-    assert table.of_config(load_config(ROOT / 'models' / 'zoo' / 'tf_nas_a.config')) == pytest.approx(18.0, rel=0.02)
-    assert all((np.diff(curve) >= 0).all() and curve[0] > 0 for curve in curves.values())
-    faster = LatencyTable(*estimate(CARDS['a100'], 224, 32, 1000, SPACE), {}, 224)
-    assert faster.reach(SPACE)[2] < table.reach(SPACE)[2]
+    assert run_here(monkeypatch, 'parsing_model.py', words) == 0
+    config = load_config(tmp_path / 'r.config')
+    assert table.of_config(config) == pytest.approx(table.target('60%', SMALL_SPACE), rel=1e-3)
+    assert config.meta.predicted == pytest.approx(table.of_config(config)) and config.classifier.out_features == 3
+    assert mask_widths(start_masks(SMALL_SPACE)) == STARTS

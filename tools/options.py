@@ -257,19 +257,6 @@ def add_device_arg(parser: Parser) -> None:
     )
 
 
-def add_limit_arg(parser: Parser) -> None:
-    """Add --limit."""
-    parser.groups['latency'].add_argument(
-        '--limit',
-        action='extend',
-        nargs='+',
-        default=[],
-        metavar='TABLE=VALUE',
-        help='the network stays at or below VALUE in TABLE, another latency table, or params or macs (in millions); '
-        'VALUE may be a share such as 40%%; repeatable',
-    )
-
-
 def add_bad_images_arg(parser: Parser) -> None:
     """Add --bad_images."""
     parser.groups['data'].add_argument(
@@ -288,11 +275,12 @@ def add_image_args(parser: Parser) -> None:
     )
 
 
-def add_arch_args(parser: Parser) -> None:
-    """Add --model_path and --config_path, exactly one of which names the network."""
+def add_arch_args(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """Add --model_path and --config_path, exactly one of which names the network; return their group."""
     group = parser.groups['network'].add_mutually_exclusive_group(required=True)
     group.add_argument('--model_path', metavar='FILE', help='a searched_model_NN.pth.tar, or a model.config')
     group.add_argument('--config_path', metavar='FILE', help='a model.config')
+    return group
 
 
 def add_size_arg(parser: Parser, source: str) -> None:
@@ -354,7 +342,6 @@ def add_search_args(parser: Parser) -> None:
     latency.add_argument(
         '--target_lat', metavar='MS', default='15.0', help='in ms; or a share of the reachable range, such as 60%%'
     )
-    add_limit_arg(parser)
     latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
     latency.add_argument(
         '--width_divisor', type=count(), help="all widths stay multiples of it; default: the table's, or 1"
