@@ -273,7 +273,7 @@ def test_checkpoints_keep_the_current_architecture(tmp_path):
     [
         (lambda data: data.pop('state_dict'), 'neither a model.config nor a searched model'),
         (lambda data: data['state_dict'].pop('module.stage3.betas'), 'stage3.betas should be 2 values'),
-        (lambda data: data['state_dict'].pop('module.stage1.block1.log_alphas'), 'block1.log_alphas should be 3 values'),
+        (lambda data: data['state_dict'].pop('module.stage1.block1.log_alphas'), 'log_alphas should be 3 values'),
         (lambda data: data[MASKS_KEY]['stage1']['block1'][0].fill_(0.5), 'mask of stage1.block1 op 0'),
         (lambda data: data[MASKS_KEY]['stage3']['block2'][2][31:].zero_(), 'keeps 31 channels, .* at least 32 of 64'),
         (lambda data: data.update(arch='resnet50'), 'arch.stage1 should be a list'),
