@@ -32,9 +32,8 @@ from pathlib import Path
 import tools.needed  # noqa: F401  # isort: skip
 import torch
 
-from dataset.images import MEAN, STD, USUAL_SIZE
-from dataset.lists import parse_list
-from dataset.splits import training_flags
+from dataset.lists import parse_list, training_flags
+from dataset.transforms import MEAN, STD
 from latency_pkl.closed_loop import fit_to_clock, fit_to_timings
 from latency_pkl.kit import found_networks, read_timings
 from latency_pkl.runtimes import engine_of_table, standard_of
@@ -56,6 +55,7 @@ from tools.files import check_target, write_text
 from tools.options import (
     DEFAULT_TABLE,
     RECIPE_BATCH,
+    USUAL_SIZE,
     Parser,
     add_arch_args,
     add_device_arg,

@@ -25,11 +25,10 @@ import tools.needed  # noqa: F401  # isort: skip
 import torch
 from tqdm import tqdm
 
-from dataset.folders import ClassFolders
-from dataset.images import MEAN, STD, USUAL_SIZE, load_rgb
-from dataset.loaders import fewer_workers, log_skipped, make_loader
-from dataset.splits import evaluation_images
-from dataset.transforms import val_transform
+from dataset.data import Source, load_evaluation_data
+from dataset.lists import ClassFolders
+from dataset.loaders import Loading
+from dataset.transforms import MEAN, STD, load_rgb, val_transform
 from models.config import dump_config
 from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.meta import checkpoint_meta
@@ -44,9 +43,9 @@ from tools.errors import BadInput
 from tools.export import describe_input, open_onnx, save_program, save_safetensors, time_call
 from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
 from tools.options import (
+    USUAL_SIZE,
     Parser,
     add_arch_args,
-    add_bad_images_arg,
     add_device_arg,
     add_eval_data_args,
     count,
@@ -78,8 +77,6 @@ def get_args(argv=None):
     output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
     output.add_argument('--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of a .onnx file; default: {USUAL_OPSET}')
     network.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
-    add_bad_images_arg(parser)
-    parser.set_defaults(seed=0)
     add_device_arg(parser)
     args = parser.parse_args(argv)
     if args.val_list and not args.val_root:
@@ -221,14 +218,10 @@ def test(net, args, trained, world):
         trained: flags of the training.
     """
     names = names_of(net)
-    images = evaluation_images(args, len(names), net.config.meta.class_names, trained, print)
-    transform = val_transform(args.img_size)
-    loader = make_loader(
-        images.roots[0], images.samples[0], transform, args, world, images.sources[0], for_training=False
-    )
-    if line := fewer_workers({'--workers': args.workers}, world):
-        print(line)
-    print(f'{len(images.samples[0])} images of {images.sources[0]}', flush=True)
+    source = Source(args.val_root, args.val_root, args.val_list, args.val_list, len(names))
+    loading = Loading(args.img_size, args.batch_size, args.workers, seed=0)
+    images, loader = load_evaluation_data(source, loading, world, net.config.meta.class_names, args.weights, trained)
+    print(f'{len(images.samples)} images of {images.source}', flush=True)
     logits, bar = [], tqdm(total=len(loader), unit='batch', leave=False, disable=None)  # only on a terminal
 
     def see(batch):
@@ -240,11 +233,9 @@ def test(net, args, trained, world):
     for name in ('top1', 'top5'):
         if name in result:
             print(f'Val_acc_{name}: {result[name]:.2f}')
-    log_skipped(loader, log=print, world=world)
     if args.export_predictions:
-        bad = loader.dataset.bad.tolist()
-        samples = [sample for sample, is_bad in zip(images.samples[0], bad, strict=True) if not is_bad]
-        write_text(args.export_predictions, predictions_csv(samples, torch.cat(logits).softmax(1).cpu(), names))
+        probabilities = torch.cat(logits).softmax(1).cpu()
+        write_text(args.export_predictions, predictions_csv(images.samples, probabilities, names))
 
 
 def suggest_export(args):

@@ -19,7 +19,6 @@ import logging
 import tools.needed  # noqa: F401  # isort: skip
 from torch import nn
 
-from dataset.loaders import load_training_data
 from latency_pkl.runtimes import log_network_latency
 from models.parsing import load_architecture
 from models.search_space import SPACE
@@ -31,6 +30,7 @@ from tools.options import Parser, add_amp_args, add_training_args, run_script
 from tools.plots import draw_at_end
 from tools.precision import make_precision
 from tools.training import TRAINING, fit
+from train_eval import load_data
 
 log = logging.getLogger('tf-nas')
 
@@ -64,11 +64,10 @@ def main(args):
     snapshot = find_snapshot(args.snapshot, args.save, args.note, TRAINING, world)
     source = args.model_path or args.config_path
     config = load_architecture(source, SPACE)
-    args, images, loaders, notes = load_training_data(args, world, config.meta.img_size, source, snapshot.folder)
-    for note in filter(None, notes):
-        log.info(note)
-    run = open_training(args, config, source, images, len(loaders[0]), precision, snapshot, world, SPACE, convert)
-    code = fit(run.state, loaders, images.num_classes, world, args, run.checkpointer, run.logger)
+    images, args = load_data(args, world, config.meta.img_size, source, snapshot.folder)
+    steps = len(images.loaders[0])
+    run = open_training(args, config, source, images, steps, precision, snapshot, world, SPACE, convert)
+    code = fit(run.state, images.loaders, images.num_classes, world, args, run.checkpointer, run.logger)
     leave_world(world)
     if args.report and run.logger.ended:
         log_network_latency(run.logger, args.epochs, run.config, world.device, args.img_size, SPACE)

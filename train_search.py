@@ -30,8 +30,8 @@ import tools.needed  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 
-from dataset.loaders import Batches, log_skipped, make_search_loaders, settle_data
-from dataset.splits import search_images
+from dataset.data import Source, load_search_data
+from dataset.loaders import Loading, endless
 from models.cuda_graph import Graphs
 from models.describe import (
     describe_architecture,
@@ -61,13 +61,13 @@ from models.search import (
 from models.search_space import FREEDOMS, SPACE
 from models.tables import compare_table, load_table, table_size
 from models.targeting import OFF_TARGET, Target, log_probability
-from tools.chain import changed, suggest, with_flags
+from tools.chain import changed, settle, suggest, with_flags
 from tools.checkpoint import IMAGES, Checkpointer, compare_snapshot, ended_with, find_snapshot
 from tools.distributed import join_world, leave_world
 from tools.environment import device_name, fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
-from tools.options import DEFAULT_TABLE, Parser, add_search_args, project_file, run_script
+from tools.options import DEFAULT_TABLE, USUAL_SIZE, Parser, add_search_args, project_file, run_script
 from tools.plots import draw_at_end
 from tools.precision import DTYPES, check_format
 from tools.rng import derive_seed, generator_for
@@ -112,7 +112,7 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     train_loader.sampler.set_epoch(epoch, state.step)
     train_batches = to_device(train_loader, world.device, torch.channels_last)
     train_batches = logger.watch(train_batches, '--workers', args.batch_size)
-    val_batches = Batches(val_loader, state.recipe.architecture_steps(epoch, state.step, steps))
+    val_batches = endless(val_loader, state.recipe.architecture_steps(epoch, state.step, steps))
     val_batches = logger.watch(
         to_device(val_batches, world.device, torch.channels_last), '--val_workers', args.batch_size
     )
@@ -251,13 +251,16 @@ def read_target(args, world, num_classes):
     return target
 
 
-def load_search_data(args, world):
-    """Return the flags with what table and images give, the snapshot, and the images."""
+def load_data(args, world, kept):
+    """Return the images with their loaders, and the flags with the input size of the table and a batch that fits."""
     size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
-    snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
-    images = search_images(args, world, snapshot.folder, log.info)
-    args = settle_data(args, world, images, 2, [(size, args.lookup_path)], log.info)
-    return args, snapshot, images
+    img_size = settle('--img_size', args.img_size, [(size, args.lookup_path)], USUAL_SIZE)
+    source = Source(args.img_root, args.img_root, args.train_list, args.val_list, args.num_classes)
+    # the architecture has a batch every second step
+    val_workers = -(-args.workers // 2) if args.val_workers is None else args.val_workers
+    loading = Loading(img_size, args.batch_size, args.workers, args.seed, val_workers, args.device_aug)
+    images = load_search_data(source, loading, world, kept)
+    return images, with_flags(args, img_size=img_size, batch_size=images.batch_size)
 
 
 def make_meta(images, target, args):
@@ -327,11 +330,11 @@ def main(args):
     check_format(args.amp, '--amp', world.device)
     if args.cuda_graph and world.device.type != 'cuda':
         raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
-    args, snapshot, images = load_search_data(args, world)
+    snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
+    images, args = load_data(args, world, snapshot.folder)
     check_lengths(args)
-    num_classes = images.num_classes
+    num_classes, loaders = images.num_classes, images.loaders
     target = read_target(args, world, num_classes)
-    loaders = make_search_loaders(args, world, images, log.info)
     flags, steps = vars(args) | images.flags | {'target_lat': target.value}, len(loaders[0])
     flags |= {'img_root': str(Path(args.img_root).absolute())}
     torch.manual_seed(derive_seed(args.seed, 'weights'))
@@ -405,7 +408,6 @@ def main(args):
             state.end_epoch()
             checkpointer.save_as(state, searched_model(state.epoch))
             remove_old_models(logger.folder, state.epoch, args.keep_checkpoints)
-            log_skipped(*loaders, log=log.info, world=world)
 
     if not checkpointer.signal:
         checkpointer.remove_checkpoints()

@@ -23,8 +23,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tools.needed  # noqa: F401  # isort: skip
-from dataset.lists import class_file, list_folder, read_classes, read_numbering, split_by_class, write_list
-from dataset.splits import RATIO, SEED, find_roots, flat, split_folder
+from dataset.lists import (
+    RATIO,
+    SEED,
+    class_file,
+    class_names,
+    find_roots,
+    flat,
+    list_folder,
+    list_like,
+    read_classes,
+    read_numbering,
+    split_by_class,
+    split_folder,
+    write_list,
+)
 from tools.chain import command
 from tools.files import write_text
 from tools.options import Parser, count, number, run_script
@@ -59,61 +72,54 @@ def get_args(argv=None):
     pair = bool(args.train_list) + bool(args.val_list)
     if pair == 1 or bool(args.to) + bool(args.list) + pair // 2 != 1:
         parser.error('give --to, or --list, or both --train_list and --val_list')
-    if args.like and any(
-        Path(args.like).resolve() == Path(p).resolve() for p in (args.list, args.train_list, args.val_list) if p
-    ):
-        parser.error(f'--like {args.like}: would be overwritten; write the new list to another file')
     if args.to and args.like:
         parser.error('--like goes with --list, or with --train_list and --val_list; the lists of --to agree anyway')
+    if args.like and args.like in (args.list, args.train_list, args.val_list):
+        parser.error(f'--like {args.like}: would be overwritten; write the new list to another file')
     return args
-
-
-def wanted_classes(args, root):
-    """Return the class folders of `root` that the flags name, with labels if --like gives them; None: all."""
-    if args.like:
-        return read_numbering(args.like)
-    return read_classes(args.classes, root) if args.classes else None
-
-
-def all_lists(args):
-    """Return all lists for search and training, see `split_folder`."""
-    roots = find_roots(args.img_root, keep=bool(args.classes))
-    return split_folder(roots, wanted_classes(args, roots[0]), args.ratio, args.seed)
 
 
 def next_commands(to, train_root, val_root):
     """Return the commands that use the lists, for a search and a training."""
     table = to / 'latency.pkl'
-    search_lists = {'train_list': to / 'search_train.txt', 'val_list': to / 'search_val.txt'}
-    search = {'img_root': train_root, **search_lists, 'lookup_path': table, 'target_lat': '50%'}
-    lists = {'train_list': to / 'train.txt', 'val_list': to / 'val.txt'}
-    training = {'train_root': train_root, 'val_root': val_root, **lists, 'config_path': Path('model.config')}
+    search = {'img_root': train_root, 'train_list': to / 'search_train.txt', 'val_list': to / 'search_val.txt'}
+    training = {'train_root': train_root, 'val_root': val_root}
+    training |= {'train_list': to / 'train.txt', 'val_list': to / 'val.txt', 'config_path': Path('model.config')}
     return f"""next (at another size than 224: give --img_size to the first command, the others take it from there):
 {command('latency_pkl/make_lat_lut.py', {'save_path': table})}
-{command('train_search.py', search)}
+{command('train_search.py', search | {'lookup_path': table, 'target_lat': '50%'})}
 and, to train what it finds:
 {command('train_eval.py', training)}"""
 
 
+def write(path, samples):
+    """Write a list, and print its size."""
+    write_list(samples, path)
+    print(f'{path}: {len(samples)} images of {len({label for _, label in samples})} classes')
+
+
 def main(args):
     """Write the lists that the flags name."""
+    classes = read_classes(args.classes) if args.classes else None
     if args.to:
-        lists = all_lists(args)
-        parts = {Path(args.to) / f'{name}.txt': samples for name, samples in lists.samples.items()}
+        to, roots = Path(args.to), find_roots(args.img_root)
+        lists = split_folder(roots, classes, args.ratio, args.seed)
+        for name, samples in lists.items():
+            write(to / f'{name}.txt', samples)
+        for name, text in class_file(class_names(lists['train'])).items():
+            write_text(to / name, text)
+        print(next_commands(to, *roots))
+        return
+    if args.like:
+        by_class = list_like(args.img_root, read_numbering(args.like))
     else:
-        by_class = list_folder(args.img_root, wanted_classes(args, args.img_root))
-        parts = {args.list: flat(by_class)}
-    if args.train_list:
-        parts = dict(
-            zip((args.train_list, args.val_list), split_by_class(by_class, args.ratio, args.seed), strict=True)
-        )
-    for path, samples in parts.items():
-        write_list(samples, path)
-        print(f'{path}: {len(samples)} images of {len({label for _, label in samples})} classes')
-    if args.to:
-        for name, text in class_file(lists.names).items():
-            write_text(Path(args.to) / name, text)
-        print(next_commands(Path(args.to), lists.train_root, lists.val_root))
+        by_class = list_folder(args.img_root, classes)
+    if args.list:
+        write(args.list, flat(by_class))
+        return
+    first, second = split_by_class(by_class, args.ratio, args.seed)
+    write(args.train_list, first)
+    write(args.val_list, second)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,6 @@ import tools.needed  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 
-from dataset.images import USUAL_SIZE
 from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.kit import (
     LEAST_NETWORKS,
@@ -64,6 +63,7 @@ from tools.environment import set_tf32
 from tools.errors import BadInput
 from tools.files import check_target
 from tools.options import (
+    USUAL_SIZE,
     Parser,
     add_device_arg,
     add_runtime_args,

@@ -41,13 +41,13 @@ def _are_names(value: object) -> bool:
 
 
 SIZE = _is_size, f'a whole number from {LEAST_SIZE} to {MOST_SIZE}'
-MEAN = _is_mean, 'three numbers of at least 0'
-STD = _is_triple, 'three positive numbers'
+THREE_NUMBERS = _is_mean, 'three numbers of at least 0'
+THREE_POSITIVE = _is_triple, 'three positive numbers'
 NAMES = _are_names, f'a list of 2 to {MOST_NAMES} texts'
 TEXT = _is_text, f'a text of at most {MOST_TEXT} characters'
 NUMBER = _is_number, 'a positive number'
 KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    'img_size': SIZE, 'mean': MEAN, 'std': STD, 'class_names': NAMES, 'table': TEXT, 'unit': TEXT,
+    'img_size': SIZE, 'mean': THREE_NUMBERS, 'std': THREE_POSITIVE, 'class_names': NAMES, 'table': TEXT, 'unit': TEXT,
     'target': NUMBER, 'target_given': TEXT, 'predicted': NUMBER, 'measured': NUMBER, 'measured_on': TEXT,
 }  # fmt: skip
 """By entry: a check of its value, and what the value should be."""

@@ -25,7 +25,7 @@ from tools.run import RunLogger, open_run, run_header
 from tools.training import TRAINING, TrainState, memory_format, start_state
 
 if TYPE_CHECKING:
-    from dataset.splits import Images
+    from dataset.data import Data
 
 log = logging.getLogger('tf-nas')
 
@@ -40,7 +40,7 @@ class TrainingRun:
     checkpointer: Checkpointer
 
 
-def describe_data(config: NetworkConfig, img_size: int, images: 'Images') -> NetworkConfig:
+def describe_data(config: NetworkConfig, img_size: int, images: 'Data') -> NetworkConfig:
     """Return the config of a network for the classes and the input of these images.
 
     Latencies of another input size, and names of other classes, are left out of its meta.
@@ -51,7 +51,7 @@ def describe_data(config: NetworkConfig, img_size: int, images: 'Images') -> Net
     return replace(config, meta=meta)
 
 
-def compare_data(config: NetworkConfig, source: str, images: 'Images') -> list[str]:
+def compare_data(config: NetworkConfig, source: str, images: 'Data') -> list[str]:
     """Return lines about what differs between images and the config from `source`: classes, normalisation."""
     lines, meta, names, count = [], config.meta, images.names, config.classifier.out_features
     if count != images.num_classes:
@@ -69,7 +69,7 @@ def open_training(
     args,
     config: NetworkConfig,
     source: str,
-    images: 'Images',
+    images: 'Data',
     steps: int,
     precision: Precision,
     snapshot: Snapshot,
@@ -112,10 +112,10 @@ def open_training(
     return TrainingRun(config, state, logger, Checkpointer(logger, world, args.save_freq, flags, about))
 
 
-def suggest_test(run: TrainingRun, images: 'Images', args) -> None:
+def suggest_test(run: TrainingRun, images: 'Data', args) -> None:
     """Log the command that tests the network of a finished training."""
     folder = run.logger.folder
     val_list = Path(images.lists[1] or folder / 'val.txt')
-    flags = {'val_root': Path(images.roots[1]), 'val_list': val_list, 'config_path': folder / 'model.config'}
+    flags = {'val_root': Path(images.val.root), 'val_list': val_list, 'config_path': folder / 'model.config'}
     flags |= {'weights': folder / 'model_best.pth.tar', **changed(args, device='auto')}
     suggest('test it', 'test.py', flags)

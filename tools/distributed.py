@@ -85,17 +85,6 @@ class World:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def all_any(self, flags: Tensor) -> None:
-        """Set each flag that is set in any process, in place.
-
-        Args:
-            flags: bool [N], on the CPU.
-        """
-        if self.size > 1:
-            numbers = flags.to(torch.uint8)
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-            flags |= numbers.bool()
-
     def broadcast_buffers(self, *modules: nn.Module) -> None:
         """Give all processes the first one's buffers (the running statistics of batch norm)."""
         self.broadcast(buffer for module in modules for buffer in module.buffers())

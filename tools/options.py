@@ -19,6 +19,7 @@ TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
 """Defaults of a search: its table, and its lists of ImageNet, which it creates if neither exists."""
 
+USUAL_SIZE = 224  # height and width of the input in pixels if neither a flag nor a file gives them: the paper's
 RECIPE_BATCH, RECIPE_LR = 512, 0.2
 """Images an update, and the learning rate that belongs to them, of the paper's training."""
 
@@ -257,19 +258,8 @@ def add_device_arg(parser: Parser) -> None:
     )
 
 
-def add_bad_images_arg(parser: Parser) -> None:
-    """Add --bad_images."""
-    parser.groups['data'].add_argument(
-        '--bad_images',
-        choices=('error', 'skip'),
-        default='error',
-        help='images that cannot be read end the run, or are skipped and logged (at most 1 %% of a list)',
-    )
-
-
 def add_image_args(parser: Parser) -> None:
     """Add flags of training images."""
-    add_bad_images_arg(parser)
     parser.groups['data'].add_argument(
         '--device_aug', action='store_true', help='jitter colours on the device: workers load many times as fast'
     )

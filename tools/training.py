@@ -258,8 +258,6 @@ def fit(
             if is_best:
                 checkpointer.save_as(state, 'model_best.pth.tar')
             checkpointer.save(state)
-            for loader in loaders:
-                loader.dataset.log_skipped(log.info, world)
             if state.step:
                 break
     if not checkpointer.signal:
@@ -556,7 +554,7 @@ def align_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def to_device(
-    batches: Iterable[tuple | None],
+    batches: Iterable[tuple],
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -566,10 +564,8 @@ def to_device(
     one. With pinned memory neither the host nor the GPU waits.
 
     Args:
-        batches: pairs with a method `to(device, non_blocking=True)`: tensors, or raw images that it finishes. None, a
-            batch without a readable image, is left out.
+        batches: pairs with a method `to(device, non_blocking=True)`: tensors, or raw images that it finishes.
     """
-    batches = (batch for batch in batches if batch is not None)
 
     def move(batch: tuple) -> tuple[Tensor, Tensor]:
         images, labels = batch

@@ -12,8 +12,7 @@ import tools.needed  # noqa: F401  # isort: skip
 
 from PIL import Image
 
-from dataset.lists import list_folder, split_by_class, write_list
-from dataset.splits import RATIO, SEED, flat
+from dataset.lists import RATIO, SEED, flat, list_folder, split_by_class, write_list
 from tools.options import Parser, count, run_script
 
 SHEET = Path(__file__).with_name('fashion_mnist.png')
