@@ -14,17 +14,9 @@ from training_runs import small_config
 
 import parsing_model
 from conftest import ROOT, make_table
-from dataset.lists import parse_list, split_by_class
-from dataset.splits import (
-    RATIO,
-    SEED,
-    Images,
-    evaluation_images,
-    find_roots,
-    search_images,
-    split_folder,
-    training_images,
-)
+from dataset.data import Data
+from dataset.lists import parse_list
+from dataset.loaders import ImageSet
 from latency_pkl import runtimes
 from latency_pkl.runtimes import log_network_latency
 from latency_pkl.sampling import reference_config
@@ -36,7 +28,6 @@ from models.search_space import SPACE
 from models.tables import load_table, save_table
 from models.training_run import compare_data, describe_data
 from tools.chain import command, settle
-from tools.distributed import World
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.training import Tally
@@ -194,7 +185,7 @@ def test_classes_of_a_search_reach_the_config_and_published_ones_have_1000(tmp_p
 
 def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
     samples = [(f'{name}/{i}.png', label) for label, name in enumerate(NAMES) for i in range(2)]
-    images = Images((samples, samples), ('r', 'r'), ('l', 'l'), 3)
+    images = Data(*[ImageSet('r', samples, 'l')] * 2, 3)
     meta = Meta(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), tuple(NAMES), target=3.0, measured=2.0)
     config = replace(small_config(), meta=meta)
     assert compare_data(config, 'c', images) == []
@@ -245,60 +236,6 @@ def test_the_latency_of_a_training_is_measured_beside_the_table_of_its_config(tm
     log_network_latency(logger, 1, config, CPU, 32, SPACE)
     assert given[1] == (1, 32, None, 'tf32')
     assert 'table of the config, is not there' in caplog.text and 'by the clock alone' in caplog.messages[-1]
-
-
-# --- folders
-
-
-def data_flags(**flags):
-    usual = dict.fromkeys(('img_root', 'train_root', 'val_root', 'train_list', 'val_list', 'num_classes', 'weights'))
-    return Namespace(**usual | {'seed': 2, 'batch_size': 4, 'lr': 0.2, 'lr_scale': 'none', 'grad_accum': 1} | flags)
-
-
-def test_search_and_training_split_a_folder_alike_whatever_their_seed(photos):
-    lists = split_folder(find_roots(photos)).samples
-    by_class = [[sample for sample in lists['train'] if sample[1] == label] for label in range(3)]
-    assert (lists['search_train'], lists['search_val']) == split_by_class(by_class, RATIO, SEED)
-    for seed in (2, 5):
-        found = search_images(data_flags(img_root=photos, seed=seed), World(CPU), None, lambda _: None)
-        trained = training_images(data_flags(train_root=photos, seed=seed), None, lambda _: None)
-        assert found.samples == (lists['search_train'], lists['search_val'])
-        assert trained.samples == (lists['train'], lists['val']) and trained.names == NAMES
-        assert trained.flags == {'num_classes': 3, 'train_list': None, 'val_list': None}
-
-
-def test_a_run_goes_on_with_its_own_lists_when_its_folder_has_grown(photos, tmp_path):
-    args, kept = data_flags(img_root=photos, train_root=photos), tmp_path / 'run'
-    kept.mkdir()
-    first = search_images(args, World(CPU), None, lambda _: None)
-    for name, text in first.files.items():
-        (kept / name).write_text(text)
-    Image.new('RGB', (40, 40)).save(photos / 'green' / 'new.png')
-    again, fresh = (search_images(args, World(CPU), folder, lambda _: None) for folder in (kept, None))
-    assert again.samples == first.samples and again.digest == first.digest != fresh.digest
-    assert training_images(args, kept, lambda _: None).samples[0] == parse_list(kept / 'train.txt')
-
-
-def test_a_test_folder_has_the_labels_of_the_weights(tmp_path):
-    root, said = photographs(tmp_path / 'b', NAMES[1:], count=2), []
-    args = data_flags(val_root=root, weights=tmp_path / 'w.pth.tar')
-    named = evaluation_images(args, 3, NAMES, {}, said.append)
-    assert {label for _, label in named.samples[0]} == {1, 2} and named.num_classes == 3
-    unnamed = evaluation_images(args, 3, None, {}, said.append)
-    assert {label for _, label in unnamed.samples[0]} == {0, 1} and 'labels by the sorted names' in said[-2]
-    with pytest.raises(BadInput, match='has none of the 2 class folders of the list'):
-        evaluation_images(args, 2, ['x', 'y'], {}, said.append)
-    with pytest.raises(BadInput, match='2 class folders, the weights are for 1'):
-        evaluation_images(args, 1, None, {}, said.append)
-
-
-def test_training_images_are_never_tested_on_unasked(photos, tmp_path):
-    args = data_flags(val_root=photos, weights=tmp_path / 'w.pth.tar')
-    trained = {'train_root': str(photos), 'train_list': str(tmp_path / 'train.txt'), 'val_list': 'gone.txt'}
-    with pytest.raises(BadInput, match='trained on images of this folder; name the others with --val_list'):
-        evaluation_images(args, 3, NAMES, trained, print)
-    (tmp_path / 'val.txt').write_text('green/0.png 1\n')
-    assert evaluation_images(args, 3, NAMES, trained, print).samples[0] == [('green/0.png', 1)]
 
 
 @pytest.mark.parametrize(('classes', 'has_five'), [(5, False), (6, True)])

@@ -1,7 +1,6 @@
 """Colour jitter of whole batches on the device: each operation, each order, the draws, and batches one ahead."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +9,20 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from dataset.device_aug import RawImages, TrainPixels, ValPixels, jitter, pack_colours
-from dataset.lists import read_list
-from dataset.loaders import Batches, make_loader, transforms
-from dataset.transforms import JITTER, MEAN, STD, train_transform, val_transform
+from dataset.lists import parse_list
+from dataset.loaders import ImageSet, Loading, endless, make_loader, make_transforms
+from dataset.transforms import (
+    JITTER,
+    MEAN,
+    STD,
+    RawImages,
+    TrainPixels,
+    ValPixels,
+    jitter,
+    pack_colours,
+    train_transform,
+    val_transform,
+)
 from tools.distributed import World
 from tools.errors import BadInput
 from tools.training import to_device
@@ -63,25 +72,6 @@ def test_a_batch_has_all_orders_of_the_operations_at_once():
     assert (result - one_order)[1:].abs().amax((1, 2, 3)).min() > 0.01  # the orders do differ
 
 
-def test_statistics_of_many_draws_are_those_of_color_jitter():
-    draws = torch.stack([TrainPixels(8)(torch.zeros(3, 8, 8, dtype=torch.uint8))[1] for _ in range(4000)])
-    blends, hue = draws[:, :-1].view(-1, 6, 3), draws[:, -1]
-    kinds = {
-        'contrast': blends[..., 1] != 0,
-        'saturation': blends[..., 2] != 0,
-        'brightness': (blends[..., 0] != 1) & (blends[..., 1:] == 0).all(-1),
-    }
-    for kind in kinds.values():
-        assert (kind.sum(1) == 1).float().mean() > 0.999
-        factors = blends[kind][:, 0]
-        assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
-        assert abs(factors.mean() - 1) < 0.015 and abs(factors.std() - 0.8 / 12**0.5) < 0.008
-        assert abs(kind[:, :3].sum(1).float().mean() - 0.5) < 0.04  # before the hue as often as after it
-    assert abs(hue.mean()) < 0.008 and abs(hue.std() - 0.4 / 12**0.5) < 0.005 and 0.195 < hue.abs().max() <= 0.2
-    first = {name: kind[:, 0].float().mean().item() for name, kind in kinds.items()}
-    assert all(abs(share - 0.25) < 0.03 for share in first.values())  # each of the four operations comes first
-
-
 def test_the_same_seed_gives_the_images_of_the_recipes_pipeline():
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90), Image.BICUBIC)
@@ -106,36 +96,23 @@ def test_grey_and_extreme_images_stay_finite_and_in_range():
     assert (result.amax(1) - result.amin(1)).max() < 1e-6  # grey stays grey
 
 
-def args(**changes):
-    return SimpleNamespace(**{'batch_size': 4, 'workers': 0, 'seed': 5, 'img_size': 32, 'device_aug': True} | changes)
-
-
-def stream(images, start=0, **changes):
-    chosen = args(**changes)
-    samples = read_list(images / 'train.txt', images, 3)
-    loader = make_loader(images, samples, transforms(chosen)[0], chosen, World(CPU), 'train', for_training=True)
-    return to_device(Batches(loader, start), CPU)
-
-
-def test_images_do_not_depend_on_workers_or_interruptions(images):
-    whole = [next(batches) for batches in [stream(images)] for _ in range(8)]
-    parallel = [next(batches) for batches in [stream(images, workers=2)] for _ in range(8)]
-    resumed = [next(batches) for batches in [stream(images, start=6)] for _ in range(2)]
-    for (a, la), (b, lb) in zip(whole + whole[6:], parallel + resumed, strict=True):
-        assert torch.equal(a, b) and torch.equal(la, lb)
-    assert whole[0][0].dtype == torch.float32 and whole[0][0].shape == (4, 3, 32, 32)
-    assert not torch.equal(whole[0][0], next(stream(images, seed=6))[0])
+def stream(images, **changes):
+    loading = Loading(32, 4, 0, seed=5, **changes)
+    data = ImageSet(images, parse_list(images / 'train.txt'), 'train')
+    loader = make_loader(data, make_transforms(loading)[0], loading, World(CPU), for_training=True)
+    return to_device(endless(loader), CPU)
 
 
 def test_batches_hold_what_the_recipes_pipeline_makes(images):
-    ours, recipe = next(stream(images)), next(stream(images, device_aug=False))
+    ours, recipe = next(stream(images, device_aug=True)), next(stream(images))
+    assert ours[0].dtype == torch.float32 and ours[0].shape == (4, 3, 32, 32)
     assert torch.equal(ours[1], recipe[1])
     assert ((ours[0] - recipe[0]) * torch.tensor(STD).view(3, 1, 1)).abs().mean() < 0.02
 
 
 def test_policies_and_device_aug_exclude_each_other():
     with pytest.raises(BadInput, match='--auto_augment randaugment'):
-        transforms(args(auto_augment='randaugment'))
+        make_transforms(Loading(32, 4, 0, 5, device_aug=True, auto_augment='randaugment'))
 
 
 def test_normalisation_is_by_channel():

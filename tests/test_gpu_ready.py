@@ -11,10 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_search
-from dataset.lists import read_list
-from dataset.loaders import fewer_workers, make_loader, make_search_loaders
-from dataset.splits import search_images
-from dataset.transforms import train_transform
 from models.config import load_config
 from models.describe import largest_activation, largest_mixture
 from models.model_eval import NetworkEval
@@ -163,40 +159,21 @@ def test_the_note_on_large_activations():
     assert large_tensor_note(elements, 10**6, CPU) == ''
 
 
-def loader_of(images, workers, **more):
-    args = SimpleNamespace(batch_size=4, workers=workers, seed=5)
-    samples = read_list(images / 'train.txt', images, 3)
-    world = World(CPU, size=more.pop('size', 1))
-    return make_loader(images, samples, train_transform(32), args, world, 'train.txt', for_training=True, **more)
-
-
-def test_a_process_has_no_more_workers_than_cores(images, monkeypatch):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {3, 5, 8}, raising=False)
-    asked = {0: 0, 2: 2, 3: 3, 16: 3}
-    assert {workers: loader_of(images, workers).num_workers for workers in asked} == asked
-    assert loader_of(images, 5, size=2).num_workers == 3
-    assert loader_of(images, 3, size=2).num_workers == 2
-    assert [bool(fewer_workers({'--workers': workers}, World(CPU))) for workers in asked] == [False, False, False, True]
-    assert fewer_workers({'--workers': 16}, World(CPU)).startswith('--workers 16: 3 instead of 16')
-    assert not fewer_workers({'--workers': 6}, World(CPU, size=2))
-
-
-def test_the_loaders_of_a_search_have_their_workers(images, monkeypatch):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
-    lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
-    words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
-    words += ['--img_size', '32']
-    for more, expected in (
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
         ([], [6, 3]),
         (['--val_workers', '9'], [6, 8]),
         (['--workers', '1'], [1, 1]),
         (['--workers', '0'], [0, 0]),
         (['--val_workers', '0'], [6, 0]),
-    ):
-        monkeypatch.setattr(sys, 'argv', [*words, *more])
-        notes = []
-        args = train_search.get_args()
-        read = search_images(args, World(CPU), None, notes.append)
-        loaders = make_search_loaders(args, World(CPU), read, notes.append)
-        assert [loader.num_workers for loader in loaders] == expected
-        assert any(note.startswith('--val_workers 9: 8 instead') for note in notes) == ('9' in more)
+    ],
+)
+def test_the_loaders_of_a_search_have_their_workers(images, flags, expected, monkeypatch):
+    """A process has no more workers than cores, here eight."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
+    lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
+    words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
+    monkeypatch.setattr(sys, 'argv', [*words, '--img_size', '32', *flags])
+    data, _ = train_search.load_data(train_search.get_args(), World(CPU), None)
+    assert [loader.num_workers for loader in data.loaders] == expected

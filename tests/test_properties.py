@@ -15,8 +15,8 @@ from PIL import Image
 from training_runs import small_config
 
 from conftest import SMALL_SPACE, make_table, random_arch
-from dataset.images import load_pixels, load_rgb
 from dataset.lists import read_list, write_list
+from dataset.transforms import load_pixels, load_rgb
 from models.config import NetworkConfig, dump_config, load_config, parse_config
 from models.model_eval import NetworkEval
 from models.parsing import load_architecture, read_searched
@@ -46,10 +46,10 @@ def no_files(monkeypatch):
 @given(st.lists(st.tuples(NAMES, st.integers(0, 9)), min_size=1, max_size=8))
 def test_a_list_that_is_written_is_read_back(tmp_path, no_files, samples):
     write_list(samples, tmp_path / 'list.txt')
-    assert read_list(tmp_path / 'list.txt', tmp_path, 10, warn=lambda _: None) == samples
+    assert read_list(tmp_path / 'list.txt', tmp_path, 10) == samples
     text = (tmp_path / 'list.txt').read_text()
     (tmp_path / 'list.txt').write_bytes(('\ufeff' + text.replace('\n', '\r\n')).encode())
-    assert read_list(tmp_path / 'list.txt', tmp_path, None, warn=lambda _: None) == samples
+    assert read_list(tmp_path / 'list.txt', tmp_path, None) == samples
 
 
 @quick
@@ -60,7 +60,7 @@ def test_a_list_that_is_written_is_read_back(tmp_path, no_files, samples):
 def test_any_bytes_are_a_list_or_bad_input(tmp_path, raw):
     (tmp_path / 'list.txt').write_bytes(raw)
     try:
-        samples = read_list(tmp_path / 'list.txt', tmp_path, 10, warn=lambda _: None)
+        samples = read_list(tmp_path / 'list.txt', tmp_path, 10)
     except BadInput as e:
         assert 'list.txt' in str(e)
     else:
@@ -233,7 +233,7 @@ def write_good(kind, path):
 
 
 READERS = {
-    'list': lambda path: read_list(path, path.parent, 10, warn=lambda _: None),
+    'list': lambda path: read_list(path, path.parent, 10),
     'config': load_config,
     'table': lambda path: load_table(path, 32, SMALL_SPACE),
     'checkpoint': load_checkpoint,

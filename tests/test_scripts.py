@@ -10,7 +10,7 @@ import pytest
 import torch
 from bad_files import run_here
 
-from dataset import splits
+from dataset import data
 from models.config import load_config
 from models.parsing import read_searched
 from models.search_space import SPACE
@@ -207,11 +207,11 @@ def test_default_lists_are_made_from_class_folders(tmp_path, images, table, monk
     words = ['--img_root', root, '--lookup_path', table, *SMALL, '--batch_size', '4', '--target_lat', '40%']
     words += ['--epochs', '1', '--warmup_epochs', '1', '--no-report']
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(splits, 'CLASSES', tmp_path / 'classes.txt')
+    monkeypatch.setattr(data, 'CLASSES', tmp_path / 'classes.txt')
     assert run_here(monkeypatch, 'train_search.py', words) == 0
     out = capsys.readouterr().out
     lists = sorted((tmp_path / 'dataset').glob('ImageNet-100-effb0_*.txt'))
-    assert 'made dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt' in out and '20 and 4 images of 2 classes' in out
+    assert 'made ./dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt: 20 images' in out
     assert [len(path.read_text().splitlines()) for path in lists] == [20, 4]
     assert lists[1].read_text().splitlines()[-1].startswith('class_2/') and lists[1].read_text().splitlines()[
         -1

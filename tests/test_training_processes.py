@@ -23,7 +23,7 @@ from training_runs import (
 from training_runs import run_here as train_here
 
 import train_eval_amp
-from dataset.loaders import ImageList, make_loader
+from dataset.loaders import ImageSet, Loading, make_loader
 from models.model_eval import NetworkEval
 from tools.checkpoint import Checkpointer
 from tools.distributed import World, join_world, leave_world
@@ -86,39 +86,10 @@ def one_update(world, batch_norm):
     return {'weights': net.state_dict(), 'train': train.numbers, 'val': val.numbers}
 
 
-def skip_some(rank, size, port, cases, path):
-    """In each case have this process skip other images of 300, and save what it logs, or raises."""
-    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(size), 'LOCAL_RANK': str(rank)}
-    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    world, logs = join_world('cpu', None), []
-    for bad in cases:
-        images, lines = ImageList(path, [(f'{i}.png', 0) for i in range(300)], None, 0, skip=True), []
-        for index in bad[rank]:
-            images.note_bad(index, BadInput('bad'))
-        try:
-            images.log_skipped(lines.append, world)
-            images.log_skipped(lines.append, world)
-        except BadInput as e:
-            lines.append(f'error: {e}')
-        logs.append(lines)
-    torch.save(logs, path / str(rank))
-    leave_world(world)
-
-
-def test_images_skipped_by_any_process_are_told_and_counted_by_all(tmp_path):
-    cases, ends = [((5,), (7, 5)), ((5, 6), (7, 8))], ['2 of 300', 'error: .*4 of 300 .*8.png']
-    mp.spawn(skip_some, (2, 29500 + os.getpid() % 2000, cases, tmp_path), nprocs=2)
-    for rank in range(2):
-        for bad, last, (*lines, end) in zip(cases, ends, load(tmp_path / str(rank)), strict=True):
-            told = [re.search(r'/(\d).png: cannot', line).group(1) for line in lines if line.startswith('skipped: ')]
-            assert told == sorted({str(index) for part in bad for index in part})
-            assert re.search(last, end), end
-
-
 def loader(world):
     """Batches of the 23 images over the processes."""
-    args = Namespace(batch_size=4, workers=0, seed=0)
-    made = make_loader('.', [('', 0)] * 23, None, args, world, 'images', for_training=False)
+    images = ImageSet('.', [('', 0)] * 23, 'images')
+    made = make_loader(images, None, Loading(32, 4, 0, seed=0), world, for_training=False)
     return torch.utils.data.DataLoader(Numbers(), made.batch_size, sampler=made.sampler)
 
 
@@ -174,11 +145,10 @@ def test_the_printed_accuracy_is_that_of_one_process_on_the_saved_weights(data, 
 @pytest.mark.parametrize('images', [23, 24, 7])
 def test_every_validation_image_is_counted_once(size, images, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(8)), raising=False)
-    args = Namespace(batch_size=12, workers=5, seed=0)
-    seen = []
+    seen, part = [], ImageSet('.', [('', 0)] * images, '')
     for rank in range(size):
         world = World(torch.device('cpu'), rank, size)
-        made = make_loader('.', [('', 0)] * images, None, args, world, '', for_training=False)
+        made = make_loader(part, None, Loading(32, 12, 5, seed=0), world, for_training=False)
         seen += [index for _, index in made.sampler]
         assert (made.batch_size, made.num_workers) == (12 // size, -(-5 // size))
     assert sorted(seen) == list(range(images))
