@@ -67,7 +67,25 @@ from tools.distributed import join_world, leave_world
 from tools.environment import device_name, fingerprint, large_tensor_note, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
-from tools.options import DEFAULT_TABLE, USUAL_SIZE, Parser, add_search_args, project_file, run_script
+from tools.options import (
+    DEFAULT_TABLE,
+    USUAL_SIZE,
+    Parser,
+    add_device_arg,
+    add_image_args,
+    add_output_args,
+    add_rank_arg,
+    add_size_arg,
+    add_snapshot_args,
+    add_tf32_arg,
+    class_count,
+    count,
+    fraction,
+    number,
+    process_count,
+    project_file,
+    run_script,
+)
 from tools.plots import draw_at_end
 from tools.precision import DTYPES, check_format
 from tools.rng import derive_seed, generator_for
@@ -80,21 +98,83 @@ VALIDATED_EPOCHS = 5
 
 
 def get_args(argv=None):
-    """Parse `argv`, or the command line."""
+    """Parse `argv`, or the command line. Defaults are the paper's recipe."""
     parser = Parser(__doc__)
-    add_search_args(parser)
-    parser.groups['search'].add_argument(
-        '--freedoms',
-        nargs='*',
-        choices=FREEDOMS,
-        default=list(FREEDOMS),
-        help='what is searched as in the paper; without operator: the Gumbel path alone trains the weights; without '
-        'width: the widths of the start are kept',
+    data, latency = parser.groups['data'], parser.groups['latency']
+    data.add_argument('--img_root', metavar='FOLDER', required=True, help='folder of class folders, or of the lists')
+    data.add_argument('--train_list', metavar='FILE', help='images that train the weights; default: of the folders')
+    data.add_argument('--val_list', metavar='FILE', help='images that train the architecture')
+    data.add_argument('--num_classes', type=class_count, help='number of classes; default: as many as the lists name')
+    data.add_argument('--batch_size', type=count(2), default=32, help='images per step, over all devices')
+    add_size_arg(parser, 'of the table')
+    add_image_args(parser)
+    latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
+    latency.add_argument(
+        '--target_lat', metavar='MS', default='15.0', help='in ms, or a share of the range such as 60%%'
     )
+    latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
+    latency.add_argument('--width_divisor', type=count(), help="widths are multiples of it; default: the table's, or 1")
+    add_schedule_args(parser.groups['search'])
+    add_step_args(parser)
+    add_output_args(parser, 'search')
+    add_snapshot_args(parser)
+    parser.groups['resuming'].add_argument(
+        '--keep_checkpoints', metavar='N', type=count_or_all, default=2, help='newest searched models to keep, or all'
+    )
+    add_rank_arg(parser)
     args = parser.parse_args(argv)
     if (args.width_divisor or 1) > 1 and 'width' not in args.freedoms:
         parser.error(f'--width_divisor {args.width_divisor} is of the freedom width, which --freedoms leaves out')
+    if args.warmup_epochs > args.epochs:
+        parser.error(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
+    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
+        parser.error(f'--largest_epochs {args.largest_epochs} should be below --warmup_epochs {args.warmup_epochs}')
     return args
+
+
+def add_schedule_args(search):
+    """Add the flags of the length of a search and of its two optimizers."""
+    positive, decay = number(float, 0, open_low=True), number(float, 0)
+    search.add_argument('--epochs', type=count(), default=90, help='epochs in all')
+    search.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
+    search.add_argument(
+        '--largest_epochs', type=count(0), default=0, help='first epochs, of the largest operators alone'
+    )
+    search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
+    search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
+    search.add_argument('--w_wd', type=decay, default=1e-5, help='weight decay of the weights')
+    search.add_argument('--a_lr', type=positive, help='of the architecture; default: 0.01, more for fewer steps')
+    search.add_argument('--a_wd', type=decay, help='of the architecture; default: 5e-4, less for fewer steps')
+    search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
+    search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
+    search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
+    search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
+    search.add_argument(
+        '--T_decay',
+        type=number(float, 0, 1, open_low=True),
+        help='factor on T per epoch; default: as far as by 0.96',
+    )
+    search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
+    search.add_argument(
+        '--freedoms', nargs='*', choices=FREEDOMS, default=list(FREEDOMS), help='what is searched as in the paper'
+    )
+
+
+def add_step_args(parser):
+    """Add flags that change speed and memory of a search but not its results, except for rounding."""
+    hardware = parser.groups['hardware']
+    add_device_arg(parser)
+    hardware.add_argument('--workers', type=process_count, default=4, help="processes that load the weights' images")
+    hardware.add_argument('--val_workers', type=process_count, help="the architecture's; default: half of --workers")
+    hardware.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
+    add_tf32_arg(parser)
+    hardware.add_argument('--cuda_graph', action='store_true', help='launch the architecture step as one CUDA graph')
+    hardware.add_argument('--checkpoint_ops', action='store_true', help='recompute operators to save memory')
+
+
+def count_or_all(text):
+    """Parse a whole number of at least 1, or 'all' as None, as an argparse type."""
+    return None if text == 'all' else count()(text)
 
 
 def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, logger):
@@ -278,16 +358,6 @@ def suggest_parsing(model, unit, args):
     suggest('make the config of the found network', 'parsing_model.py', flags)
 
 
-def check_lengths(args):
-    """Raise BadInput if the parts of the search are longer than the whole."""
-    if args.warmup_epochs > args.epochs:
-        raise BadInput(f'--warmup_epochs {args.warmup_epochs} should be at most --epochs {args.epochs}')
-    if args.largest_epochs and args.largest_epochs >= args.warmup_epochs:
-        raise BadInput(
-            f'--largest_epochs {args.largest_epochs} should be fewer than --warmup_epochs {args.warmup_epochs}'
-        )
-
-
 def settle_args(args, snapshot, steps_an_epoch):
     """Return the flags with values for T_decay, a_lr and a_wd, and what a checkpoint keeps of them."""
     given = {name: getattr(args, name) for name in ('T_decay', 'a_lr', 'a_wd')}
@@ -332,7 +402,6 @@ def main(args):
         raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
     snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
     images, args = load_data(args, world, snapshot.folder)
-    check_lengths(args)
     num_classes, loaders = images.num_classes, images.loaders
     target = read_target(args, world, num_classes)
     flags, steps = vars(args) | images.flags | {'target_lat': target.value}, len(loaders[0])

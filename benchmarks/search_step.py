@@ -42,9 +42,10 @@ from models.targeting import Target
 from tools.distributed import pick_device
 from tools.environment import device_name, prepare
 from tools.files import save_checkpoint
-from tools.options import Parser, add_device_arg, add_step_args, count, run_script
+from tools.options import Parser, count, run_script
 from tools.precision import DTYPES, Precision
 from tools.rng import generator_for
+from train_search import add_step_args
 
 NUM_CLASSES, GRAD_CLIP, LAMBDA_LAT, TARGET_LAT, TEMPERATURE = 100, 5.0, 0.1, 15.0, 5.0
 WEIGHT_STEPS, ARCHITECTURE_STEPS = 287_370, 127_760
@@ -59,7 +60,6 @@ def get_args():
     parser.add_argument('--batch_size', type=count(2), default=16)
     parser.add_argument('--img_size', type=count(32), default=224)
     parser.add_argument('--rounds', type=count(3), default=5)
-    add_device_arg(parser)
     add_step_args(parser)
     return parser.parse_args()
 

@@ -157,7 +157,7 @@ def add_kit_args(parser):
 
 def refuse_unused(parser, args):
     """End with one line if a flag would not be used."""
-    given = {name for name, value in vars(args).items() if value != args.defaults[name]}
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     job = next((name for name in UNUSED if name in given), None)
     for name, partner in PARTNERS.items():
         if name in given and job != partner:

@@ -188,7 +188,7 @@ def test_help_shows_defaults_also_where_they_are_zero(monkeypatch, capsys):
     shown = ' '.join(help_of('train_eval.py', monkeypatch, capsys).split())
     for says in (
         'average of the weights (default: 0.0)',
-        '--lr X learning rate at the start (default: 0.2)',
+        '--lr LR learning rate at the start (default: 0.2)',
         'network with torch.compile --tf32',
     ):
         assert says in shown

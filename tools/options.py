@@ -1,7 +1,6 @@
 """Command-line options: a parser that reports errors in one line, checked number types, groups that scripts share."""
 
 import argparse
-import difflib
 import math
 import shlex
 import sys
@@ -14,16 +13,15 @@ from tools.environment import ROOT
 from tools.errors import INTERRUPTED, BadInput, explain, has_no_reader, silence
 from tools.logs import start_console
 
+# defaults of a search: its table, and its lists of ImageNet, which it creates if neither exists
 DEFAULT_TABLE = './latency_pkl/latency_gpu.pkl'
 TRAIN_LIST = './dataset/ImageNet-100-effb0_train_cls_ratio0.8.txt'
 VAL_LIST = './dataset/ImageNet-100-effb0_val_cls_ratio0.8.txt'
-"""Defaults of a search: its table, and its lists of ImageNet, which it creates if neither exists."""
 
 USUAL_SIZE = 224  # height and width of the input in pixels if neither a flag nor a file gives them: the paper's
-RECIPE_BATCH, RECIPE_LR = 512, 0.2
-"""Images an update, and the learning rate that belongs to them, of the paper's training."""
+RECIPE_BATCH, RECIPE_LR = 512, 0.2  # images per update of the paper's training, and the learning rate for them
 
-
+# titles of the groups of flags, in the order of the help
 GROUPS = (
     'network',
     'data',
@@ -37,59 +35,34 @@ GROUPS = (
     'hardware',
     'launcher',
 )
-"""Titles of the groups of flags, in the order of the help."""
-
-
-class Flags(argparse.Namespace):
-    """Parsed flags. `defaults` has the default of each, and is no flag itself."""
-
-    __slots__ = ('defaults',)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help formatter: usage with the required flags only, filled paragraphs, and the default of each flag."""
+    """Help with the default of each flag that has one, and with filled paragraphs around the indented commands."""
 
-    def add_argument(self, action):
-        """Add an option with its default."""
-        text = action.help or ''
-        has_default = action.default not in (None, []) and action.default is not False  # 0 is a default
-        if has_default and action.default != argparse.SUPPRESS and 'default' not in text:
-            values = action.default if isinstance(action.default, list) else [action.default]
-            default = ' '.join(map(str, values)).replace('%', '%%')
-            action.help = f'{text} (default: {default})'.strip()
-        super().add_argument(action)
-
-    def add_usage(self, usage, actions, groups, prefix=None):
-        """Add the usage; the groups list the other flags."""
-        choices = [action for group in groups if group.required for action in group._group_actions]
-        needed = [a for a in actions if a.required or not a.option_strings or a in choices]
-        super().add_usage(usage, needed, groups, prefix)
-
-    def _format_usage(self, usage, actions, groups, prefix):
-        return f'{super()._format_usage(usage, actions, groups, prefix).rstrip()} [flags]\n\n'
-
-    def _fill_text(self, text, width, indent):
-        """Return the docstring, with paragraphs that are not indented filled."""
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = [part if part.startswith(' ') else fill(part, width) for part in text.strip().split('\n\n')]
         return '\n\n'.join(parts)
 
-    def _get_default_metavar_for_optional(self, action):
-        return getattr(action.type, 'metavar', None) or super()._get_default_metavar_for_optional(action)
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        none = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        return text if none or 'default' in text else f'{text} (default: %(default)s)'
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with errors of one line, which name the closest known flag for an unknown one.
+    """ArgumentParser with errors of one line, whose help shows the script's docstring and every default.
 
-    The help shows the script's docstring (its runnable commands) and every default. Dashes in names of flags count as
-    underscores. `@flags.txt` gives the flags in that file.
+    Dashes in names of flags count as underscores. `@flags.txt` gives the flags in that file; # begins a comment.
     """
 
     def __init__(self, description: str | None):
         super().__init__(
             description=description,
-            epilog='Flags may be written with dashes, and read from a file by @flags.txt: one flag and value a line.',
+            usage='%(prog)s [flags]',
             formatter_class=_Help,
             allow_abbrev=False,
+            fromfile_prefix_chars='@',
         )
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
 
@@ -97,55 +70,21 @@ class Parser(argparse.ArgumentParser):
         """Print the error in one line and exit with code 2."""
         self.exit(2, f'{self.prog}: error: {message}\n')
 
-    def parse_args(self, args=None, namespace=None):
-        """Parse the flags; unknown ones are errors."""
-        parsed, unknown = self.parse_known_args(args, namespace or Flags())
-        parsed.defaults = {action.dest: action.default for action in self._actions} | self._defaults
-        if unknown:
-            flag = unknown[0].split('=')[0]
-            near = difflib.get_close_matches(flag.replace('-', '_'), self._spellings(), n=1)
-            also = f', did you mean {self._spellings()[near[0]]}?' if near else ''
-            self.error(f'unknown argument {unknown[0]}{also}')
-        return parsed
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Return the words of a line of a file of flags."""
+        return shlex.split(arg_line, comments=True)
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse the flags, and return those that are not known too."""
-        words, known = [], self._spellings()
+        flags = {flag.replace('-', '_'): flag for flag in self._option_string_actions if flag.startswith('--')}
+        words = []
         for word in sys.argv[1:] if args is None else args:
-            words += self._words_of(word[1:]) if word.startswith('@') else [word]
-        for i, word in enumerate(words):
             name, equals, value = word.partition('=')
-            if word.startswith('--'):
-                words[i] = known.get(name.replace('-', '_'), name) + equals + value
-        return super().parse_known_args(words, namespace)
-
-    def _spellings(self) -> dict[str, str]:
-        """Return the long flags by their names with underscores for all dashes."""
-        return {flag.replace('-', '_'): flag for flag in self._option_string_actions if flag.startswith('--')}
-
-    def _words_of(self, path: str) -> list[str]:
-        """Return the words of a file of flags; # begins a comment."""
+            words.append(flags.get(name.replace('-', '_'), name) + equals + value)
         try:
-            return shlex.split(Path(path).read_text(encoding='utf-8'), comments=True)
-        except OSError as e:
-            self.error(f'@{path}: no file of flags there ({e.strerror})')
-        except ValueError as e:
-            self.error(f'@{path}: not a file of flags, one flag and value a line ({e})')
-
-
-def changed_flags(args: argparse.Namespace) -> list[str]:
-    """Return the words of the flags that differ from their defaults; of all flags if `args` has no defaults."""
-    defaults, words = getattr(args, 'defaults', {}), []
-    for name, value in vars(args).items():
-        if name in defaults and value == defaults[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f'--{name}' if value else f'--no-{name}')
-        elif value is not None:
-            words += [f'--{name}', *map(str, value if isinstance(value, (list, tuple)) else [value])]
-        elif defaults.get(name) is not None:
-            words += [f'--{name}', 'all']  # see `count_or_all`
-    return words
+            return super().parse_known_args(words, namespace)
+        except ValueError as e:  # of shlex, or of a file that is no text
+            self.error(f'{" ".join(word for word in words if word.startswith("@"))}: not a file of flags ({e})')
 
 
 def run_script(main: Callable, args: argparse.Namespace) -> None:
@@ -203,23 +142,11 @@ def count(low: int = 1, high: float = math.inf) -> Callable[[str], float]:
     return number(int, low, high)
 
 
-image_size = count(32, 4096)
-"""Argparse type: height and width of an input in pixels."""
-
+# argparse types
+image_size = count(32, 4096)  # height and width of an input in pixels
 class_count = count(2, 65536)
-"""Argparse type: number of classes."""
-
-process_count = count(0, 1024)
-"""Argparse type: number of processes or threads."""
-
-
-fraction = number(float, 0, math.nextafter(1, 0))
-"""Argparse type: a float of at least 0 and below 1."""
-
-
-def count_or_all(text: str) -> int | None:
-    """Parse a whole number of at least 1, or 'all' as None, as an argparse type."""
-    return None if text == 'all' else count()(text)
+process_count = count(0, 1024)  # of processes or threads
+fraction = number(float, 0, math.nextafter(1, 0))  # at least 0 and below 1
 
 
 def yes_no(text: str) -> bool:
@@ -301,102 +228,6 @@ def add_eval_data_args(parser: Parser, batch_size: int, workers: int, required: 
     )
     parser.groups['hardware'].add_argument(
         '--workers', type=process_count, default=workers, help='processes that load images, at most one for each core'
-    )
-
-
-def add_search_args(parser: Parser) -> None:
-    """Add the flags of the search, except those of its freedoms. Defaults are the paper's recipe."""
-    data = parser.groups['data']
-    data.add_argument(
-        '--img_root',
-        metavar='FOLDER',
-        required=True,
-        help='folder that the paths in both lists start from; or of class folders',
-    )
-    lists = f'default: of the class folders of --img_root; for ImageNet {TRAIN_LIST}, {VAL_LIST}, made if need be'
-    data.add_argument('--train_list', metavar='FILE', help=f'images that train the weights; {lists}')
-    data.add_argument('--val_list', metavar='FILE', help='images that train the architecture')
-    data.add_argument('--num_classes', type=class_count, help='number of classes; default: as many as the lists name')
-    add_size_arg(parser, 'of the table')
-    data.add_argument(
-        '--batch_size',
-        type=count(2),
-        default=32,
-        help='images a step, over all devices; at most as many as there are images',
-    )
-    add_image_args(parser)
-    add_schedule_args(parser)
-
-    latency = parser.groups['latency']
-    latency.add_argument('--lookup_path', metavar='FILE', default=DEFAULT_TABLE, help='latency table')
-    latency.add_argument(
-        '--target_lat', metavar='MS', default='15.0', help='in ms; or a share of the reachable range, such as 60%%'
-    )
-    latency.add_argument('--lambda_lat', type=number(float, 0), default=0.1, help='weight of the latency loss')
-    latency.add_argument(
-        '--width_divisor', type=count(), help="all widths stay multiples of it; default: the table's, or 1"
-    )
-
-    add_output_args(parser, 'search')
-    add_snapshot_args(parser)
-    parser.groups['resuming'].add_argument(
-        '--keep_checkpoints',
-        metavar='N',
-        type=count_or_all,
-        default=2,
-        help='searched models to keep, the newest; or the word all',
-    )
-    hardware = parser.groups['hardware']
-    add_device_arg(parser)
-    hardware.add_argument(
-        '--workers', type=process_count, default=4, help='processes that load the images that train the weights'
-    )
-    hardware.add_argument(
-        '--val_workers',
-        type=process_count,
-        help='processes that load the images that train the architecture; default: half of --workers, at least 1 if'
-        ' there are any',
-    )
-    add_step_args(parser)
-    add_rank_arg(parser)
-
-
-def add_schedule_args(parser: Parser) -> None:
-    """Add the flags of a search's length and of its two optimizers. Defaults are the paper's recipe."""
-    positive, search = number(float, 0, open_low=True), parser.groups['search']
-    search.add_argument('--epochs', type=count(), default=90, help='epochs in all')
-    search.add_argument('--warmup_epochs', type=count(0), default=10, help='first epochs, which train weights only')
-    search.add_argument('--w_lr', type=positive, default=0.025, help='learning rate of the weights')
-    search.add_argument('--w_mom', type=fraction, default=0.9, help='momentum of the weights')
-    search.add_argument('--w_wd', type=number(float, 0), default=1e-5, help='weight decay of the weights')
-    search.add_argument(
-        '--a_lr',
-        type=positive,
-        help="learning rate of the architecture; default: the paper's 0.01, more for fewer steps",
-    )
-    search.add_argument(
-        '--a_wd',
-        type=number(float, 0),
-        help="weight decay of the architecture; default: the paper's 5e-4, less for fewer steps",
-    )
-    search.add_argument('--a_beta1', type=fraction, default=0.5, help="Adam's first beta")
-    search.add_argument('--a_beta2', type=fraction, default=0.999, help="Adam's second beta")
-    search.add_argument('--grad_clip', type=positive, default=5.0, help='largest gradient norm')
-    search.add_argument('--T', type=positive, default=5.0, help='temperature of the Gumbel softmax at the start')
-    search.add_argument(
-        '--T_decay',
-        type=number(float, 0, 1, open_low=True),
-        help='factor on T after an epoch; default: the same product over the epochs after the warm-up as 0.96 over 80',
-    )
-    search.add_argument('--seed', type=count(0), default=2, help='seed of all that is drawn')
-    search.add_argument(
-        '--aligned_start', action='store_true', help='all operators of a block start alike; for short searches'
-    )
-    search.add_argument(
-        '--largest_epochs',
-        type=count(0),
-        default=0,
-        help='first epochs, which train the largest operators alone; then all start from these; for short searches',
     )
 
 
@@ -554,21 +385,4 @@ def add_tf32_arg(parser: Parser, default: bool | None = True, usual: str = '') -
     text = 'TF32 for float32 products and convolutions of GPUs that have it'
     parser.groups['hardware'].add_argument(
         '--tf32', action=argparse.BooleanOptionalAction, default=default, help=text + usual
-    )
-
-
-def add_step_args(parser: Parser) -> None:
-    """Add flags that change the speed and memory of a search but not its results, except for rounding."""
-    hardware = parser.groups['hardware']
-    hardware.add_argument('--amp', choices=('float16', 'bfloat16'), help='autocast to this format; default: float32')
-    hardware.add_argument('--compile', action='store_true', help='compile batch norms with torch.compile')
-    add_tf32_arg(parser)
-    hardware.add_argument(
-        '--cuda_graph',
-        action='store_true',
-        help="launch the architecture step as one CUDA graph, which keeps the step's memory; for GPUs that wait for"
-        ' the host',
-    )
-    hardware.add_argument(
-        '--checkpoint_ops', action='store_true', help='recompute operators in backward passes to save memory'
     )
