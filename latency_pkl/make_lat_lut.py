@@ -6,8 +6,6 @@
     python latency_pkl/make_lat_lut.py --runtime onnxruntime \\
         --save_path my_onnxruntime.pkl
     python latency_pkl/make_lat_lut.py --metric flops --save_path flops.pkl
-    python latency_pkl/make_lat_lut.py --estimate titan_rtx \\
-        --save_path latency_pkl/latency_gpu.pkl
 
 Check a table against fresh networks:
 
@@ -33,7 +31,6 @@ import tools.needed  # noqa: F401  # isort: skip
 import numpy as np
 import torch
 
-from latency_pkl.estimate import CARDS, estimate
 from latency_pkl.kit import (
     LEAST_NETWORKS,
     NETWORKS,
@@ -53,7 +50,7 @@ from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
 from models.config import load_config
 from models.counted import counted_table
 from models.elasticity import check_divisor
-from models.onnx_graph import OPSETS, USUAL_OPSET
+from models.onnx_graph import USUAL_OPSET
 from models.parsing import USUAL_CLASSES
 from models.search_space import SPACE
 from models.tables import load_table, save_table, table_size, warn_of_errors
@@ -75,12 +72,10 @@ from tools.options import (
     run_script,
 )
 
-PARTNERS = {'configs': 'kit', 'opset': 'kit', 'width_divisor': 'kit', 'note': 'timings'}
-"""By flag: the one that it is of."""
-
-OF_TABLES = ('check', 'metric', 'estimate', 'runtime', 'provider', 'launch', 'tf32')
-UNUSED = {'timings': OF_TABLES, 'kit': (*OF_TABLES, 'save_path'), 'check': ('metric', 'estimate', 'save_path')}
-"""By flag: those that are not used with it. The first flag that is given counts."""
+PARTNERS = {'configs': 'kit', 'width_divisor': 'kit', 'note': 'timings'}  # by flag: the one that it belongs to
+OF_TABLES = ('check', 'metric', 'runtime', 'provider', 'launch', 'tf32')
+# by flag: those that are not used with it; the first flag that is given counts
+UNUSED = {'timings': OF_TABLES, 'kit': (*OF_TABLES, 'save_path'), 'check': ('metric', 'save_path')}
 
 
 def get_args(argv=None):
@@ -115,11 +110,10 @@ def get_args(argv=None):
     parser.groups['output'].add_argument(
         '--save_path',
         metavar='FILE',
-        help='table to write; default: latency_pkl/<metric>_<device, runtime or card>_<size>_bs<batch>.pkl, '
+        help='table to write; default: latency_pkl/<metric>_<device, runtime>_<size>_bs<batch>.pkl, '
         'with --timings latency_<folder>_<csv>_<size>.pkl',
     )
     table.add_argument('--seed', type=count(0), default=2, help='seed of the random networks')
-    table.add_argument('--estimate', choices=CARDS, help='measure nothing; estimate the table of a card from its data')
     check.add_argument('--check', metavar='TABLE', help='make no table; time fresh networks against this one')
     check.add_argument(
         '--networks', type=count(2), help=f'networks that --check times (default: 20), or of a --kit ({NETWORKS})'
@@ -148,9 +142,6 @@ def add_kit_args(parser):
     )
     kit.add_argument('--configs', nargs='+', metavar='CONFIG', help='with --kit: these networks, not random ones')
     kit.add_argument('--width_divisor', type=count(), help=f'of the widths in a --kit; default: {WIDTH_DIVISOR}')
-    kit.add_argument(
-        '--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of the ONNX files in a --kit; default: {USUAL_OPSET}'
-    )
     kit.add_argument('--timings', metavar='CSV', help='make a table from the times of the networks of a kit')
     kit.add_argument('--note', help='with --timings: name of the device; default: as the timings name it')
 
@@ -173,14 +164,6 @@ def counted(args):
     what = 'macs' if args.metric == 'flops' else args.metric
     table = counted_table(what, args.img_size, args.num_classes, SPACE)
     return table.base, table.curves, table.meta
-
-
-def estimated_table(args):
-    """Estimate the table of a card that is not available: (base, curves, meta)."""
-    card = CARDS[args.estimate]
-    base, curves = estimate(card, args.img_size, args.batch_size, args.num_classes, SPACE)
-    method = 'estimated, not measured: a physical model of the card, see latency_pkl/estimate.py'
-    return base, curves, {'unit': 'ms', 'device': card.name, 'batch_size': args.batch_size, 'method': method}
 
 
 def check(table, args, engine):
@@ -245,7 +228,7 @@ def make_kit(args, configs):
         'num_classes': args.num_classes,
         'batch_size': args.batch_size or 1,
         'width_divisor': divisor,
-        'opset': args.opset or USUAL_OPSET,
+        'opset': USUAL_OPSET,
         'seed': args.seed,
     }
     size = write_kit(args.kit, networks, settings, held_back)
@@ -285,16 +268,14 @@ def main(args):
     if args.kit:
         make_kit(args, configs)
         return
-    if args.estimate and args.metric != 'latency':
-        raise BadInput(f'--metric {args.metric}: counted, not estimated; leave out --estimate {args.estimate}')
-    measures = args.metric == 'latency' and not args.estimate
+    measures = args.metric == 'latency'
     device = pick_device(args.device) if measures else torch.device('cpu')
     engine = engine_of_table(table.meta if table else {}, args.runtime, args.provider, device)
     if not measures and args.runtime:
         raise BadInput(f'--runtime {args.runtime}: only for a table that is measured; leave it out')
     if args.launch and engine.clock.type != 'cuda':
         raise BadInput(f'--launch {args.launch}: only for times that torch measures on a GPU; leave it out')
-    usual = 32 if device.type == 'cuda' or args.estimate else 1
+    usual = 32 if device.type == 'cuda' else 1
     launch = 'queued' if engine.clock.type == 'cuda' else 'eager'
     args = with_flags(
         args,
@@ -309,13 +290,10 @@ def main(args):
         if not check(table, args, engine):
             sys.exit(1)
         return
-    of = args.estimate or '_'.join(filter(None, (device.type, args.runtime)))
+    of = '_'.join(filter(None, (device.type, args.runtime)))
     path = args.save_path or f'latency_pkl/{args.metric}_{of}_{args.img_size}_bs{args.batch_size}.pkl'
     check_target(path, '--save_path')
-    if args.estimate:
-        base, curves, meta = estimated_table(args)
-    else:
-        base, curves, meta = measured_table(args, engine) if measures else counted(args)
+    base, curves, meta = measured_table(args, engine) if measures else counted(args)
     meta |= {
         'metric': args.metric,
         'img_size': args.img_size,

@@ -188,7 +188,6 @@ FLAGS = [
     ('dataset/make_lists.py', {'classes': '@empty.txt'}, 'empty.txt: names no classes'),
     ('dataset/make_lists.py', {'list': None}, 'give --to, or --list, or both'),
     ('dataset/make_lists.py', {'list': '@train.txt/list.txt'}, 'list.txt: its folder cannot be made'),
-    ('latency_pkl/make_lat_lut.py', {'estimate': 'a100', 'metric': 'flops'}, '--metric flops: counted, not estimated'),
 ]
 
 

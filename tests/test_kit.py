@@ -17,7 +17,7 @@ import torch
 
 from conftest import SMALL_SPACE, physical_curves
 from latency_pkl import closed_loop, make_lat_lut, time_networks
-from latency_pkl.closed_loop import Fitter, fit_to_timings
+from latency_pkl.closed_loop import fit_to_timings
 from latency_pkl.kit import (
     REFERENCE,
     Found,
@@ -30,10 +30,12 @@ from latency_pkl.kit import (
     write_kit,
 )
 from models.config import dump_config
+from models.fitting import Fitter
 from models.latency import LatencyTable
 from models.meta import Meta
 from models.search_space import SPACE
 from models.tables import load_table
+from models.targeting import Target
 from tools.errors import BadInput
 
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -277,7 +279,7 @@ def test_a_table_that_is_not_worth_searching_with_is_a_warning(kit, tmp_path, ca
         (tmp_path / 'timings.csv').write_text('\n'.join(lines))
         words = ['--timings', tmp_path / 'timings.csv', '--kit', kit[0], '--save_path', tmp_path / 't.pkl']
         make_lat_lut.main(make_lat_lut.get_args([str(word) for word in words]))
-        assert ('WARNING: its predictions' in capsys.readouterr().out) == warned
+        assert ('its predictions for unseen networks' in capsys.readouterr().out) == warned
         meta = load_table(tmp_path / 't.pkl', 32, SPACE).meta
         assert (meta['residual_mean_percent'] > 10) == warned
         assert ('time its kit again on an idle device' in meta.get('warning', '')) == warned
@@ -365,20 +367,16 @@ def test_broken_kits_are_refused(kit, tmp_path):
     ('words', 'message'),
     [
         ('--width_divisor 8', '--width_divisor is of --kit: give --kit too'),
-        ('--opset 18', '--opset is of --kit: give --kit too'),
         ('--configs a.config', '--configs is of --kit: give --kit too'),
         ('--note phone', '--note is of --timings: give --timings too'),
         ('--check t.pkl --width_divisor 8', '--width_divisor is of --kit: leave it out with --check'),
         ('--check t.pkl --save_path u.pkl', '--save_path is not used with --check: leave one of them out'),
         ('--check t.pkl --metric flops', '--metric is not used with --check: leave one of them out'),
-        ('--check t.pkl --estimate a100', '--estimate is not used with --check: leave one of them out'),
         ('--kit k --runtime onnxruntime', '--runtime is not used with --kit: leave one of them out'),
-        ('--kit k --estimate a100', '--estimate is not used with --kit: leave one of them out'),
         ('--kit k --check t.pkl', '--check is not used with --kit: leave one of them out'),
         ('--kit k --save_path t.pkl', '--save_path is not used with --kit: leave one of them out'),
         ('--kit k --note phone', '--note is of --timings: leave it out with --kit'),
         ('--kit k --no-tf32', '--tf32 is not used with --kit: leave one of them out'),
-        ('--timings t.csv --kit k --opset 18', '--opset is of --kit: leave it out with --timings'),
         ('--timings t.csv --metric flops', '--metric is not used with --timings: leave one of them out'),
     ],
 )
@@ -391,10 +389,9 @@ def test_flags_of_the_maker_that_would_be_ignored_are_one_line(words, message, c
 @pytest.mark.parametrize(
     'words',
     [
-        '--kit k --width_divisor 4 --opset 18 --configs a.config --img_size 32 --num_classes 3 --seed 1 --batch_size 2',
+        '--kit k --width_divisor 4 --configs a.config --img_size 32 --num_classes 3 --seed 1 --batch_size 2',
         '--timings t.csv --kit k --note phone --save_path t.pkl',
         '--check t.pkl --runtime onnxruntime --launch eager --no-tf32 --networks 4 --rounds 2 --tolerance 3',
-        '--estimate a100 --save_path t.pkl',
         '--runtime onnxruntime --save_path t.pkl --metric latency --budget 30',
     ],
 )
@@ -416,9 +413,8 @@ def test_the_maker_writes_kits_and_tables(kit, tmp_path, capsys):
     words = ['--timings', str(tmp_path / 'timings.csv'), '--kit', str(kit[0]), '--save_path', str(tmp_path / 'a.pkl')]
     make_lat_lut.main(make_lat_lut.get_args(words))
     assert 'Against 20 held-back networks: mean error ' in capsys.readouterr().out
-    log = []
-    table = load_table(tmp_path / 'a.pkl', 32, SPACE, log.append)
-    assert not log and table.meta['kit_reference_ms'] == pytest.approx(TRUTH.of_config(kit[1][REFERENCE]), rel=0.05)
+    table = load_table(tmp_path / 'a.pkl', 32, SPACE)
+    assert table.meta['kit_reference_ms'] == pytest.approx(TRUTH.of_config(kit[1][REFERENCE]), rel=0.05)
     with pytest.raises(BadInput, match='--networks 39: a --kit needs at least 40'):
         make_lat_lut.main(make_lat_lut.get_args(['--kit', str(tmp_path / 'b'), '--networks', '39']))
     with pytest.raises(BadInput, match='--width_divisor 65'):
@@ -434,7 +430,7 @@ def test_times_of_found_networks_correct_the_next_fit():
     state = {f'{block.stage}.{block.name}.log_alphas': 10 * torch.eye(8)[2] for block in SPACE.blocks()}
     for name, stage in SPACE.named_stages:
         state[f'{name}.betas'] = torch.arange(float(len(stage.exit_depths)))
-    fit = Fitter(state, SPACE.start_widths(), table, SPACE, 10)
+    fit = Fitter(state, SPACE.start_widths(), Target(table, SPACE, 0.0, 1), 10)
     target = 0.9 * table.of_config(fit(0.9)[1])
     first = fit(target)[1]
     assert TRUTH.of_config(first) > 1.05 * target
@@ -451,12 +447,13 @@ def test_of_two_timed_architectures_that_alternate_the_last_is_kept(monkeypatch)
         arch = arch or ('deep' if aim > 14 else 'wide')
         return arch, (arch, aim), aim
 
-    fit.table, fit.nearest, said = LatencyTable(TRUTH.base, TRUTH.curves, {}, 32), lambda aim: aim, []
+    table = LatencyTable(TRUTH.base, TRUTH.curves, {}, 32)
+    fit.target, fit.nearest, said = Target(table, SPACE, 0.0, 1), lambda aim: aim, []
     monkeypatch.setattr(closed_loop, '_architecture', lambda config, _: config[0])
     found = [Found(('deep', 15.0), 15.0, 18.0), Found(('wide', 12.0), 12.0, 12.0)]
     assert fit_to_timings(fit, 15.0, found, said.append) == ('wide', 15.0) and len(said) == 1
     narrow = partial(fit, arch=None)
-    narrow.table, narrow.nearest = fit.table, lambda aim: min(aim, 13.0)
+    narrow.target, narrow.nearest = fit.target, lambda aim: min(aim, 13.0)
     fit_to_timings(narrow, 15.0, found[1:], said.append)
     assert said[-1] == 'warning: this is 13.3 % off the target of 15.0000 ms: no width is nearer'
 

@@ -1,4 +1,4 @@
-"""The table maker, its check and estimates, and the parser's targets, from the shell."""
+"""The table maker, its check, and the parser's targets, from the shell."""
 
 import itertools
 import math
@@ -376,15 +376,6 @@ def test_a_launch_is_of_a_gpu(measured, tmp_path, capsys):
         assert not any(line.startswith(('Table of', 'Timing')) for line in lines) and not list(tmp_path.iterdir())
 
 
-def test_estimates_are_marked_as_such(tmp_path, run_script, images):
-    path = tmp_path / 'v100.pkl'
-    run_script(MAKER, '--estimate', 'v100', '--save_path', path)
-    lines = []
-    table = load_table(path, 224, SPACE, lines.append)
-    assert 'NVIDIA V100' in table.meta['device'] and len(lines) == 1 and 'estimated, not measured' in lines[0]
-    assert 'choose from' in run_script(MAKER, '--estimate', 'v1000', code=2).stderr
-
-
 def test_several_targets_give_several_configs(measured, searched, tmp_path, run_script):
     words = ['parsing_model.py', '--model_path', searched, '--lookup_path', measured[0], *SIZE, '--num_classes', '10']
     out = run_script(
@@ -447,7 +438,7 @@ def test_of_two_architectures_that_alternate_one_is_kept(monkeypatch, capsys):
         arch, ms = build.args[0]
         return Measured({'wide': 0.9, 'deep': 0.98}[arch] * ms, 0.001)
 
-    fit.table, fit.nearest = make_table(img_size=32), lambda aim: aim
+    fit.target, fit.nearest = Target(make_table(img_size=32), SPACE, 10.0, 1), lambda aim: aim
     monkeypatch.setattr(closed_loop, 'measure_latency', measure_latency)
     assert closed_loop.fit_to_clock(fit, 10.0, CPU, 1) == ('wide', pytest.approx(10 / 0.9))
     assert 'Round 3: its architecture is kept' in capsys.readouterr().out
@@ -530,11 +521,10 @@ def test_bad_targets_end_in_one_line(words, message, measured, searched, tmp_pat
 
 
 def test_a_config_is_written_though_the_images_of_the_search_are_gone(searched, tmp_path, monkeypatch, capsys):
-    def gone(path, args):
-        assert load_config(path)
+    def gone(flags, folder):
         raise BadInput('train.txt: no such list')
 
-    monkeypatch.setattr(parsing_model, 'suggest_training', gone)
+    monkeypatch.setattr(parsing_model, 'training_flags', gone)
     words = ['--model_path', str(searched), '--img_size', '32', '--save_path', str(tmp_path / 'n.config')]
     parsing_model.main(parsing_model.get_args([*words, '--device', 'cpu']))
     assert (tmp_path / 'n.config').exists() and 'no command to train it: train.txt: no such' in capsys.readouterr().out
