@@ -2,9 +2,7 @@
 
 import logging
 import os
-import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,8 +17,7 @@ log = logging.getLogger('tf-nas')
 
 USE_TORCHRUN = 'start the processes with: torchrun --nproc_per_node=N SCRIPT ...'
 
-FIRST_PORT, PORTS = 20000, 20000
-"""Range of the port at which the processes of srun or mpirun meet."""
+FIRST_PORT, PORTS = 20000, 20000  # range of the port at which the processes of srun on one node meet
 
 Value = TypeVar('Value')
 
@@ -111,9 +108,7 @@ class Launch:
 
 
 def find_launch(local_rank: int | None = None) -> Launch | None:
-    """Return how this process was launched, by the environment: torchrun, srun, mpirun. None if it was started alone.
-
-    After srun or mpirun, MASTER_ADDR and MASTER_PORT are set if they are missing.
+    """Return how this process was launched, by the environment: torchrun or srun. None if it was started alone.
 
     Args:
         local_rank: of the command line, for launchers that pass it; the environment's LOCAL_RANK goes first.
@@ -124,19 +119,7 @@ def find_launch(local_rank: int | None = None) -> Launch | None:
     if 'WORLD_SIZE' in os.environ or 'LOCAL_RANK' in os.environ:
         launch = _torchrun_launch(local_rank)
     elif _number('SLURM_STEP_NUM_TASKS', 1) > 1:  # set by srun, for each process of a step
-        launch = Launch(_number('SLURM_PROCID', 0), _number('SLURM_STEP_NUM_TASKS', 1), _number('SLURM_LOCALID', 0),
-                        ('srun', sys.executable))  # fmt: skip
-        _set_master(_first_host(os.environ.get('SLURM_STEP_NODELIST', os.environ.get('SLURM_JOB_NODELIST', ''))))
-    elif 'OMPI_COMM_WORLD_SIZE' in os.environ:
-        size, local_size = _number('OMPI_COMM_WORLD_SIZE', 1), _number('OMPI_COMM_WORLD_LOCAL_SIZE', 1)
-        command = ('mpirun', '-n', str(size), sys.executable)
-        launch = Launch(_number('OMPI_COMM_WORLD_RANK', 0), size, _number('OMPI_COMM_WORLD_LOCAL_RANK', 0), command)
-        _set_master('127.0.0.1' if local_size == size else '')
-    elif 'PMI_SIZE' in os.environ:
-        size, here = _number('PMI_SIZE', 1), 'MPI_LOCALRANKID' in os.environ
-        rank, command = _number('PMI_RANK', 0), ('mpirun', '-n', str(size), sys.executable)
-        launch = Launch(rank, size, _number('MPI_LOCALRANKID', rank), command)
-        _set_master('127.0.0.1' if here and _number('MPI_LOCALNRANKS', 0) == size else '')
+        launch = _srun_launch()
     else:
         return None
     if not 0 <= launch.rank < launch.size:
@@ -147,6 +130,16 @@ def find_launch(local_rank: int | None = None) -> Launch | None:
             f'{launch.size} processes, but {" and ".join(missing)} not set in the environment; {USE_TORCHRUN}'
         )
     return launch
+
+
+def _srun_launch() -> Launch:
+    """On one node the processes meet there; on several, MASTER_ADDR and MASTER_PORT must be set."""
+    if _number('SLURM_STEP_NUM_NODES', 0) == 1:
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        # jobs that share the node get other ports
+        os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + _number('SLURM_JOB_ID', 0) % PORTS))
+    rank, size = _number('SLURM_PROCID', 0), _number('SLURM_STEP_NUM_TASKS', 1)
+    return Launch(rank, size, _number('SLURM_LOCALID', 0), ('srun', sys.executable))
 
 
 def _torchrun_launch(local_rank: int | None) -> Launch:
@@ -165,22 +158,6 @@ def launch_command() -> list[str]:
     """Return the words that start the processes of this run, without the script."""
     launch = find_launch()
     return list(launch.command) if launch else [sys.executable]
-
-
-def _set_master(address: str) -> None:
-    """Set where the processes meet, if it is not set. The port follows from the job and step, or from the mpirun."""
-    if not address:
-        return
-    os.environ.setdefault('MASTER_ADDR', address)
-    job = [os.environ.get(name, '') for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID', 'PMIX_NAMESPACE')]
-    name = '.'.join(job) if any(job) else str(os.getppid())  # on one machine, all processes have one parent
-    os.environ.setdefault('MASTER_PORT', str(FIRST_PORT + zlib.crc32(name.encode()) % PORTS))
-
-
-def _first_host(nodes: str) -> str:
-    """Return the first host of a list of SLURM's, such as 'gpu[03-05,07],login' -> 'gpu03'."""
-    first = re.match(r'(?:[^,\[]|\[[^\]]*\])*', nodes)[0]
-    return re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)
 
 
 def pick_device(choice: str) -> torch.device:
