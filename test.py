@@ -9,17 +9,16 @@
     python test.py --config_path model.config --weights weights.pth.tar \\
         --export net.onnx --fuse_bn
 
---export writes ONNX (.onnx), a torch.export program (.pt2), Python source that needs only torch, with weights (.py and
-.pth), or weights and config (.safetensors and .config).
+--export writes ONNX (.onnx), a torch.export program (.pt2), or weights and config (.safetensors and .config).
 """
 
 import csv
 import io
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from runpy import run_path
 
 import tools.needed  # noqa: F401  # isort: skip
 import torch
@@ -30,10 +29,9 @@ from dataset.lists import ClassFolders
 from dataset.loaders import Loading
 from dataset.transforms import MEAN, STD, load_rgb, val_transform
 from models.config import dump_config
-from models.deploy import fuse_batch_norm, largest_difference, to_source
 from models.meta import checkpoint_meta
-from models.model_eval import NetworkEval
-from models.onnx_graph import OPSETS, USUAL_OPSET, save_onnx, to_onnx
+from models.model_eval import NetworkEval, fuse_batch_norm, largest_difference
+from models.onnx_graph import save_onnx, to_onnx
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from tools.chain import settle, suggest, with_flags
@@ -41,25 +39,24 @@ from tools.distributed import World, pick_device
 from tools.environment import prepare
 from tools.errors import BadInput
 from tools.export import describe_input, open_onnx, save_program, save_safetensors, time_call
-from tools.files import check_target, put_weights, read_weights, save_checkpoint, write_text
+from tools.files import check_target, put_weights, read_weights, write_text
 from tools.options import (
     USUAL_SIZE,
     Parser,
     add_arch_args,
     add_device_arg,
     add_eval_data_args,
-    count,
     run_script,
 )
 from tools.precision import Precision
 from tools.training import evaluate
 
+log = logging.getLogger('tf-nas')
+
 LAYOUT = torch.channels_last
-FALLBACK_CLASSES = 1000
-"""Number of classes if the weights have no classifier; they fit no network, and loading them says so."""
-FORMATS = ('.onnx', '.pt2', '.py', '.safetensors')
-CLOSE = 1e-4
-"""Largest allowed difference of an exported network's outputs; see `largest_difference`."""
+FALLBACK_CLASSES = 1000  # of weights without a classifier; they fit no network, and loading them fails by name
+FORMATS = ('.onnx', '.pt2', '.safetensors')
+MOST_DIFFERENCE = 1e-4  # of an exported network's outputs; see `largest_difference`
 
 
 def get_args(argv=None):
@@ -74,8 +71,7 @@ def get_args(argv=None):
         '--image', metavar='PATH', nargs='+', help='image files or folders; prints the five most probable classes'
     )
     output.add_argument('--export_predictions', metavar='CSV', help='write the predictions for --val_root to this file')
-    output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2, .py or .safetensors')
-    output.add_argument('--opset', type=count(OPSETS[0], OPSETS[-1]), help=f'of a .onnx file; default: {USUAL_OPSET}')
+    output.add_argument('--export', metavar='FILE', help='write the network as FILE: .onnx, .pt2 or .safetensors')
     network.add_argument('--fuse_bn', action='store_true', help='fold batch norms into the convolutions before them')
     add_device_arg(parser)
     args = parser.parse_args(argv)
@@ -83,12 +79,8 @@ def get_args(argv=None):
         parser.error('--val_list needs a --val_root')
     if not (args.image or args.export or args.val_root):
         parser.error('give --val_root (and --val_list), or --image, or --export')
-    if args.opset and not (args.export or '').endswith('.onnx'):
-        parser.error('--opset is of a .onnx file: give --export FILE.onnx too')
     if args.export and Path(args.export).suffix not in FORMATS:
         parser.error(f'--export {args.export}: its name should end in {", ".join(FORMATS)}')
-    if args.export and args.export.endswith('.py') and not Path(args.export).stem.isidentifier():
-        parser.error(f'--export {args.export}: a module to import should be named like a variable')
     if args.export_predictions and not args.val_root:
         parser.error('--export_predictions writes the predictions for --val_root and --val_list; give --val_root')
     return args
@@ -104,7 +96,7 @@ def load_net(args):
     in_weights = len(weights.get('classifier.linear.weight', ()))
     num_classes = args.num_classes or in_weights or FALLBACK_CLASSES
     if args.num_classes is None:
-        print(f'--num_classes {num_classes}: from {args.weights}')
+        log.info('--num_classes %d: from %s', num_classes, args.weights)
     if in_weights and in_weights != num_classes:
         raise BadInput(f'{args.weights} is for {in_weights} classes, --num_classes is {num_classes}')
     config = load_architecture(path, SPACE)
@@ -117,7 +109,7 @@ def load_net(args):
     net = NetworkEval(config)
     put_weights(net, weights, args.weights)
     if key.endswith('ema'):
-        print(f'Weights: the moving average in {args.weights} ({key})')
+        log.info('Weights: the moving average in %s (%s)', args.weights, key)
     flags = about.get('flags')
     net = fuse_batch_norm(net.eval()) if args.fuse_bn else net.eval()
     return net, args, flags if isinstance(flags, Mapping) else {}
@@ -126,7 +118,8 @@ def load_net(args):
 def note_normalisation(meta, source):
     """Print a line if weights were trained on images of another normalisation than that of `val_transform`."""
     if (meta.mean or MEAN, meta.std or STD) != (MEAN, STD):
-        print(f'warning: {source} is for mean {meta.mean} and std {meta.std}; here images get {MEAN} and {STD}')
+        text = '%s is for mean %s and std %s; here images get %s and %s'
+        log.warning(text, source, meta.mean, meta.std, MEAN, STD)
 
 
 def names_of(net):
@@ -138,41 +131,35 @@ def export_files(path):
     """Return all files that `--export` writes, first the one that it names."""
     if not path:
         return []
-    second = {'.safetensors': '.config', '.py': '.pth'}.get(Path(path).suffix)
-    return [Path(path), *([Path(path).with_suffix(second)] if second else [])]
+    if path.endswith('.safetensors'):
+        return [Path(path), Path(path).with_suffix('.config')]
+    return [Path(path)]
 
 
 def export(net, args):
     """Write the network to a file, check that the file gives the same outputs, and print the result."""
-    (path, *others), times = export_files(args.export), ''
-    print(f'Exporting to {path}', flush=True)
+    path, times = Path(args.export), ''
+    log.info('Exporting to %s', path)
     metadata = describe_input(args.img_size, MEAN, STD, names_of(net))
     net = net.cpu().to(memory_format=torch.contiguous_format)
     if path.suffix == '.safetensors':
         save_safetensors(net, path, metadata)
-        write_text(others[0], dump_config(net.config))
-        print(f'Exported: {path}, its config: {others[0]}')
+        write_text(path.with_suffix('.config'), dump_config(net.config))
+        print(f'Exported: {path}, its config: {path.with_suffix(".config")}')
         return
-    if path.suffix == '.py':
-        (weights,) = others
-        title = f'A network found by TF-NAS ({Path(args.model_path or args.config_path).name}).'
-        meta = replace(net.config.meta, class_names=tuple(names_of(net)))
-        write_text(path, to_source(net, path.stem, weights.name, title, meta))
-        save_checkpoint(net.state_dict(), weights)
-        exported = run_path(str(path))['load']()
-    elif path.suffix == '.pt2':
+    if path.suffix == '.pt2':
         save_program(net, path, args.img_size, metadata)
         exported = torch.export.load(path).module()
     else:
-        save_onnx(to_onnx(net.config, net.state_dict(), args.img_size, metadata, args.opset or USUAL_OPSET), path)
+        save_onnx(to_onnx(net.config, net.state_dict(), args.img_size, metadata), path)
         exported = open_onnx(path)
         torch.set_num_threads(1)
         ms = [time_call(call, args.img_size) for call in (exported, net)]
         times = f'; one image on one CPU thread: onnxruntime {ms[0]:.3f} ms, torch {ms[1]:.3f} ms'
     difference = largest_difference(net, exported, args.img_size)
     print(f'Exported: {path}, largest difference {difference:.1e}{times}')
-    if not difference <= CLOSE:  # NaN too
-        raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {CLOSE}')
+    if not difference <= MOST_DIFFERENCE:  # NaN too
+        raise RuntimeError(f'{path} differs from the network by {difference:.1e}, more than {MOST_DIFFERENCE}')
 
 
 def predictions_csv(samples, probabilities, names):
@@ -221,7 +208,7 @@ def test(net, args, trained, world):
     source = Source(args.val_root, args.val_root, args.val_list, args.val_list, len(names))
     loading = Loading(args.img_size, args.batch_size, args.workers, seed=0)
     images, loader = load_evaluation_data(source, loading, world, net.config.meta.class_names, args.weights, trained)
-    print(f'{len(images.samples)} images of {images.source}', flush=True)
+    log.info('%d images of %s', len(images.samples), images.source)
     logits, bar = [], tqdm(total=len(loader), unit='batch', leave=False, disable=None)  # only on a terminal
 
     def see(batch):
@@ -239,8 +226,8 @@ def test(net, args, trained, world):
 
 
 def suggest_export(args):
-    """Print the command that exports a tested network: as ONNX, or if its packages are not here, as Python source."""
-    name = 'net.onnx' if all(map(find_spec, ('onnx', 'onnxruntime'))) else 'found.py'
+    """Log the command that exports a tested network: as ONNX if its packages are here, else as a program of torch."""
+    name = 'net.onnx' if all(map(find_spec, ('onnx', 'onnxruntime'))) else 'net.pt2'
     flags = {flag: Path(value) for flag in ('config_path', 'model_path') if (value := getattr(args, flag))}
     flags |= {'weights': Path(args.weights), 'export': Path(args.weights).with_name(name), 'fuse_bn': True}
     suggest('export it', 'test.py', flags | {'no_average': args.no_average})

@@ -134,7 +134,7 @@ def write_kit(folder: str | Path, networks: Mapping[str, NetworkConfig], setting
     (folder / 'networks').mkdir(parents=True)
     size, entries = 0, {}
     for number, (name, config) in enumerate(networks.items()):
-        model = to_onnx(config, 0, settings['img_size'], opset=settings['opset'])
+        model = to_onnx(config, 0, settings['img_size'])
         size = max(size, _share_weights(model))
         file = f'networks/{name}.onnx'
         save_onnx(model, folder / file)

@@ -50,7 +50,7 @@ from latency_pkl.timing import LAUNCHES, ROUNDS, host_report, measure_in_turns
 from models.config import load_config
 from models.counted import counted_table
 from models.elasticity import check_divisor
-from models.onnx_graph import USUAL_OPSET
+from models.onnx_graph import OPSET
 from models.parsing import USUAL_CLASSES
 from models.search_space import SPACE
 from models.tables import load_table, save_table, table_size, warn_of_errors
@@ -228,7 +228,7 @@ def make_kit(args, configs):
         'num_classes': args.num_classes,
         'batch_size': args.batch_size or 1,
         'width_divisor': divisor,
-        'opset': USUAL_OPSET,
+        'opset': OPSET,
         'seed': args.seed,
     }
     size = write_kit(args.kit, networks, settings, held_back)

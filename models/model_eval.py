@@ -1,10 +1,13 @@
-"""One network, built from a config."""
+"""One network, built from a config; its weights, and batch norms folded into convolutions."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.config import NetworkConfig, load_config
 from models.layers import ConvLayer, LinearLayer, MBInvertedResBlock, init_weights
@@ -118,3 +121,50 @@ def start_from_weights(net: NetworkEval, path: str | Path) -> str:
     put_weights(net, weights | {name: own[name] for name in left_out}, path)
     source = f'{path} ({key})' if key else str(path)
     return f'weights of {source}' + (f'; left out: {", ".join(left_out)}, of other classes' if left_out else '')
+
+
+def fuse_batch_norm(net: NetworkEval) -> NetworkEval:
+    """Return an equal network in evaluation mode, with every batch norm folded into the convolution before it."""
+    fused = NetworkEval(_without_batch_norm(net.config)).eval()
+    layers = dict(net.named_modules())
+    state = net.state_dict()
+    for name in layers:
+        if isinstance(getattr(layers[name], 'bn', None), nn.BatchNorm2d):
+            conv = fuse_conv_bn_eval(layers[name].conv, layers[name].bn)
+            state |= {f'{name}.conv.{key}': value for key, value in conv.state_dict().items()}
+    # a convolution that had neither batch norm nor bias gets a bias of zeros
+    fused.load_state_dict({key: state.get(key, torch.zeros_like(value)) for key, value in fused.state_dict().items()})
+    return fused.to(next(net.parameters()).device)
+
+
+def _without_batch_norm(config: NetworkConfig) -> NetworkConfig:
+    """Return the config with biases instead of batch norms in all convolutions."""
+
+    def plain(spec):
+        return replace(spec, use_bn=False, bias=True)
+
+    return replace(
+        config,
+        first_stem=plain(config.first_stem),
+        second_stem=plain(config.second_stem),
+        stages={name: [plain(spec) for spec in specs] for name, specs in config.stages.items()},
+        feature_mix_layer=plain(config.feature_mix_layer),
+    )
+
+
+@torch.inference_mode()
+def largest_difference(net: nn.Module, other, img_size: int) -> float:
+    """Return the largest difference of outputs on random images, relative to the largest output if that is below 1.
+
+    NaN if any output is NaN.
+
+    Args:
+        other: called with the same images [N, 3, img_size, img_size]; returns a tensor or array.
+    """
+    differences, generator = [], torch.Generator().manual_seed(0)
+    for batch_size in (1, 3):
+        images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
+        expected = net(images)
+        difference = (expected - torch.as_tensor(other(images))).abs().max()
+        differences.append(difference / expected.abs().max().clamp(1e-12, 1))
+    return torch.stack(differences).max().item()

@@ -7,20 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from models.config import ConvSpec, LinearSpec, MBSpec, NetworkConfig
-from tools.errors import BadInput
 from tools.export import need
 from tools.files import write_atomic
 
-OPSETS = range(13, 29)
-"""Versions of ONNX's operators that can be asked for."""
-
-USUAL_OPSET = 17
-"""The newest that TensorRT 8 and OpenCV read."""
-
-BATCH_NORM_EPS = 1e-5
-
-RANDOM_BOUND = 0.1
-"""Bound on the random weights of networks to be timed."""
+OPSET = 17  # version of ONNX's operators: the newest that TensorRT 8 and OpenCV read
+BATCH_NORM_EPS = 1e-5  # torch's default
+RANDOM_BOUND = 0.1  # on the random weights of networks to be timed
 
 
 def to_onnx(
@@ -28,7 +20,6 @@ def to_onnx(
     weights: Mapping[str, Tensor] | int,
     img_size: int,
     metadata: Mapping[str, str] | None = None,
-    opset: int = USUAL_OPSET,
 ):
     """Return an ONNX model for any batch size: 'images' [batch, 3, img_size, img_size] -> 'logits' [batch, classes].
 
@@ -38,16 +29,13 @@ def to_onnx(
     Args:
         weights: state dict of a `NetworkEval` of this config; or a seed of random weights, for a network to be timed.
         metadata: see `tools.export.describe_input`.
-        opset: one of `OPSETS`.
 
     Raises:
-        BadInput: onnx is missing, or too old for the opset.
+        BadInput: onnx is missing.
     """
     onnx = need('onnx', 'onnx', 'an ONNX model')
-    if opset > (newest := onnx.defs.onnx_opset_version()):
-        raise BadInput(f'opset {opset}: onnx {onnx.__version__} writes up to {newest}; ask for less, or update onnx')
     helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-    graph = _Graph(onnx, opset, weights)
+    graph = _Graph(onnx, weights)
     graph.network(config)
     graph.nodes[-1].output[0] = 'logits'
     body = helper.make_graph(
@@ -57,7 +45,7 @@ def to_onnx(
         [helper.make_tensor_value_info('logits', floats, ['batch', config.classifier.out_features])],
         graph.tensors,
     )
-    opsets = [helper.make_opsetid('', opset)]
+    opsets = [helper.make_opsetid('', OPSET)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
     helper.set_model_props(model, dict(metadata or {}))
     return model
@@ -71,8 +59,8 @@ def save_onnx(model, path: str | Path) -> None:
 class _Graph:
     """Nodes and weights of a model. A node's output has the node's name."""
 
-    def __init__(self, onnx, opset: int, weights: Mapping[str, Tensor] | int):
-        self.onnx, self.opset, self.nodes, self.tensors = onnx, opset, [], []
+    def __init__(self, onnx, weights: Mapping[str, Tensor] | int):
+        self.onnx, self.nodes, self.tensors = onnx, [], []
         self.state = None if isinstance(weights, int) else weights
         self.random = np.random.default_rng(weights if self.state is None else 0)
 
@@ -169,8 +157,6 @@ class _Graph:
             return self.add('Clip', place, x, *bounds)
         if act_func == 'swish':
             return self.add('Mul', place, x, self.add('Sigmoid', place, x))
-        if act_func == 'h-swish' and self.opset >= 14:
-            return self.add('HardSwish', place, x)
         if act_func == 'h-swish':
-            return self.add('Mul', place, x, self.add('HardSigmoid', place, x, alpha=1 / 6, beta=0.5))
+            return self.add('HardSwish', place, x)
         return x

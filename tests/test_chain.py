@@ -97,7 +97,7 @@ def test_the_printed_commands_lead_from_photographs_to_an_exported_file(photos, 
     best = torch.load(training / 'model_best.pth.tar', weights_only=True)
     assert best['flags']['img_size'] == 32 and best['meta']['class_names'] == NAMES
     assert f'Val_acc_top1: {best["best_acc_top1"]:.2f}' in printed['test']
-    (exported,) = (path for path in training.iterdir() if path.name in ('net.onnx', 'found.py'))
+    (exported,) = (path for path in training.iterdir() if path.name in ('net.onnx', 'net.pt2'))
     if exported.suffix == '.onnx':
         import onnx
 
