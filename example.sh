@@ -21,58 +21,47 @@ newest() { ls -td $1* | head -n 1; } # newest PATTERN: the last changed file or 
 if [ -z "$imagenet" ]; then
     demo=demo
     images=$demo/images
-    share=30% # of the way from the fastest network of the search space to the slowest
     size=(--num_classes 10 --img_size 32)
-    export PYTHONUNBUFFERED=1 # what is printed goes through tee
+    export PYTHONUNBUFFERED=1 # lines are shown as they come, also through a pipe
     [ ! -e $demo ] || echo "== $demo/ of an earlier demo is replaced"
     rm -rf $demo
 
-    parse() { # parse NAME FLAGS: a network that meets the target by the clock, as $demo/NAME.config
-        "$python" parsing_model.py "${@:2}" --save_path "$demo/$1.config" "${size[@]}" --lookup_path $demo/latency.pkl \
-            --target_lat "$share" --fit_measured --rounds 12 --print_lat | tee "$demo/$1.txt"
-    }
-    train_and_test() { # train_and_test NAME: from scratch; the test adds to $demo/NAME.txt
-        "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
-            --val_list $images/test.txt --config_path "$demo/$1.config" "${size[@]}" --batch_size 64 --epochs 4 \
-            --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note "$1"
-        "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path "$demo/$1.config" \
-            "${size[@]}" --weights "$(newest "$demo/eval-*-$1/model_best.pth.tar")" --workers 2 | tee -a "$demo/$1.txt"
-    }
-
     stage() { echo "== $SECONDS s: $1"; }
 
-    echo '== The demo takes about 10 minutes on 2 cores; a line such as this begins each stage and has the time'
-    stage '1/6 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
+    echo '== The demo takes about 9 minutes on 2 cores; a line such as this begins each stage and has the time'
+    stage '1/5 images: 7,200 of Fashion-MNIST, in ten classes (seconds)'
     "$python" dataset/demo/unpack.py --to $images
 
-    stage '2/6 latency table of this machine, at 32 pixels (30 s)'
+    stage '2/5 latency table of this machine, at 32 pixels (30 s)'
     "$python" latency_pkl/make_lat_lut.py "${size[@]}" --budget 30 --save_path $demo/latency.pkl
 
-    stage '3/6 search (5 minutes): 3 epochs train the largest operators, 2 train all, 4 choose'
+    stage '3/5 search (4 minutes): 3 epochs train the largest operators, 2 train all, 4 choose'
     awk 'NR % 4' $images/search_train.txt >$images/search_short.txt # three quarters of each class
     "$python" train_search.py --img_root $images/train --train_list $images/search_short.txt \
         --val_list $images/search_val.txt "${size[@]}" --batch_size 64 --workers 2 --epochs 9 --warmup_epochs 5 \
-        --largest_epochs 3 --a_lr 0.1 --lookup_path $demo/latency.pkl --target_lat "$share" --lambda_lat 0.1 \
+        --largest_epochs 3 --a_lr 0.1 --lookup_path $demo/latency.pkl --target_lat 30% --lambda_lat 0.1 \
         --print_freq 25 --save $demo --note demo
 
-    stage '4/6 found network, and a random one of equal latency, both fitted to the target by the clock (1 minute)'
-    parse searched --model_path "$(newest "$demo/search-*/searched_model_")"
-    "$python" experiments/random_model.py --num_classes 10 --save_path $demo/random.pth.tar
-    parse random --model_path $demo/random.pth.tar
+    stage '4/5 three networks from one search, each fitted to its target by the clock (2 minutes)'
+    "$python" parsing_model.py --model_path "$(newest "$demo/search-*/searched_model_")" "${size[@]}" \
+        --lookup_path $demo/latency.pkl --target_lat 20% 30% 50% --fit_measured --rounds 12 --print_lat \
+        --save_path $demo/found.config
 
-    stage '5/6 training and test of the found network (90 s)'
-    train_and_test searched
-
-    stage '6/6 training and test of the random network (90 s)'
-    train_and_test random
+    stage '5/5 training and test of the middle one (90 s)'
+    "$python" train_eval.py --train_root $images/train --train_list $images/train.txt --val_root $images/test \
+        --val_list $images/test.txt --config_path $demo/found_30pc.config "${size[@]}" --batch_size 64 --epochs 4 \
+        --lr 0.05 --drop_connect_rate 0 --dropout_rate 0.1 --workers 2 --save $demo --note demo
+    trained=$(newest "$demo/eval-*-demo")
+    "$python" test.py --val_root $images/test --val_list $images/test.txt --config_path $demo/found_30pc.config \
+        "${size[@]}" --weights "$trained/model_best.pth.tar" --workers 2
 
     stage 'the end'
-    for run in "$(newest $demo/search-)" "$(newest "$demo/eval-*-searched")"; do
+    for run in "$(newest "$demo/search-")" "$trained"; do
         echo "Report: $run/report.html with its pictures:" "$run"/plots/*.png
     done
-    echo "The found network: $demo/searched.config"
+    echo "The found networks: $demo/found_20pc.config, found_30pc.config, found_50pc.config"
     echo
-    "$python" -m tools.plots "$(newest "$demo/eval-*-searched")" "$(newest "$demo/eval-*-random")" --out $demo/comparison
+    "$python" -m models.summary $demo/found_20pc.config $demo/found_30pc.config $demo/found_50pc.config --runs "$trained"
     exit
 fi
 
