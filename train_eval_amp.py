@@ -14,25 +14,14 @@ Restarting killed processes; and an older launcher:
 --batch_size and --workers are totals over all processes.
 """
 
-import logging
-
 import tools.needed  # noqa: F401  # isort: skip
 from torch import nn
 
-from latency_pkl.runtimes import log_network_latency
-from models.parsing import load_architecture
-from models.search_space import SPACE
-from models.training_run import open_training, suggest_test
-from tools.checkpoint import find_snapshot
-from tools.distributed import join_world, leave_world
+from tools.distributed import join_world
 from tools.errors import BadInput
 from tools.options import Parser, add_amp_args, add_training_args, run_script
-from tools.plots import draw_at_end
 from tools.precision import make_precision
-from tools.training import TRAINING, fit
-from train_eval import load_data
-
-log = logging.getLogger('tf-nas')
+from train_eval import train
 
 
 def get_args(argv=None):
@@ -55,27 +44,14 @@ def check_sync_bn(world):
 
 
 def main(args):
-    """Join the other processes if there are any, load the images, build the network, train."""
+    """Train in the number format of the flags, with synchronised batch norm if they ask for it."""
     world = join_world(args.device, args.local_rank)
-    precision = make_precision(args, world.device)
+    level = args.opt_level or 'O0'
+    precision = make_precision(world.device, level, args.amp_dtype, args.loss_scale, args.amp_backend)
     if args.sync_bn:
         check_sync_bn(world)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm if args.sync_bn and world.size > 1 else nn.Identity()
-    snapshot = find_snapshot(args.snapshot, args.save, args.note, TRAINING, world)
-    source = args.model_path or args.config_path
-    config = load_architecture(source, SPACE)
-    images, args = load_data(args, world, config.meta.img_size, source, snapshot.folder)
-    steps = len(images.loaders[0])
-    run = open_training(args, config, source, images, steps, precision, snapshot, world, SPACE, convert)
-    code = fit(run.state, images.loaders, images.num_classes, world, args, run.checkpointer, run.logger)
-    leave_world(world)
-    if args.report and run.logger.ended:
-        log_network_latency(run.logger, args.epochs, run.config, world.device, args.img_size, SPACE)
-        draw_at_end(run.logger.folder)
-    if run.logger.ended:
-        suggest_test(run, images, args)
-    run.logger.close()
-    return code
+    return train(args, world, precision, convert)
 
 
 if __name__ == '__main__':

@@ -190,12 +190,10 @@ def train_epoch(state, loaders, learn_on_mixture, world, args, checkpointer, log
     weights, architecture = net.weight_parameters(), net.arch_parameters()
     w_tally, a_tally = Tally(world.device, state.sums[:4]), Tally(world.device, state.sums[4:])
     train_loader.sampler.set_epoch(epoch, state.step)
-    train_batches = to_device(train_loader, world.device, torch.channels_last)
-    train_batches = logger.watch(train_batches, '--workers', args.batch_size)
+    layout = torch.channels_last
+    train_batches = to_device(train_loader, world.device, layout, logger.waiting('--workers', args.batch_size))
     val_batches = endless(val_loader, state.recipe.architecture_steps(epoch, state.step, steps))
-    val_batches = logger.watch(
-        to_device(val_batches, world.device, torch.channels_last), '--val_workers', args.batch_size
-    )
+    val_batches = to_device(val_batches, world.device, layout, logger.waiting('--val_workers', args.batch_size))
     log_alphas = HostCopy(net.log_alphas())
     for step, (images, labels) in enumerate(train_batches, state.step):
         draws = generator_for(args.seed, 'draws', epoch, step)

@@ -26,7 +26,7 @@ from tools.distributed import World
 from tools.errors import BadInput
 from tools.files import check_weights
 from tools.precision import Precision
-from tools.training import begin_momentum, cosine_lr, load_moments
+from tools.training import MISFIT, begin_momentum, cosine_lr, load_moments, reason_of
 
 log = logging.getLogger('tf-nas')
 
@@ -353,8 +353,8 @@ class SearchState:
                 precision.load_state_dict(scaler)
             if self.step:
                 self._load_within_epoch(checkpoint, world)
-        except (ValueError, KeyError) as e:
-            raise BadInput(f'{source}: not a checkpoint of this program ({str(e).splitlines()[0]})') from e
+        except MISFIT as e:
+            raise BadInput(f'{source}: not a checkpoint of this program ({reason_of(e)})') from e
 
     def _load_within_epoch(self, checkpoint: Mapping, world: World) -> None:
         self.begin_epoch()

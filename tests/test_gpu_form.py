@@ -50,7 +50,7 @@ def train_epochs(space, graphs, epochs=1, device=CPU):
     generator = torch.Generator().manual_seed(1)
     batches = Loader((torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4) % 3) for _ in range(STEPS))
     checkpointer = SimpleNamespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
-    logger = SimpleNamespace(watch=lambda batches, *_: batches, advance=lambda: None, step=lambda *_, **__: None)
+    logger = SimpleNamespace(waiting=lambda *_: None, advance=lambda: None, step=lambda *_, **__: None)
     for _ in range(epochs):
         state.begin_epoch()
         loss = Target(make_table(space, 32), space, 2.0, 1).loss(state.net.widths(), 0.1, device)

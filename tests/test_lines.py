@@ -109,7 +109,7 @@ def test_the_events_of_an_epoch_of_a_search(monkeypatch):
     images = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     batches = test_gpu_form.Loader([images] * 3)
     checkpointer = Namespace(allows_update=lambda *_: True, is_due=lambda: False, signal=0)
-    logger = Namespace(watch=lambda items, *_: items, advance=lambda: None, step=lambda *_, **__: None)
+    logger = Namespace(waiting=lambda *_: None, advance=lambda: None, step=lambda *_, **__: None)
     widths = SMALL_SPACE.start_widths()
     loss = Target(make_table(SMALL_SPACE, 32), SMALL_SPACE, 2.0, 1).loss(widths, 0.1, torch.device('cpu'))
     learn = partial(train_search.learn_with_noise, state, loss)

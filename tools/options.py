@@ -149,16 +149,9 @@ process_count = count(0, 1024)  # of processes or threads
 fraction = number(float, 0, math.nextafter(1, 0))  # at least 0 and below 1
 
 
-def yes_no(text: str) -> bool:
-    """Parse True or False, as an argparse type."""
-    if text.lower() not in ('true', 'false'):
-        raise argparse.ArgumentTypeError(f'{text!r} should be True or False')
-    return text.lower() == 'true'
-
-
-def dynamic_or_positive(text: str) -> str | float:
-    """Parse 'dynamic' or a positive float, as an argparse type."""
-    return text if text == 'dynamic' else number(float, 0, open_low=True)(text)
+def dynamic_or_positive(text: str) -> float | None:
+    """Parse a positive float, or 'dynamic' as None, as an argparse type."""
+    return None if text == 'dynamic' else number(float, 0, open_low=True)(text)
 
 
 def project_file(path: str, default: str) -> str:
@@ -359,11 +352,7 @@ def add_recipe_args(parser: Parser) -> None:
 def add_amp_args(parser: Parser) -> None:
     """Add flags of mixed precision."""
     hardware = parser.groups['hardware']
-    hardware.add_argument(
-        '--opt_level',
-        choices=('O0', 'O1', 'O2', 'O3'),
-        help='O0: float32 (default); O1: autocast; O2, O3: only with --amp_backend apex',
-    )
+    hardware.add_argument('--opt_level', choices=('O0', 'O1'), help='O0: float32 (default); O1: autocast')
     hardware.add_argument(
         '--amp_dtype',
         choices=('float16', 'bfloat16'),
@@ -374,9 +363,6 @@ def add_amp_args(parser: Parser) -> None:
     )
     hardware.add_argument(
         '--loss_scale', metavar='X', type=dynamic_or_positive, help="'dynamic' (default) or a number; float16 only"
-    )
-    hardware.add_argument(
-        '--keep_batchnorm_fp32', metavar='BOOL', type=yes_no, help='True or False; default: False with O3 only'
     )
 
 

@@ -14,14 +14,13 @@ class Precision:
     """Autocast and gradient scaling, both no-ops in float32.
 
     Args:
-        device: device of the model.
         dtype: format of autocast; None for float32.
         loss_scale: a fixed loss scale; None for a dynamic one. Only float16 is scaled.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None, loss_scale: float | None = None):
-        self.device, self.dtype = device, dtype
-        self.loss_scale = loss_scale
+        self.device, self.dtype, self.loss_scale = device, dtype, loss_scale
+        self.is_mixed = dtype is not None
         options = {} if loss_scale is None else {'init_scale': loss_scale}
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16, **options)
 
@@ -40,7 +39,8 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
         """Unscale the gradients, clip their total norm, update the parameters, and clear the gradients."""
         self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(optimized(optimizer), grad_clip)
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
         self.scaler.step(optimizer)
         self.scaler.update(self.loss_scale)
         optimizer.zero_grad(set_to_none=True)
@@ -50,56 +50,35 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load a result of `state_dict`, which is empty if the run did not scale gradients.
-
-        Raises:
-            ValueError: it is not such a result.
-        """
+        """Load a result of `state_dict`, which is empty if the run did not scale gradients."""
         if state and self.scaler.is_enabled() and self.loss_scale is None:
-            try:
-                self.scaler.load_state_dict(state)
-            except (KeyError, TypeError) as e:
-                raise ValueError(f'scaler: {type(e).__name__}: {e}') from e
+            self.scaler.load_state_dict(state)
 
 
 class ApexPrecision(Precision):
-    """Mixed precision by `apex.amp`, which only old releases of apex have.
+    """Level O1 of `apex.amp`, which only old releases of apex have. It leaves the optimizer's parameters in float32.
 
     Raises:
-        BadInput: no apex with `apex.amp` is installed.
+        BadInput: no such apex is installed.
     """
 
-    def __init__(
-        self, device: torch.device, opt_level: str, keep_batchnorm_fp32: bool | None, loss_scale: float | None
-    ):
+    def __init__(self, device: torch.device, loss_scale: float | None):
         super().__init__(device)
+        self.is_mixed = True
         try:
             from apex import amp
         except ImportError as e:
-            raise BadInput(
-                f'--opt_level {opt_level} with --amp_backend apex: no apex with apex.amp is installed ({e}); NVIDIA'
-                ' removed it in May 2025 and the apex of PyPI is another program; use --opt_level O1 with'
-                ' --amp_backend native'
-            ) from e
-        self.amp = amp
-        self.options = {
-            'opt_level': opt_level,
-            'keep_batchnorm_fp32': keep_batchnorm_fp32,
-            'loss_scale': loss_scale,
-        }
+            raise BadInput(f'--amp_backend apex: no apex with apex.amp is installed ({e}); use native') from e
+        self.amp, self.apex_scale = amp, loss_scale or 'dynamic'
 
     def prepare(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        net, self.optimizer = self.amp.initialize(net, optimizer, verbosity=0, **self.options)
+        options = {'opt_level': 'O1', 'loss_scale': self.apex_scale, 'verbosity': 0}
+        net, self.optimizer = self.amp.initialize(net, optimizer, **options)
         return net, self.optimizer
 
     def backward(self, loss: Tensor) -> None:
         with self.amp.scale_loss(loss, self.optimizer) as scaled:
             scaled.backward()
-
-    def step(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-        nn.utils.clip_grad_norm_(list(self.amp.master_params(optimizer)), grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
 
     def state_dict(self) -> dict:
         return self.amp.state_dict()
@@ -117,46 +96,29 @@ def check_format(name: str | None, flag: str, device: torch.device) -> None:
         flag: that asked for it.
     """
     if name == 'bfloat16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise BadInput(
-            f'{flag} bfloat16: {torch.cuda.get_device_name(device)} only emulates this format, slowly; use {flag}'
-            ' float16'
-        )
+        raise BadInput(f'{flag} bfloat16: {torch.cuda.get_device_name(device)} only emulates it; use {flag} float16')
 
 
-def make_precision(args, device: torch.device) -> Precision:
-    """Return the number format of the flags: float32 for O0 (default), autocast for O1; all levels with apex.
+def make_precision(device: torch.device, level: str, dtype: str | None, scale: float | None, backend: str) -> Precision:
+    """Return the number format of the flags of mixed precision.
 
     Args:
-        args: opt_level, amp_dtype, amp_backend, loss_scale, keep_batchnorm_fp32; see `options.add_amp_args`.
+        level: O0, float32, or O1, autocast.
+        dtype: format of autocast; None: float16 on a GPU, bfloat16 on a CPU.
+        scale: fixed loss scale; None for a dynamic one.
 
     Raises:
-        BadInput: the flags contradict each other or the machine; the message names the closest that work.
+        BadInput: the flags contradict each other or the machine.
     """
-    level = args.opt_level or 'O0'
-    if args.amp_backend == 'apex':
-        if device.type != 'cuda' or args.amp_dtype == 'bfloat16':
-            raise BadInput('--amp_backend apex works on GPUs in float16 only; use --amp_backend native')
-        return ApexPrecision(device, level, args.keep_batchnorm_fp32, args.loss_scale)
-    if level in ('O2', 'O3'):
-        raise BadInput(
-            f'--opt_level {level}: native mixed precision has O0 and O1; use --opt_level O1, or --amp_backend apex with'
-            ' an apex that has apex.amp'
-        )
-    if args.keep_batchnorm_fp32 is False:
-        raise BadInput(f'--keep_batchnorm_fp32 False: --opt_level {level} keeps batch norm in float32; use True')
-    if level == 'O0' and args.amp_dtype:
-        raise BadInput(f'--amp_dtype {args.amp_dtype}: --opt_level O0 is float32; use --opt_level O1')
-    check_format(args.amp_dtype, '--amp_dtype', device)
-    scale = None if args.loss_scale == 'dynamic' else args.loss_scale
-    dtype = DTYPES[args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')]
-    if scale is not None and (level == 'O0' or dtype is not torch.float16):
-        raise BadInput(
-            f'--loss_scale {scale}: only float16 gradients are scaled, here it is --opt_level {level} in {dtype}; leave'
-            ' it out, or use --opt_level O1 with --amp_dtype float16'
-        )
-    return Precision(device, dtype if level == 'O1' else None, scale)
-
-
-def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return all parameters that an optimizer updates."""
-    return [p for group in optimizer.param_groups for p in group['params']]
+    usual = 'float16' if device.type == 'cuda' else 'bfloat16'
+    chosen = dtype or usual
+    if level == 'O0' and (dtype or backend == 'apex'):
+        raise BadInput(f'--opt_level O0 is float32, without {dtype or backend}; use --opt_level O1')
+    if scale is not None and (level == 'O0' or chosen != 'float16'):
+        raise BadInput(f'--loss_scale {scale}: is for --opt_level O1 with --amp_dtype float16; leave it out')
+    if backend == 'apex':
+        if device.type != 'cuda' or chosen != 'float16':
+            raise BadInput('--amp_backend apex: works on GPUs in float16 only; use --amp_backend native')
+        return ApexPrecision(device, scale)
+    check_format(dtype, '--amp_dtype', device)
+    return Precision(device, DTYPES[chosen] if level == 'O1' else None, scale)

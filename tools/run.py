@@ -15,10 +15,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from tools.checkpoint import Snapshot
 
 log = logging.getLogger('tf-nas')
-
-Item = TypeVar('Item')
 
 METRICS = 'metrics.jsonl'
 VERSION = 1  # of its format
@@ -131,13 +129,44 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-@dataclass
 class Waiting:
-    """Seconds that a loop waits for batches and uses them. It is the host's time: nothing waits for a GPU."""
+    """Time that a loop waits for batches and uses them; warns once if they come more slowly than the run needs them.
 
-    batches: int = 0
-    waited: float = 0.0
-    used: float = 0.0
+    It is the host's time: nothing waits for a GPU.
+
+    Args:
+        flag: of the workers that load the batches.
+        images: per batch, over all processes.
+    """
+
+    def __init__(self, flag: str, images: int):
+        self.flag, self.images = flag, images
+        self.batches, self.waited, self.spent = 0, 0.0, 0.0
+        self.asked: float | None = None
+
+    def restart(self) -> 'Waiting':
+        """Leave out the next batch, which waits for the workers to start."""
+        self.asked = None
+        return self
+
+    def loaded(self) -> None:
+        """A batch is there."""
+        self.got = time.monotonic()
+
+    def used(self) -> None:
+        """The loop has used the batch and asks for the next one."""
+        asked, self.asked = self.asked, time.monotonic()
+        if asked is None:
+            return
+        self.batches += 1
+        if SKIPPED < self.batches <= WATCHED:
+            self.waited += self.got - asked
+            self.spent += self.asked - self.got
+        total = self.waited + self.spent
+        if self.batches == WATCHED and self.waited > TOLERATED * total:
+            count = self.images * (WATCHED - SKIPPED)
+            text = '%.0f images/s are loaded, the steps need %.0f. More %s (up to %d) or --device_aug may help.'
+            log.warning(text, count / total, count / max(self.spent, 1e-9), self.flag, cores())
 
 
 class RunLogger:
@@ -157,7 +186,7 @@ class RunLogger:
         self.steps_an_epoch = header.get('steps_an_epoch', 0)
         self.log_file, self.board = None, None
         self.bar = tqdm(disable=True)
-        self.waiting: dict[str, Waiting] = {}
+        self._waiting: dict[str, Waiting] = {}
         self.is_new = folder is not None and not (folder / METRICS).exists()
         if not folder:
             return
@@ -184,36 +213,11 @@ class RunLogger:
         file = sys.stderr if sys.stderr.isatty() else open(os.devnull, 'w')  # noqa: SIM115
         self.bar = tqdm(total=total, initial=done, file=file, smoothing=SMOOTHING, unit='step', leave=False)
 
-    def watch(self, batches: Iterable[Item], flag: str, images: int) -> Iterator[Item]:
-        """Yield the batches; warn once if they come more slowly than the run needs them.
-
-        Args:
-            flag: of the workers that load them; loaders of one flag are judged together.
-            images: of a batch, over all processes.
-        """
-        waiting, iterator, first = self.waiting.setdefault(flag, Waiting()), iter(batches), True
-        while True:
-            asked = time.monotonic()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            got = time.monotonic()
-            yield batch
-            if not first:  # the first one waits for the workers to start
-                self._count(waiting, got - asked, time.monotonic() - got, flag, images)
-            first = False
-
-    def _count(self, waiting: Waiting, waited: float, used: float, flag: str, images: int) -> None:
-        waiting.batches += 1
-        if SKIPPED < waiting.batches <= WATCHED:
-            waiting.waited += waited
-            waiting.used += used
-        total = waiting.waited + waiting.used
-        if waiting.batches == WATCHED and waiting.waited > TOLERATED * total:
-            count = images * (WATCHED - SKIPPED)
-            text = '%.0f images/s are loaded, the steps need %.0f. More %s (up to %d) or --device_aug may help.'
-            log.warning(text, count / total, count / max(waiting.used, 1e-9), flag, cores())
+    def waiting(self, flag: str, images: int) -> Waiting:
+        """Return the `Waiting` of the workers of a flag, for another pass over their batches."""
+        if flag not in self._waiting:
+            self._waiting[flag] = Waiting(flag, images)
+        return self._waiting[flag].restart()
 
     def advance(self) -> None:
         """Count a step as done."""
