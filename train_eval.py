@@ -29,7 +29,7 @@ from dataset.data import Source, load_training_data
 from dataset.loaders import Loading
 from latency_pkl.runtimes import log_network_latency
 from models.config import dump_config
-from models.describe import describe_network
+from models.describe import describe_network, largest_activation
 from models.meta import META
 from models.model_eval import NetworkEval, start_from_weights
 from models.parsing import load_architecture
@@ -37,9 +37,9 @@ from models.search_space import SPACE
 from tools.chain import changed, settle, suggest, with_flags
 from tools.checkpoint import IMAGES, Checkpointer, compare_snapshot, ended_with, find_snapshot
 from tools.distributed import join_world, leave_world
-from tools.environment import prepare
+from tools.environment import note_large_tensors, prepare
 from tools.files import CLASS_NAMES
-from tools.options import RECIPE_BATCH, USUAL_SIZE, Parser, add_training_args, run_script
+from tools.options import RECIPE_BATCH, RECIPE_LR, USUAL_SIZE, Parser, add_training_args, run_script
 from tools.plots import draw_at_end
 from tools.precision import Precision
 from tools.rng import derive_seed
@@ -195,6 +195,8 @@ def train(args, world, precision, convert=lambda net: net):
     images, args = load_data(args, world, config, source, snapshot.folder)
     config = config_for(images, config, source, args.img_size)
     prepare(world.device, args.deterministic, tf32=args.tf32)
+    on_each_gpu = args.batch_size // (world.size * max(world.gpus, 1))
+    note_large_tensors(largest_activation(config, args.img_size), on_each_gpu, world.device)
     state = new_state(args, config, world, precision, convert)
     flags = vars(args) | images.flags | {'train_root': str(Path(args.train_root).absolute())}
     compare_snapshot(snapshot, flags, images.digest)
@@ -209,7 +211,12 @@ def train(args, world, precision, convert=lambda net: net):
     train_loader, val_loader = images.loaders
     steps = len(train_loader)
     batch = args.batch_size * args.grad_accum
-    lr = args.lr * batch / RECIPE_BATCH if args.lr_scale == 'linear' else args.lr
+    lr = args.lr
+    if args.lr_scale == 'linear':
+        lr = args.lr * batch / RECIPE_BATCH
+    elif args.lr == RECIPE_LR and batch != RECIPE_BATCH:
+        text = '--lr %g is for %d images per update, not %d: --lr_scale linear would take %g'
+        log.info(text, lr, RECIPE_BATCH, batch, lr * batch / RECIPE_BATCH)
     warmup_epochs = args.lr_warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = WARMUP_EPOCHS if batch > LARGE_BATCH else 0

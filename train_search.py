@@ -64,7 +64,7 @@ from models.targeting import OFF_TARGET, Target, log_probability
 from tools.chain import changed, settle, suggest, with_flags
 from tools.checkpoint import IMAGES, Checkpointer, compare_snapshot, ended_with, find_snapshot
 from tools.distributed import join_world, leave_world
-from tools.environment import device_name, fingerprint, large_tensor_note, prepare
+from tools.environment import device_name, fingerprint, note_large_tensors, prepare
 from tools.errors import BadInput
 from tools.files import CLASS_NAMES
 from tools.options import (
@@ -408,9 +408,7 @@ def main(args):
     prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
     share = args.batch_size // world.size
     args, kept = settle_args(args, snapshot, steps)
-    large = large_tensor_note(largest_mixture(args.img_size, SPACE), share, world.device)
-    if large:
-        log.info(large)
+    note_large_tensors(largest_mixture(args.img_size, SPACE), share, world.device)
     flags |= kept
     compare_snapshot(snapshot, flags, images.digest)
     recipe = make_recipe(args)

@@ -26,11 +26,11 @@ from models.meta import Meta, checkpoint_meta
 from models.parsing import load_architecture
 from models.search_space import SPACE
 from models.tables import load_table, save_table
-from models.training_run import compare_data, describe_data
 from tools.chain import command, settle
 from tools.environment import device_name, set_tf32
 from tools.errors import BadInput
 from tools.training import Tally
+from train_eval import config_for
 
 CPU = torch.device('cpu')
 NAMES = ["a's red", 'green', 'pale blue']
@@ -183,19 +183,18 @@ def test_classes_of_a_search_reach_the_config_and_published_ones_have_1000(tmp_p
     assert config.with_classes(7).meta == Meta(64)
 
 
-def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds():
+def test_a_training_on_other_data_says_so_and_drops_what_no_longer_holds(caplog):
     samples = [(f'{name}/{i}.png', label) for label, name in enumerate(NAMES) for i in range(2)]
     images = Data(*[ImageSet('r', samples, 'l')] * 2, 3)
     meta = Meta(64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), tuple(NAMES), target=3.0, measured=2.0)
     config = replace(small_config(), meta=meta)
-    assert compare_data(config, 'c', images) == []
-    assert describe_data(config, 64, images).meta == meta
-    assert describe_data(config, 32, images).meta == Meta(32, meta.mean, meta.std, tuple(NAMES))
-    swapped = replace(meta, class_names=(NAMES[0], NAMES[2], NAMES[1]), mean=(0.5, 0.5, 0.5))
-    first, second = compare_data(replace(config, meta=swapped), 'c', images)
-    assert first == 'warning: label 1 is green in these images, pale blue in c' and 'normalised by' in second
-    (line,) = compare_data(config.with_classes(9), 'c', images)
-    assert line == 'c is for 9 classes; the network gets 3, as the images have'
+    assert config_for(images, config, 'c', 64).meta == meta and caplog.messages == []
+    assert config_for(images, config, 'c', 32).meta == Meta(32, meta.mean, meta.std, tuple(NAMES))
+    swapped = replace(meta, class_names=(NAMES[0], NAMES[2], NAMES[1]))
+    assert config_for(images, replace(config, meta=swapped), 'c', 64).meta.class_names == tuple(NAMES)
+    assert 'c has other class names' in caplog.messages[-1]
+    assert config_for(images, config.with_classes(9), 'c', 64).classifier.out_features == 3
+    assert 'c is for 9 classes, the network gets 3' in caplog.text
 
 
 @pytest.mark.parametrize('size', [32, 48])

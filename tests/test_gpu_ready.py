@@ -3,7 +3,6 @@
 import copy
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from models.model_eval import NetworkEval
 from models.model_search import ExecutionMode, Network
 from models.search_space import SPACE
 from tools.distributed import World
-from tools.environment import large_tensor_note, prepare
+from tools.environment import note_large_tensors, prepare
 from tools.errors import BadInput
 from tools.precision import check_format, make_precision
 from tools.training import begin_momentum, load_moments
@@ -96,14 +95,10 @@ def turing(monkeypatch):
 
 
 def test_emulated_bfloat16_is_refused(turing):
-    args = SimpleNamespace(
-        opt_level='O1', amp_dtype='bfloat16', amp_backend='native', loss_scale=None, keep_batchnorm_fp32=None
-    )
     with pytest.raises(BadInput, match='--amp_dtype bfloat16: TITAN RTX only emulates.*--amp_dtype float16'):
-        make_precision(args, CUDA)
-    assert make_precision(args, CPU).dtype is torch.bfloat16
-    args.amp_dtype = None
-    assert make_precision(args, CUDA).dtype is torch.float16
+        make_precision(CUDA, 'O1', 'bfloat16', None, 'native')
+    assert make_precision(CPU, 'O1', 'bfloat16', None, 'native').dtype is torch.bfloat16
+    assert make_precision(CUDA, 'O1', None, None, 'native').dtype is torch.float16
     for name in (None, 'float16'):
         check_format(name, '--amp', CUDA)
 
@@ -152,11 +147,13 @@ def test_the_largest_activation_of_a_search(small_space):
         assert 2 * largest_mixture(img_size, space) == largest.elements
 
 
-def test_the_note_on_large_activations():
-    elements = largest_mixture(224, SPACE)
-    assert large_tensor_note(elements, 445, CUDA) == ''
-    assert 'at most 445 images' in large_tensor_note(elements, 446, CUDA)
-    assert large_tensor_note(elements, 10**6, CPU) == ''
+def test_the_note_on_large_activations(caplog):
+    elements, most = largest_mixture(224, SPACE), 445
+    note_large_tensors(elements, most, CUDA)
+    note_large_tensors(elements, 10**6, CPU)
+    assert not caplog.messages
+    note_large_tensors(elements, most + 1, CUDA)
+    assert f'at most {most} avoid that' in caplog.text
 
 
 @pytest.mark.parametrize(

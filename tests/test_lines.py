@@ -1,6 +1,5 @@
 """Lines of the loops that no other test would miss: each flag reaches what it is for."""
 
-import math
 from argparse import Namespace
 from functools import partial
 
@@ -9,19 +8,17 @@ import pytest
 import test_gpu_form
 import torch
 from PIL import Image
-from training_runs import data, flags, run_here, small_config
+from training_runs import data, flags, run_here
 
 import train_search
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table, new_search
 from dataset.loaders import ImageList
 from dataset.transforms import train_transform
-from models.model_eval import NetworkEval
 from models.model_search import Network
 from models.targeting import Target
 from tools.distributed import World
 from tools.precision import Precision
 from tools.run import read_run
-from tools.training import lr_at, make_optimizer
 
 __all__ = ['data']
 
@@ -43,25 +40,6 @@ def test_dropout_changes_the_first_loss(data, tmp_path, monkeypatch):  # noqa: F
     plain = first_loss(data, tmp_path, monkeypatch, **rates)
     assert first_loss(data, tmp_path, monkeypatch, **rates | {'dropout_rate': 0.9}) != plain
     assert first_loss(data, tmp_path, monkeypatch, **rates | {'drop_connect_rate': 0.9}) != plain
-
-
-def test_the_optimizer_of_a_training_has_the_values_of_its_flags():
-    net = NetworkEval(small_config())
-    args = Namespace(lr=0.3, momentum=0.7, weight_decay=0.02, no_weight_decay_bn=True)
-    with_decay, without = make_optimizer(net, args).param_groups
-    assert (with_decay['lr'], with_decay['momentum'], with_decay['weight_decay']) == (0.3, 0.7, 0.02)
-    norms = [p for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
-    assert without['weight_decay'] == 0 and {id(p) for p in without['params']} == {id(p) for p in norms}
-
-
-def test_learning_rates_by_hand():
-    args = Namespace(lr=0.2, lr_scale='linear', lr_warmup_epochs=None, epochs=10, batch_size=128, grad_accum=1)
-    assert [lr_at(epoch, args) for epoch in (0, 5)] == pytest.approx([0.05, 0.025])  # 128 of 512 images; half-way
-    args.batch_size, args.lr_scale = 512, 'none'
-    assert [lr_at(epoch, args) for epoch in (0, 4)] == pytest.approx([0.04, 0.2])  # a warm-up of five epochs
-    args.lr_warmup_epochs = 2
-    assert [lr_at(epoch, args) for epoch in (0, 1)] == pytest.approx([0.1, 0.2])
-    assert lr_at(2, args) == pytest.approx(0.1 * (1 + math.cos(0.2 * math.pi)))
 
 
 def test_the_loss_of_the_latency_by_hand():

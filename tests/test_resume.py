@@ -31,8 +31,8 @@ from training_runs import (
 from training_runs import flags as training_flags
 from training_runs import run_here as train_here
 
+import train_eval
 from conftest import SMALL_SPACE, new_search
-from models.model_eval import NetworkEval
 from models.search import SEARCH, remove_old_models, searched_model
 from tools.checkpoint import (
     STOP_SIGNALS,
@@ -50,7 +50,7 @@ from tools.errors import BadInput, RunFailed
 from tools.files import save_checkpoint
 from tools.precision import Precision
 from tools.run import METRICS, RunLogger
-from tools.training import TRAINING, start_state
+from tools.training import TRAINING
 
 CPU = torch.device('cpu')
 EXTRAS = {'ema_decay': 0.9, 'mixup': 0.2, 'cutmix': 1.0, 'auto_augment': 'trivialaugment', 'no_weight_decay_bn': True}
@@ -369,14 +369,18 @@ def test_what_differs_is_logged_or_refused_within_an_epoch(position, flags, dige
 @pytest.mark.parametrize('kind', ['search', 'training'])
 def test_a_checkpoint_with_any_part_of_another_type_is_good_or_bad_input(tmp_path, kind):
     path = tmp_path / 'changed.pth.tar'
-    args = Namespace(compile=False, lr=0.5, momentum=0.9, weight_decay=0, no_weight_decay_bn=False, ema_decay=0.5)
+    args = Namespace(
+        lr=0.5, momentum=0.9, weight_decay=0, no_weight_decay_bn=False, ema_decay=0.5, seed=0, weights=None,
+        dropout_rate=0, drop_connect_rate=0, channels_last=None,
+    )  # fmt: skip
 
     def resumed(given):
         snapshot = find_snapshot(given, str(tmp_path), 'try', SEARCH if kind == 'search' else TRAINING, World(CPU))
         if kind == 'training':
             precision = Precision(CPU, torch.float16)
-            return start_state(NetworkEval(small_config()), precision, snapshot, World(CPU), args)[0]
-        state = new_search(SMALL_SPACE, CPU, torch.float16)
+            state = train_eval.new_state(args, small_config(), World(CPU), precision, lambda net: net)
+        else:
+            state = new_search(SMALL_SPACE, CPU, torch.float16)
         if snapshot.checkpoint:
             state.load(snapshot.checkpoint, snapshot.path, World(CPU))
         return state

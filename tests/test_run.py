@@ -17,6 +17,7 @@ from conftest import SMALL_SPACE, make_table
 from models.tables import save_table
 from tools.errors import BadInput
 from tools.run import METRICS, RunLogger, read_run, run_header
+from tools.training import to_device
 
 __all__ = ['data']
 
@@ -118,14 +119,16 @@ def test_slow_loading_is_warned_of_once(monkeypatch, caplog, waits, batches, war
     now = [0.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
 
+    images = torch.zeros(1, 3, 8, 8), torch.zeros(1)
+
     def loaded(count):
         for i in range(count):
             now[0] += 100 if i == 0 else waits  # workers start before the first one
-            yield i
+            yield images
 
     logger, seen = RunLogger(None, {}), 0
     for _ in range(3):  # as the passes of a run
-        for _ in logger.watch(loaded(batches // 3), '--workers', 32):
+        for _ in to_device(loaded(batches // 3), torch.device('cpu'), waiting=logger.waiting('--workers', 32)):
             now[0] += 0.1
             seen += 1
     assert seen == batches and len(caplog.messages) == warned

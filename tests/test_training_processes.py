@@ -22,6 +22,7 @@ from training_runs import (
 )
 from training_runs import run_here as train_here
 
+import train_eval
 import train_eval_amp
 from dataset.loaders import ImageSet, Loading, make_loader
 from models.model_eval import NetworkEval
@@ -30,7 +31,7 @@ from tools.distributed import World, join_world, leave_world
 from tools.errors import BadInput
 from tools.precision import Precision
 from tools.run import RunLogger
-from tools.training import TrainState, evaluate, train_epoch, wrap_model
+from tools.training import TrainState, evaluate, wrap_model
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -72,15 +73,14 @@ def one_update(world, batch_norm):
     net.eval().train = lambda mode=True: net
     args = Namespace(
         seed=1, label_smooth=0.1, grad_accum=1, grad_clip=0.1, print_freq=9, batch_size=8, max_steps=None,
-        compile=False, channels_last=False,
     )  # fmt: skip
     optimizer = torch.optim.SGD(net.parameters(), 0.5, 0.9, weight_decay=1e-4, fused=True)
-    state = TrainState(net, wrap_model(net, world, args), optimizer, Precision(world.device))
+    state = TrainState(net, wrap_model(net, world, False, None), optimizer, Precision(world.device))
     batch = torch.stack([Numbers()[(0, i)][0] for i in range(8)]), torch.arange(8) % 3
     shard = tuple(part[world.rank :: world.size] for part in batch)
     logger = RunLogger(None, {})
     checkpointer = Checkpointer(logger, world, 10, {}, {})
-    train = train_epoch(state, Loader([shard]), None, world, args, checkpointer, logger)
+    train = train_eval.train_epoch(state, Loader([shard]), None, args, checkpointer)
     val = evaluate(net, loader(world), state.precision, world)
     assert not train.stopped and not val.stopped
     return {'weights': net.state_dict(), 'train': train.numbers, 'val': val.numbers}
@@ -209,7 +209,7 @@ def test_one_process_of_a_launcher_takes_its_gpu_alone(monkeypatch):
         monkeypatch.setenv(name, value)
     world, net = join_world('auto', None), nn.Linear(1, 1)
     assert world == World(torch.device('cuda', 3)) and world.gpus == 1 and chosen == [world.device]
-    assert wrap_model(net, world, Namespace(compile=True)) is net
+    assert wrap_model(net, world, True, None) is net
     train_eval_amp.check_sync_bn(world)
     with pytest.raises(BadInput, match='--sync_bn'):
         train_eval_amp.check_sync_bn(World(torch.device('cuda')))
@@ -221,16 +221,12 @@ def test_one_process_with_several_gpus_uses_them_all(monkeypatch):
     wrapped = []
     monkeypatch.setattr(nn, 'DataParallel', lambda net: wrapped.append(net) or net)
     net = nn.Linear(1, 1)
-    usual = Namespace(compile=False, amp_dtype='float16')
-    wrap_model(net, World(torch.device('cuda')), usual)
-    wrap_model(net, World(torch.device('cpu')), Namespace(compile=True, amp_dtype='bfloat16'))
+    wrap_model(net, World(torch.device('cuda')), False, torch.float16)
+    wrap_model(net, World(torch.device('cpu')), True, torch.bfloat16)
     assert wrapped == [net]
-    for bad, flag in (
-        (Namespace(compile=True), '--compile'),
-        (Namespace(compile=False, amp_dtype='bfloat16'), '--amp'),
-    ):
+    for compiled, dtype, flag in ((True, None, '--compile'), (False, torch.bfloat16, '--amp')):
         with pytest.raises(BadInput, match=f'{flag}.* on 2 GPUs .* torchrun --nproc_per_node=2'):
-            wrap_model(net, World(torch.device('cuda')), bad)
+            wrap_model(net, World(torch.device('cuda')), compiled, dtype)
 
 
 def test_sync_bn_is_refused_between_cpus_and_nothing_else_in_one_process(data, tmp_path, monkeypatch, capsys):  # noqa: F811

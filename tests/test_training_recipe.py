@@ -17,6 +17,7 @@ from training_runs import (
     small_config,
 )
 
+import train_eval
 from dataset.transforms import POLICIES, train_transform
 from models.model_eval import NetworkEval
 from tools.checkpoint import Checkpointer
@@ -31,26 +32,11 @@ from tools.training import (
     make_mix,
     make_optimizer,
     memory_format,
-    train_epoch,
+    set_lr,
     update_average,
 )
 
 CPU = torch.device('cpu')
-
-
-def recipe(**changes):
-    defaults = {'lr': 0.2, 'lr_scale': 'none', 'epochs': 10, 'batch_size': 64, 'grad_accum': 1, 'max_steps': None}
-    return Namespace(**defaults | {'lr_warmup_epochs': None} | changes)
-
-
-def test_linear_scaling_is_for_512_images_an_update():
-    assert lr_at(0, recipe(lr_scale='linear')) == pytest.approx(0.2 * 64 / 512)
-    assert lr_at(0, recipe(lr_scale='linear', grad_accum=2)) == pytest.approx(0.2 * 128 / 512)
-    assert lr_at(3, recipe()) == pytest.approx(0.1 * (1 + math.cos(0.3 * math.pi)))
-
-
-def test_the_warm_up_counts_accumulated_images():
-    assert lr_at(1, recipe(batch_size=128, grad_accum=4)) == pytest.approx(0.2 * 2 / 5)
 
 
 @pytest.mark.parametrize(
@@ -58,29 +44,46 @@ def test_the_warm_up_counts_accumulated_images():
     [(0, None, 1, 10), (0, 4, 1, 4), (1, 14, 1, 4), (1, 10, 1, 0), (0, 3, 3, 9), (0, 4, 3, 10), (1, 5, 3, 3)],
 )
 def test_max_steps_counts_updates(epoch, max_steps, accum, batches):
-    assert last_batch(epoch, 10, recipe(max_steps=max_steps, grad_accum=accum)) == batches
+    assert last_batch(epoch, 10, max_steps, accum) == batches
+
+
+def test_learning_rates_by_hand():
+    assert [lr_at(epoch, 0.05, 0, 10) for epoch in (0, 5)] == pytest.approx([0.05, 0.025])
+    assert [lr_at(epoch, 0.2, 5, 10) for epoch in (0, 4)] == pytest.approx([0.04, 0.2])
+    assert lr_at(5, 0.2, 2, 10) == pytest.approx(0.1 * (1 + math.cos(0.5 * math.pi)))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'rates'),
+    [
+        ({'lr_scale': 'linear'}, [0.2 * 4 / 512, 0.1 * 4 / 512]),
+        ({'lr_scale': 'linear', 'grad_accum': 2}, [0.2 * 8 / 512, 0.1 * 8 / 512]),
+        ({'lr_warmup_epochs': 2}, [0.1, 0.2]),
+        ({'grad_accum': 65}, [0.2 / 5, 0.2 * 2 / 5]),  # 260 images per update have a warm-up of five epochs
+    ],
+)
+def test_the_learning_rate_follows_the_flags(data, tmp_path, monkeypatch, changes, rates):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(train_eval, 'set_lr', lambda optimizer, lr: seen.append(lr) or set_lr(optimizer, lr))
+    run_here(monkeypatch, flags(data, tmp_path, lr=0.2, epochs=2, **changes))
+    assert seen == pytest.approx(rates)
 
 
 def test_batch_norm_is_spared_weight_decay_only_where_asked():
     net = NetworkEval(small_config())
-    args = Namespace(lr=0.1, momentum=0.9, weight_decay=1e-3, no_weight_decay_bn=True)
-    decayed, spared = make_optimizer(net, args).param_groups
+    decayed, spared = make_optimizer(net, 0.3, 0.7, 1e-3, spare_norms=True).param_groups
+    assert (decayed['lr'], decayed['momentum']) == (0.3, 0.7)
     assert (decayed['weight_decay'], spared['weight_decay']) == (1e-3, 0.0)
     norms = {p for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     assert set(spared['params']) == norms and set(decayed['params']) == set(net.parameters()) - norms
-    args.no_weight_decay_bn = False
-    (group,) = make_optimizer(net, args).param_groups
+    (group,) = make_optimizer(net, 0.3, 0.7, 1e-3, spare_norms=False).param_groups
     assert len(group['params']) == len(list(net.parameters()))
 
 
 def test_layouts():
-    args = Namespace(channels_last=None, opt_level=None)
-    assert memory_format(args, CPU) is torch.channels_last
-    assert memory_format(args, torch.device('cuda')) is torch.contiguous_format
-    args.opt_level = 'O1'
-    assert memory_format(args, torch.device('cuda')) is torch.channels_last
-    args.channels_last = False
-    assert memory_format(args, CPU) is torch.contiguous_format
+    gpu = torch.device('cuda')
+    assert memory_format(None, CPU, False) is memory_format(None, gpu, True) is torch.channels_last
+    assert memory_format(None, gpu, False) is memory_format(False, CPU, True) is torch.contiguous_format
 
 
 def updated(batches, accum, grad_clip=5.0):
@@ -90,13 +93,12 @@ def updated(batches, accum, grad_clip=5.0):
     net.eval().train = lambda mode=True: net
     state = TrainState(net, net, torch.optim.SGD(net.parameters(), 0.5, 0.9, fused=True), Precision(CPU))
     args = Namespace(
-        seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4, max_steps=None,
-        channels_last=False,
-    )  # fmt: skip
+        seed=1, label_smooth=0.1, grad_accum=accum, grad_clip=grad_clip, print_freq=9, batch_size=4, max_steps=None
+    )
     logger, calls = RunLogger(None, {}), []
     checkpointer = Checkpointer(logger, World(CPU), 10, {}, {})
     checkpointer.is_due = lambda: calls.append(state.step)
-    train_epoch(state, Loader(batches), None, World(CPU), args, checkpointer, logger)
+    train_eval.train_epoch(state, Loader(batches), None, args, checkpointer)
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls
 
 
@@ -118,7 +120,7 @@ def test_the_last_group_of_an_epoch_may_be_smaller():
 
 @pytest.mark.parametrize(('mixup', 'cutmix'), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
 def test_mixes_give_soft_labels_that_the_seed_decides(mixup, cutmix):
-    mix = make_mix(Namespace(mixup=mixup, cutmix=cutmix), 3)
+    mix = make_mix(mixup, cutmix, 3)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     results = []
     for _ in range(2):
@@ -129,7 +131,7 @@ def test_mixes_give_soft_labels_that_the_seed_decides(mixup, cutmix):
 
 
 def test_no_mix_by_default():
-    assert make_mix(Namespace(mixup=0.0, cutmix=0.0), 3) is None
+    assert make_mix(0.0, 0.0, 3) is None
 
 
 @pytest.mark.parametrize('policy', [None, *POLICIES])
@@ -152,7 +154,7 @@ def test_the_moving_average_is_kept_evaluated_and_read(data, tmp_path, monkeypat
     assert not torch.equal(average[name], checkpoint['state_dict'][name])
     assert before.shape == average[name].shape
     log = (folder / 'log.txt').read_text()
-    assert '(moving average; the weights themselves: ' in log and re.search(
+    assert 'without moving average: ' in log and re.search(
         r'step 3/3 .* eta 00:00\n', log
     )  # nothing left, of three updates
 
@@ -201,5 +203,5 @@ def test_moments_of_another_shape_are_refused():
     p = torch.nn.Parameter(torch.zeros(1000))
     optimizer = torch.optim.SGD([p], 0.1, 0.9, fused=True)
     saved = optimizer.state_dict() | {'state': {0: {'momentum_buffer': torch.zeros(3)}}}
-    with pytest.raises(ValueError, match=r'momentum_buffer of shape \[3\] for a parameter of \[1000\]'):
+    with pytest.raises(ValueError, match=r'\[3\] for a parameter of \[1000\]'):
         load_moments(optimizer, saved)

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -11,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger('tf-nas')
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,24 +75,19 @@ def prepare(
         keep_freed_memory()
 
 
-INDEXED = 2**31
-"""Elements of a tensor from which cuDNN's fast kernels, which count in 32 bits, do not take it."""
+INDEXED = 2**31  # elements of a tensor from which cuDNN's fast kernels, which count in 32 bits, do not take it
 
 
-def large_tensor_note(elements: int, images: int, device: torch.device) -> str:
-    """Return a line for the log if the largest activation on a GPU is too large for its fast kernels; else ''.
+def note_large_tensors(elements: int, images: int, device: torch.device) -> None:
+    """Log if the largest activation on a GPU is too large for its fast kernels.
 
     Args:
         elements: of the largest activation of one image.
         images: of a batch, on each GPU.
     """
-    if device.type != 'cuda' or elements * images < INDEXED:
-        return ''
-    most = (INDEXED - 1) // elements
-    return (
-        f'slow: with {images} images on each GPU the largest activation has {elements * images} elements, 2^31 or more,'
-        f' which the fast kernels of cuDNN do not take; at most {most} images avoid that'
-    )
+    if device.type == 'cuda' and elements * images >= INDEXED:
+        text = 'slow: with %d images on each GPU an activation has 2^31 elements or more; at most %d avoid that'
+        log.warning(text, images, (INDEXED - 1) // elements)
 
 
 def set_tf32(enabled: bool) -> None:
