@@ -153,8 +153,8 @@ MORE_SCRIPTS = [
     'benchmarks/runtimes.py',
     'tools/plots.py',
 ]
-NOT_OURS = {'differences.md': {'--on_nan'}, 'latency.md': {'--onnx', '--shapes', '--fp16', '--graph', '--num_threads'}}
-"""Flags that a page names because they are gone, or of other programs."""
+NOT_OURS = {'latency.md': {'--graph', '--num_threads'}}
+"""Flags that a page names, of other programs."""
 
 
 def help_of(script, monkeypatch, capsys):
