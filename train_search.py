@@ -466,7 +466,7 @@ def main(args):
                 state.masks = update_masks(state.masks, widths, state.full)
             found = describe_architecture(state.full, state.masks, target.table, SPACE, num_classes, state.arch)
             numbers |= trained.numbers
-            log.info('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes))
+            log.info('epoch %d: %s', epoch, epoch_line(found, numbers, header['latency'], num_classes, warming_up))
             logger.record('epoch', epoch, **numbers, **found)
             if epoch == args.epochs - 1 and not warming_up:
                 warn_not_decided(found['ops'], before, state.arch)

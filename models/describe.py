@@ -154,23 +154,26 @@ def architecture_line(network: Mapping) -> str:
     return ' | '.join(f'{stage}: {" ".join(blocks)}' for stage, blocks in stages.items())
 
 
-def epoch_line(found: Mapping, numbers: Mapping, about: Mapping, num_classes: int) -> str:
-    """Return the state of a search after an epoch: latency, target, entropy, accuracy, current architecture.
+def epoch_line(found: Mapping, numbers: Mapping, about: Mapping, num_classes: int, warming_up: bool) -> str:
+    """Return the state of a search after an epoch: accuracy, and after the warm-up latency, target and architecture.
 
     The accuracy is that of the validation if there was one, else that of the weights in training.
 
     Args:
         found: see `describe_architecture`.
         numbers: of the epoch: w_top1, and val if there was a validation.
-        about: of the latency: unit, target, and given: the target as the flags give it.
+        about: of the latency: unit and target.
     """
-    network, unit, validated = found['network'], about['unit'], numbers.get('val')
-    share = f' ({about["given"]})' if str(about.get('given', '')).endswith('%') else ''
-    top1 = f'validation top-1 {validated["top1"]:.2f}' if validated else f'training top-1 {numbers["w_top1"]:.2f}'
+    name, top1 = 'training', numbers['w_top1']
+    if numbers.get('val'):
+        name, top1 = 'validation', numbers['val']['top1']
+    accuracy = f'{name} top-1 {top1:.2f} % (chance {100 / num_classes:.2f} %)'
+    if warming_up:  # no architecture is chosen yet
+        return accuracy
+    unit, latency, entropy = about['unit'], found['network']['latency'], mean_entropy(found['ops'])
     return (
-        f'{network["latency"]:.4f} {unit}, target {about["target"]:.4f} {unit}{share},'
-        f' mean entropy {mean_entropy(found["ops"]):.3f} of 1, {top1} % (chance {100 / num_classes:.2f} %),'
-        f' {architecture_line(network)}'
+        f'{latency:.4f} {unit}, target {about["target"]:.4f} {unit}, mean entropy {entropy:.3f} of 1, {accuracy}, '
+        f'{architecture_line(found["network"])}'
     )
 
 

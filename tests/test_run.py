@@ -135,6 +135,19 @@ def test_slow_loading_is_warned_of_once(monkeypatch, caplog, waits, batches, war
     assert not warned or ('80 images/s' in caplog.text and 'need 320' in caplog.text)
 
 
+def test_the_time_of_a_run_is_told_once_after_ten_steps(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    logger = RunLogger(tmp_path, run_header('search', {'epochs': 90}, torch.device('cpu')))
+    logger.start_progress(total=1211, done=0)
+    for seconds in (100, *[18] * 20):
+        now[0] += seconds
+        logger.advance()
+    logger.close()
+    (line,) = [text for text in caplog.messages if 'to go' in text]
+    assert line.startswith('90 epochs: about 6 h 0 min') and '--epochs' in line
+
+
 @pytest.fixture
 def small_search(data, tmp_path, monkeypatch):  # noqa: F811
     """Function that runs a search of the small space in this process, with more flags, and returns its run folder."""

@@ -36,6 +36,7 @@ log = logging.getLogger('tf-nas')
 
 METRICS = 'metrics.jsonl'
 VERSION = 1  # of its format
+TIMED = 10  # steps whose speed predicts the time of a run
 DIGITS = {'lr': '.5f', 'loss': '.4f', 'top1': '.2f', 'top5': '.2f', 'latency': '.4f', 'images/s': '.1f'}  # in the log
 SMOOTHING = 0.02  # weight of the newest step in the speed that the time left is estimated from
 SKIPPED, WATCHED = 10, 100  # batches while workers start and kernels are chosen; batches until loading is judged
@@ -187,6 +188,8 @@ class RunLogger:
         self.log_file, self.board = None, None
         self.bar = tqdm(disable=True)
         self._waiting: dict[str, Waiting] = {}
+        self.epochs = header.get('flags', {}).get('epochs')
+        self.steps, self.first_done = 0, 0.0
         self.is_new = folder is not None and not (folder / METRICS).exists()
         if not folder:
             return
@@ -225,6 +228,14 @@ class RunLogger:
             self.bar.update()
         except OSError:  # the terminal is closed
             silence(sys.stderr)
+        self.steps += 1
+        if self.steps == 1:  # which waited for workers, or chose kernels
+            self.first_done = time.monotonic()
+        if self.steps == 1 + TIMED and self.epochs and not self.bar.disable:
+            seconds = (time.monotonic() - self.first_done) / TIMED * (self.bar.total - self.bar.n)
+            hours, minutes = divmod(round(seconds / 60), 60)
+            text = '%d epochs: about %d h %d min to go at the speed of these steps; --epochs shortens the run'
+            log.info(text, self.epochs, hours, minutes)
 
     def step(self, epoch: int, step: int, steps: int, **numbers: float) -> None:
         """Log the epoch so far, after `step` of its `steps`."""
