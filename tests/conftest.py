@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_runs import make_data
 
 from latency_pkl.fit import features
 from models.latency import LatencyTable
@@ -106,6 +107,12 @@ def random_arch(space: SearchSpace, rng: random.Random):
         low, high = op.min_width(block.in_ch), op.max_width(block.in_ch)
         widths[block.stage][block.name][index] = rng.randint(low, high)
     return arch, widths
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """Images, lists and the config of a small network; see `make_data`."""
+    return make_data(tmp_path_factory.mktemp('training data'))
 
 
 @pytest.fixture(scope='session')

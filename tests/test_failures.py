@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from search_runs import begin, small_project, wait_for
-from training_runs import command, data, finish, flags, load, only_run, start
+from training_runs import command, finish, flags, load, only_run, start
 
 from conftest import ROOT
 from tools.distributed import find_launch
 from tools.errors import BadInput, explain
-
-__all__ = ['data']
 
 
 @pytest.mark.parametrize(
@@ -134,7 +132,7 @@ def test_processes_of_torchrun_and_srun_are_found(launched):
     assert find_launch() is None
 
 
-def test_two_processes_of_srun_train_one_network(data, tmp_path):  # noqa: F811
+def test_two_processes_of_srun_train_one_network(data, tmp_path):
     """Together they make one run folder, and each sees half of the images."""
     slurm = {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_JOB_ID': '7'}
     place = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(30000 + os.getpid() % 20000)}

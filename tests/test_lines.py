@@ -8,7 +8,6 @@ import pytest
 import test_gpu_form
 import torch
 from PIL import Image
-from training_runs import data, flags, run_here
 
 import train_search
 from conftest import NUM_CLASSES, SMALL_SPACE, make_table, new_search
@@ -18,28 +17,6 @@ from models.model_search import Network
 from models.targeting import Target
 from tools.distributed import World
 from tools.precision import Precision
-from tools.run import read_run
-
-__all__ = ['data']
-
-
-def first_loss(data, tmp_path, monkeypatch, **changes):  # noqa: F811
-    """Loss of the first step of a training."""
-    words = flags(data, tmp_path / '-'.join(map(str, changes.values())), epochs=1, max_steps=1, **changes)
-    (line,) = read_run(run_here(monkeypatch, words)).of('step')
-    return line['loss']
-
-
-def test_the_loss_is_linear_in_label_smoothing(data, tmp_path, monkeypatch):  # noqa: F811
-    none, some, more = (first_loss(data, tmp_path, monkeypatch, label_smooth=share) for share in (0.0, 0.4, 0.8))
-    assert abs(more - none) > 1e-3 and some == pytest.approx((none + more) / 2, abs=1e-5)
-
-
-def test_dropout_changes_the_first_loss(data, tmp_path, monkeypatch):  # noqa: F811
-    rates = {'dropout_rate': 0.0, 'drop_connect_rate': 0.0}
-    plain = first_loss(data, tmp_path, monkeypatch, **rates)
-    assert first_loss(data, tmp_path, monkeypatch, **rates | {'dropout_rate': 0.9}) != plain
-    assert first_loss(data, tmp_path, monkeypatch, **rates | {'drop_connect_rate': 0.9}) != plain
 
 
 def test_the_loss_of_the_latency_by_hand():
@@ -129,20 +106,6 @@ def test_optimizers_of_a_search_have_the_values_of_its_flags():
     (weights,), (architecture,) = w_optimizer.param_groups, a_optimizer.param_groups
     assert (weights['lr'], weights['momentum'], weights['weight_decay']) == (0.11, 0.6, 0.03)
     assert (architecture['lr'], architecture['betas'], architecture['weight_decay']) == (0.07, (0.4, 0.95), 0.02)
-
-
-@pytest.mark.parametrize('mix', ['mixup', 'cutmix'])
-def test_mixed_images_and_labels_are_what_is_trained_on(data, tmp_path, monkeypatch, mix):  # noqa: F811
-    rates = {'dropout_rate': 0.0, 'drop_connect_rate': 0.0, 'label_smooth': 0.0}
-    assert first_loss(data, tmp_path, monkeypatch, **rates, **{mix: 5.0}) != first_loss(
-        data, tmp_path, monkeypatch, **rates, **{mix: 0.0}
-    )
-
-
-def test_the_learning_rate_of_each_epoch_is_set(data, tmp_path, monkeypatch):  # noqa: F811
-    run = read_run(run_here(monkeypatch, flags(data, tmp_path, epochs=2, lr=0.05)))
-    assert [line['lr'] for line in run.of('epoch')] == pytest.approx([0.05, 0.025])
-    assert {line['lr'] for line in run.of('step') if line['epoch'] == 1} == {0.025}
 
 
 def test_augmentation_differs_by_epoch_and_flips(tmp_path):

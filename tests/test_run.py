@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training_runs import CLASSES, data, flags
+from training_runs import CLASSES, flags
 
 import train_eval
 import train_search
@@ -18,8 +18,6 @@ from models.tables import save_table
 from tools.errors import BadInput
 from tools.run import METRICS, RunLogger, read_run, run_header
 from tools.training import to_device
-
-__all__ = ['data']
 
 HEADER = {'kind': 'run', 'version': 1, 'task': 'training'}
 
@@ -149,7 +147,7 @@ def test_the_time_of_a_run_is_told_once_after_ten_steps(tmp_path, monkeypatch, c
 
 
 @pytest.fixture
-def small_search(data, tmp_path, monkeypatch):  # noqa: F811
+def small_search(data, tmp_path, monkeypatch):
     """Function that runs a search of the small space in this process, with more flags, and returns its run folder."""
     monkeypatch.setattr(train_search, 'SPACE', SMALL_SPACE)
     table = make_table(SMALL_SPACE, 32)
@@ -172,7 +170,7 @@ def open_files(folder):
     return [os.readlink(link) for link in links if os.path.exists(link) and os.readlink(link).startswith(str(folder))]
 
 
-def test_two_searches_and_a_training_in_one_process(small_search, data, tmp_path, capsys):  # noqa: F811
+def test_two_searches_and_a_training_in_one_process(small_search, data, tmp_path, capsys):
     first = small_search('--epochs', 2, '--note', 'one')
     out = capsys.readouterr().out
     second = small_search('--epochs', 2, '--note', 'two')

@@ -7,7 +7,6 @@ import pytest
 import torch
 from training_runs import (
     command,
-    data,  # noqa: F401  (a fixture)
     finish,
     flags,
     kill_all,
@@ -41,7 +40,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize(('level', 'dtype'), [('O0', None), ('O1', 'float16'), ('O1', 'bfloat16')])
-def test_every_format_trains_and_is_read_in_float32(data, tmp_path, level, dtype):  # noqa: F811
+def test_every_format_trains_and_is_read_in_float32(data, tmp_path, level, dtype):
     changes = STILL | {'epochs': 1, 'device': 'cuda', 'opt_level': level}
     run('train_eval_amp.py', flags(data, tmp_path / 'gpu', amp_dtype=dtype, **changes))
     run('train_eval_amp.py', flags(data, tmp_path / 'cpu', **(changes | {'device': 'cpu', 'opt_level': 'O0'})))
@@ -54,7 +53,7 @@ def test_every_format_trains_and_is_read_in_float32(data, tmp_path, level, dtype
 
 
 @pytest.mark.parametrize('level', ['O0', 'O1'])
-def test_a_killed_run_goes_on_close_to_the_undisturbed_one(data, tmp_path, level):  # noqa: F811
+def test_a_killed_run_goes_on_close_to_the_undisturbed_one(data, tmp_path, level):
     """Close and not equal: kernels of a GPU may add in any order."""
     changes = {'device': 'cuda', 'opt_level': level, 'workers': 2}
     run('train_eval_amp.py', flags(data, tmp_path / 'whole', **changes))
@@ -71,7 +70,7 @@ def test_a_killed_run_goes_on_close_to_the_undisturbed_one(data, tmp_path, level
 
 
 @pytest.mark.parametrize('layout', ['channels_last', 'no-channels_last'])
-def test_a_run_of_a_cpu_goes_on_on_a_gpu_in_either_layout(data, tmp_path, layout):  # noqa: F811
+def test_a_run_of_a_cpu_goes_on_on_a_gpu_in_either_layout(data, tmp_path, layout):
     """Momentum in the layout of the CPU's weights would be permuted, or refused."""
     run('train_eval_amp.py', flags(data, tmp_path / 'whole', **STILL))
     run('train_eval_amp.py', flags(data, tmp_path / 'part', max_steps=15, **STILL))
@@ -90,13 +89,13 @@ def test_bfloat16_of_this_card_is_emulated_or_taken():
         check_format('bfloat16', '--amp', torch.device('cuda'))
 
 
-def test_compiled(data, tmp_path):  # noqa: F811
+def test_compiled(data, tmp_path):
     run('train_eval_amp.py', flags(data, tmp_path, epochs=1, device='cuda', opt_level='O1', compile=True))
     assert not any('_orig_mod' in name for name in weights(tmp_path))
 
 
 @two_gpus
-def test_plain_python_uses_both_gpus(data, tmp_path):  # noqa: F811
+def test_plain_python_uses_both_gpus(data, tmp_path):
     run('train_eval.py', flags(data, tmp_path, epochs=1, device='cuda', **STILL))
     best = only_run(tmp_path) / 'model_best.pth.tar'
     put_weights(NetworkEval(small_config()), read_weights(best).state, best)
@@ -104,7 +103,7 @@ def test_plain_python_uses_both_gpus(data, tmp_path):  # noqa: F811
 
 @two_gpus
 @pytest.mark.parametrize('launcher', ['torch.distributed.run', 'torch.distributed.launch'])
-def test_two_processes_with_synchronised_batch_norm_give_the_parameters_of_one(data, tmp_path, launcher, monkeypatch):  # noqa: F811
+def test_two_processes_with_synchronised_batch_norm_give_the_parameters_of_one(data, tmp_path, launcher, monkeypatch):
     monkeypatch.setenv('NVIDIA_TF32_OVERRIDE', '0')
     changes = STILL | {'device': 'cuda', 'max_steps': 1, 'lr': 0.5}
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
@@ -117,7 +116,7 @@ def test_two_processes_with_synchronised_batch_norm_give_the_parameters_of_one(d
 
 
 @two_gpus
-def test_mixed_precision_over_nccl(data, tmp_path):  # noqa: F811
+def test_mixed_precision_over_nccl(data, tmp_path):
     output = run(
         'train_eval_amp.py', flags(data, tmp_path, epochs=1, device='cuda', opt_level='O1', sync_bn=True), processes=2
     )

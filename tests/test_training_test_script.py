@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from training_runs import (
-    data,  # noqa: F401  (a fixture)
     small_config,
 )
 
@@ -22,7 +21,7 @@ def weights():
 
 
 @pytest.fixture
-def run_test(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def run_test(data, tmp_path, monkeypatch, capsys):
     """Run test.py on weights (or a file) in this process; returns what it prints."""
 
     def call(content, *words, val=True, **changes):
@@ -120,7 +119,7 @@ def test_no_predictions_into_a_folder_that_is_not_there(run_test, weights, tmp_p
         run_test(weights, export_predictions=tmp_path / 'none' / 'out.csv')
 
 
-def test_one_image(run_test, weights, data):  # noqa: F811
+def test_one_image(run_test, weights, data):
     lines = run_test(weights, val=False, image=data / 'class 1' / '3.png').splitlines()
     assert [line.split()[0] for line in lines] == ['1.', '2.', '3.']
     assert sum(float(line.split()[-1]) for line in lines) == pytest.approx(1, abs=1e-3)

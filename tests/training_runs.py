@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -51,12 +50,6 @@ def make_data(folder):
     (folder / 'small.config').write_text(dump_config(small_config()))
     (folder / 'plain.config').write_text(dump_config(small_config(batch_norm=False)))
     return folder
-
-
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """See `make_data`."""
-    return make_data(tmp_path_factory.mktemp('training data'))
 
 
 def flags(data, save, **changes):
