@@ -253,21 +253,21 @@ def read_numbers(w_tally, a_tally, latency, warming_up, world):
 
 
 @torch.no_grad()
-def validate(net, loader, args, epoch, world, stops, precision):
-    """Return the accuracy on Gumbel paths, one a batch; batch norms use the statistics of the batch.
+def validate(state, loader, seed, world, stops):
+    """Return the accuracy on Gumbel paths, one per batch; batch norms use the statistics of the batch.
 
     Args:
         stops: called before each batch; whether to stop.
     """
-    tally = Tally(world.device)
+    net, tally = state.net, Tally(world.device)
     loader.sampler.set_epoch(0)
     log_alphas = HostCopy(net.log_alphas())
     for step, (images, labels) in enumerate(to_device(loader, world.device, torch.channels_last)):
         if stops():
             return PassResult({}, stopped=True)
-        draws = generator_for(args.seed, 'validation', epoch, step)
+        draws = generator_for(seed, 'validation', state.epoch, step)
         path = net.sample('gumbel', draws, log_alphas=log_alphas)
-        with precision.autocast():
+        with state.w_precision.autocast():
             logits = net(images, path).float()
         tally.add(F.cross_entropy(logits, labels), logits, labels)
     return PassResult(tally.read(world))
@@ -329,16 +329,17 @@ def read_target(args, world, num_classes):
     return target
 
 
-def load_data(args, world, kept):
-    """Return the images with their loaders, and the flags with the input size of the table and a batch that fits."""
+def load_data(args, world):
+    """Return the images with their loaders, the snapshot, and the flags with an input size and a batch that fit."""
+    snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
     size = table_size(project_file(args.lookup_path, DEFAULT_TABLE)) if args.img_size is None else None
     img_size = settle('--img_size', args.img_size, [(size, args.lookup_path)], USUAL_SIZE)
     source = Source(args.img_root, args.img_root, args.train_list, args.val_list, args.num_classes)
     # the architecture has a batch every second step
     val_workers = -(-args.workers // 2) if args.val_workers is None else args.val_workers
     loading = Loading(img_size, args.batch_size, args.workers, args.seed, val_workers, args.device_aug)
-    images = load_search_data(source, loading, world, kept)
-    return images, with_flags(args, img_size=img_size, batch_size=images.batch_size)
+    images = load_search_data(source, loading, world, snapshot.folder)
+    return images, snapshot, with_flags(args, img_size=img_size, batch_size=images.batch_size)
 
 
 def make_meta(images, target, args):
@@ -354,15 +355,6 @@ def suggest_parsing(model, unit, args):
     flags = {'model_path': model, 'target_lat': args.target_lat, 'print_lat': unit == 'ms'}
     flags |= {'save_path': model.with_name('model.config'), **changed(args, 'width_divisor', device='auto')}
     suggest('make the config of the found network', 'parsing_model.py', flags)
-
-
-def settle_args(args, snapshot, steps_an_epoch):
-    """Return the flags with values for T_decay, a_lr and a_wd, and what a checkpoint keeps of them."""
-    given = {name: getattr(args, name) for name in ('T_decay', 'a_lr', 'a_wd')}
-    saved = snapshot.checkpoint.get('flags', {}) if snapshot.checkpoint else {}
-    epochs = args.epochs - args.warmup_epochs
-    values, kept = settle_schedule(given, saved, epochs, epochs * -(-steps_an_epoch // 2))
-    return with_flags(args, **values), kept
 
 
 def make_recipe(args):
@@ -381,15 +373,49 @@ def make_recipe(args):
     )
 
 
-def make_header(flags, target, world, args, steps):
-    """Return the first line of metrics.jsonl."""
+def start_search(args, snapshot, images, target, world):
+    """Return the state of the search, fresh or the snapshot's, the flags with their schedule, and those to record."""
+    torch.manual_seed(derive_seed(args.seed, 'weights'))
+    prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
+    note_large_tensors(largest_mixture(args.img_size, SPACE), args.batch_size // world.size, world.device)
+    given = {name: getattr(args, name) for name in ('T_decay', 'a_lr', 'a_wd')}
+    saved = snapshot.checkpoint.get('flags', {}) if snapshot.checkpoint else {}
+    epochs, steps = args.epochs - args.warmup_epochs, len(images.loaders[0])
+    schedule, kept = settle_schedule(given, saved, epochs, epochs * -(-steps // 2))
+    flags = vars(args) | images.flags | kept
+    flags |= {'target_lat': target.value, 'img_root': str(Path(args.img_root).absolute())}
+    compare_snapshot(snapshot, flags, images.digest)
+    args = with_flags(args, **schedule)
+    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops)
+    state = new_state(images.num_classes, SPACE, world.device, mode, make_recipe(args), DTYPES.get(args.amp))
+    if snapshot.checkpoint:
+        state.load(snapshot.checkpoint, snapshot.path, world)
+    if world.device.type == 'cuda' and epochs:
+        shape = images.loaders[1].batch_size, 3, args.img_size, args.img_size
+        latency_loss = target.loss(SPACE.max_widths(), args.lambda_lat, world.device)
+        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, state.recipe)
+    return state, args, flags
+
+
+def open_search(args, state, snapshot, images, target, flags, world):
+    """Open the run folder; return the first line of metrics.jsonl, the logger and the checkpointer.
+
+    Args:
+        flags: to record; None for values of the schedule that follow from the length of the search.
+    """
     latency = {'table': args.lookup_path, 'target': target.value, 'given': args.target_lat}
     latency |= describe_table(target.table, SPACE)
+    steps = len(images.loaders[0])
     about = {'space': describe_space(args.img_size, SPACE), 'latency': latency, 'steps_an_epoch': steps}
-    header = run_header('search', flags, world.device, **about)
+    followed = flags | {name: getattr(args, name) for name in ('T_decay', 'a_lr', 'a_wd')}
+    header = run_header('search', followed, world.device, **about)
     table = fingerprint(project_file(args.lookup_path, DEFAULT_TABLE))
     header['environment'] |= {'processes': world.size, 'table': table}
-    return header
+    logger = open_run(world, SEARCH.folders, header, snapshot.without_checkpoint(), images.run_files)
+    logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
+    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
+    about |= {META: make_meta(images, target, args).to_dict()}
+    return header, logger, Checkpointer(logger, world, args.save_freq, flags, about)
 
 
 def main(args):
@@ -398,41 +424,14 @@ def main(args):
     check_format(args.amp, '--amp', world.device)
     if args.cuda_graph and world.device.type != 'cuda':
         raise BadInput('--cuda_graph: only a GPU runs graphs, and this run is on the CPU; leave it out')
-    snapshot = find_snapshot(args.snapshot, args.save, args.note, SEARCH, world)
-    images, args = load_data(args, world, snapshot.folder)
-    num_classes, loaders = images.num_classes, images.loaders
+    images, snapshot, args = load_data(args, world)
+    loaders, num_classes = images.loaders, images.num_classes
     target = read_target(args, world, num_classes)
-    flags, steps = vars(args) | images.flags | {'target_lat': target.value}, len(loaders[0])
-    flags |= {'img_root': str(Path(args.img_root).absolute())}
-    torch.manual_seed(derive_seed(args.seed, 'weights'))
-    prepare(world.device, args.deterministic, tf32=args.tf32, shapes_change=True)
-    share = args.batch_size // world.size
-    args, kept = settle_args(args, snapshot, steps)
-    note_large_tensors(largest_mixture(args.img_size, SPACE), share, world.device)
-    flags |= kept
-    compare_snapshot(snapshot, flags, images.digest)
-    recipe = make_recipe(args)
-    mode = ExecutionMode(fused=world.device.type == 'cuda', recompute=args.checkpoint_ops)
-    state = new_state(num_classes, SPACE, world.device, mode, recipe, DTYPES.get(args.amp))
-    if snapshot.checkpoint:
-        state.load(snapshot.checkpoint, snapshot.path, world)
-    snapshot = snapshot.without_checkpoint()
-    if world.device.type == 'cuda' and args.warmup_epochs < args.epochs:
-        shape = loaders[1].batch_size, 3, args.img_size, args.img_size
-        latency_loss = target.loss(SPACE.max_widths(), args.lambda_lat, world.device)
-        rehearse_architecture_step(state.net, shape, latency_loss, state.a_precision, recipe)
-    followed = flags | {name: getattr(args, name) for name in kept}
-    header = make_header(followed, target, world, args, steps)
-    about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
-    about |= {META: make_meta(images, target, args).to_dict()}
-    logger = open_run(world, SEARCH.folders, header, snapshot, images.run_files)
-    graphs = Graphs(args.cuda_graph, log.info)
-    logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
+    state, args, flags = start_search(args, snapshot, images, target, world)
+    header, logger, checkpointer = open_search(args, state, snapshot, images, target, flags, world)
+    recipe, graphs = state.recipe, Graphs(args.cuda_graph, log.info)
 
-    with (
-        Checkpointer(logger, world, args.save_freq, flags, about) as checkpointer,
-        ended_with(*loaders),
-    ):
+    with checkpointer, ended_with(*loaders):
         while state.epoch < args.epochs:
             epoch, warming_up = state.epoch, state.epoch < args.warmup_epochs
             if state.step == 0:
@@ -449,9 +448,7 @@ def main(args):
             state.scatter_to_full()
             world.broadcast(state.full.values())
             if epoch == args.warmup_epochs - 1 or epoch >= args.epochs - VALIDATED_EPOCHS:
-                val = validate(
-                    state.net, loaders[1], args, epoch, world, checkpointer.stop_requested, state.w_precision
-                )
+                val = validate(state, loaders[1], args.seed, world, checkpointer.stop_requested)
                 if val.stopped:
                     checkpointer.save(state)
                     break

@@ -172,5 +172,5 @@ def test_the_loaders_of_a_search_have_their_workers(images, flags, expected, mon
     lists = ['--train_list', str(images / 'train.txt'), '--val_list', str(images / 'val.txt')]
     words = ['train_search.py', '--img_root', str(images), *lists, '--batch_size', '4', '--workers', '6']
     monkeypatch.setattr(sys, 'argv', [*words, '--img_size', '32', *flags])
-    data, _ = train_search.load_data(train_search.get_args(), World(CPU), None)
+    data, _, _ = train_search.load_data(train_search.get_args(), World(CPU))
     assert [loader.num_workers for loader in data.loaders] == expected

@@ -124,6 +124,6 @@ def test_validation_draws_by_epoch_and_step(monkeypatch):
     generator_for = train_search.generator_for
     monkeypatch.setattr(train_search, 'generator_for', lambda *parts: drawn.append(parts) or generator_for(*parts))
     batches = test_gpu_form.Loader([(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))] * 2)
-    world, args = World(torch.device('cpu')), test_gpu_form.ARGS
-    result = train_search.validate(state.net, batches, args, 6, world, lambda: False, state.w_precision)
+    state.epoch = 6
+    result = train_search.validate(state, batches, 0, World(torch.device('cpu')), lambda: False)
     assert drawn == [(0, 'validation', 6, 0), (0, 'validation', 6, 1)] and result.numbers['images'] == 8
