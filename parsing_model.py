@@ -75,56 +75,12 @@ UNMEASURED = {'measured': None, 'measured_on': None}  # of a meta if the network
 def get_args(argv=None):
     """Parse `argv`, or the command line."""
     parser = Parser(__doc__)
-    sources = add_arch_args(parser)
+    sources, network, output = add_arch_args(parser), parser.groups['network'], parser.groups['output']
     sources.add_argument('--random', metavar='SEED', type=count(0), help='a random architecture, to compare with')
-    network, latency = parser.groups['network'], parser.groups['latency']
-    network.add_argument(
-        '--num_classes',
-        type=class_count,
-        help='number of classes; default: those of the search or the config, else 1000',
-    )
+    network.add_argument('--num_classes', type=class_count, help='default: as the search or the config has, else 1000')
     add_size_arg(parser, 'of the search or the config')
-    parser.groups['output'].add_argument(
-        '--save_path', metavar='FILE', help='config file to write; default: model.config, none for a --config_path'
-    )
-    latency.add_argument(
-        '--lookup_path',
-        metavar='FILE',
-        help=f'latency table; default: that of the search or the config, else {DEFAULT_TABLE}',
-    )
-    latency.add_argument(
-        '--print_lat',
-        action='store_true',
-        help='print latencies: of the table, and measured at its batch size and the usual ones',
-    )
-    latency.add_argument(
-        '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; one config for each'
-    )
-    latency.add_argument(
-        '--width_divisor',
-        type=count(),
-        help="widths are multiples of it, those of a --config_path rounded up; default with --target_lat: the table's",
-    )
-    latency.add_argument(
-        '--limit',
-        metavar='TABLE=VALUE',
-        nargs='+',
-        default=[],
-        help='with --target_lat: at most VALUE in TABLE, a latency table, or params or macs (in millions)',
-    )
-    latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
-    latency.add_argument(
-        '--timings', metavar='CSV', help='with --target_lat: correct the fit by times of found networks on their device'
-    )
-    parser.groups['hardware'].add_argument(
-        '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
-    )
-    latency.add_argument(
-        '--rounds',
-        type=count(),
-        help='times that a network is built and timed for one latency, up to twice as many if they differ much;'
-        f' default: {ROUNDS}',
-    )
+    output.add_argument('--save_path', metavar='FILE', help='default: model.config, none for a --config_path')
+    add_latency_args(parser)
     add_device_arg(parser)
     add_runtime_args(parser)
     args = parser.parse_args(argv)
@@ -142,6 +98,30 @@ def get_args(argv=None):
     if args.target_lat and names_config(args):
         parser.error('--target_lat needs a searched model (--model_path searched_model_NN.pth.tar), not a config')
     return args
+
+
+def add_latency_args(parser):
+    """Add flags of the table, of targets and of timing."""
+    latency = parser.groups['latency']
+    latency.add_argument(
+        '--lookup_path', metavar='FILE', help=f'latency table; default: of the search or config, else {DEFAULT_TABLE}'
+    )
+    latency.add_argument('--print_lat', action='store_true', help='time the network, and print its latencies')
+    latency.add_argument(
+        '--target_lat', metavar='MS', nargs='+', help='in ms, or shares such as 60%%; a config for each'
+    )
+    latency.add_argument(
+        '--width_divisor', type=count(), help="widths are multiples of it; default with --target_lat: the table's"
+    )
+    latency.add_argument(
+        '--limit', metavar='TABLE=VALUE', nargs='+', default=[], help='at most VALUE in a table, such as params=5 (M)'
+    )
+    latency.add_argument('--fit_measured', action='store_true', help='correct the fit by the measured time')
+    latency.add_argument('--timings', metavar='CSV', help='correct the fit by times of networks that were found before')
+    latency.add_argument('--rounds', type=count(), help=f'builds of a network for one latency; default: {ROUNDS}')
+    parser.groups['hardware'].add_argument(
+        '--threads', type=count(1, 1024), help="CPU threads of measured latencies; default: the table's, or 1"
+    )
 
 
 def names_config(args):

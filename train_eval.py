@@ -183,6 +183,45 @@ def new_state(args, config, world, precision, convert):
     return TrainState(net, net, optimizer, precision, make_average(net, args.ema_decay), layout)
 
 
+def start_state(args, config, snapshot, world, precision, convert):
+    """Return the state that training starts from, fresh or the snapshot's, on all devices of the run."""
+    prepare(world.device, args.deterministic, tf32=args.tf32)
+    on_each_gpu = args.batch_size // (world.size * max(world.gpus, 1))
+    note_large_tensors(largest_activation(config, args.img_size), on_each_gpu, world.device)
+    state = new_state(args, config, world, precision, convert)
+    if snapshot.checkpoint:
+        state.load(snapshot.checkpoint, snapshot.path, world)
+    begin_momentum(state.optimizer)
+    if args.compile:
+        state.net.compile()
+    state.model = wrap_model(state.net, world, args.compile, precision.dtype)
+    return state
+
+
+def schedule_of(args):
+    """Return the learning rate after the warm-up, and the epochs of the warm-up."""
+    batch, lr = args.batch_size * args.grad_accum, args.lr
+    if args.lr_scale == 'linear':
+        lr = args.lr * batch / RECIPE_BATCH
+    elif args.lr == RECIPE_LR and batch != RECIPE_BATCH:
+        text = '--lr %g is for %d images per update, not %d: --lr_scale linear would take %g'
+        log.info(text, lr, RECIPE_BATCH, batch, lr * batch / RECIPE_BATCH)
+    if args.lr_warmup_epochs is not None:
+        return lr, args.lr_warmup_epochs
+    return lr, WARMUP_EPOCHS if batch > LARGE_BATCH else 0
+
+
+def open_training(args, config, images, snapshot, flags, world):
+    """Open the run folder; return the logger and the checkpointer. `flags`: to record."""
+    network, steps = describe_network(config, args.img_size, SPACE), len(images.loaders[0])
+    header = run_header('training', flags, world.device, network=network, steps_an_epoch=steps)
+    files = {'model.config': dump_config(config), **images.run_files}
+    logger = open_run(world, TRAINING.folders, header, snapshot, files)
+    about = {'environment': header['environment'], CLASS_NAMES: images.names}
+    about |= {META: config.meta.to_dict(), IMAGES: images.digest}
+    return logger, Checkpointer(logger, world, args.save_freq, flags, about)
+
+
 def train(args, world, precision, convert=lambda net: net):
     """Train the network that the flags name, evaluate it after each epoch, and return the exit code.
 
@@ -194,61 +233,28 @@ def train(args, world, precision, convert=lambda net: net):
     config = load_architecture(source, SPACE)
     images, args = load_data(args, world, config, source, snapshot.folder)
     config = config_for(images, config, source, args.img_size)
-    prepare(world.device, args.deterministic, tf32=args.tf32)
-    on_each_gpu = args.batch_size // (world.size * max(world.gpus, 1))
-    note_large_tensors(largest_activation(config, args.img_size), on_each_gpu, world.device)
-    state = new_state(args, config, world, precision, convert)
     flags = vars(args) | images.flags | {'train_root': str(Path(args.train_root).absolute())}
     compare_snapshot(snapshot, flags, images.digest)
-    if snapshot.checkpoint:
-        state.load(snapshot.checkpoint, snapshot.path, world)
-    snapshot = snapshot.without_checkpoint()
-    begin_momentum(state.optimizer)
-    if args.compile:
-        state.net.compile()
-    state.model = wrap_model(state.net, world, args.compile, precision.dtype)
-
-    train_loader, val_loader = images.loaders
-    steps = len(train_loader)
-    batch = args.batch_size * args.grad_accum
-    lr = args.lr
-    if args.lr_scale == 'linear':
-        lr = args.lr * batch / RECIPE_BATCH
-    elif args.lr == RECIPE_LR and batch != RECIPE_BATCH:
-        text = '--lr %g is for %d images per update, not %d: --lr_scale linear would take %g'
-        log.info(text, lr, RECIPE_BATCH, batch, lr * batch / RECIPE_BATCH)
-    warmup_epochs = args.lr_warmup_epochs
-    if warmup_epochs is None:
-        warmup_epochs = WARMUP_EPOCHS if batch > LARGE_BATCH else 0
-    mix = make_mix(args.mixup, args.cutmix, images.num_classes)
-    network = describe_network(config, args.img_size, SPACE)
-    header = run_header('training', flags, world.device, network=network, steps_an_epoch=steps)
-    about = {'environment': header['environment'], CLASS_NAMES: images.names}
-    about |= {META: config.meta.to_dict(), IMAGES: images.digest}
-    logger = open_run(
-        world, TRAINING.folders, header, snapshot, {'model.config': dump_config(config), **images.run_files}
-    )
-    checkpointer = Checkpointer(logger, world, args.save_freq, flags, about)
-    total = sum(last_batch(epoch, steps, args.max_steps, args.grad_accum) for epoch in range(args.epochs))
-    logger.start_progress(total, state.epoch * steps + state.step)
+    state = start_state(args, config, snapshot, world, precision, convert)
+    snapshot = snapshot.without_checkpoint()  # its weights are copied
+    (lr, warmup_epochs), mix = schedule_of(args), make_mix(args.mixup, args.cutmix, images.num_classes)
+    logger, checkpointer = open_training(args, config, images, snapshot, flags, world)
+    steps = len(images.loaders[0])
+    ends = [last_batch(epoch, steps, args.max_steps, args.grad_accum) for epoch in range(args.epochs)]
+    logger.start_progress(sum(ends), state.epoch * steps + state.step)
 
     with checkpointer, ended_with(*images.loaders):
-        while state.epoch < args.epochs:
-            end = last_batch(state.epoch, steps, args.max_steps, args.grad_accum)
-            if end == 0:
-                break
+        while state.epoch < args.epochs and ends[state.epoch]:
+            end = ends[state.epoch]
             set_lr(state.optimizer, lr_at(state.epoch, lr, warmup_epochs, args.epochs))
-            trained = train_epoch(state, train_loader, mix, args, checkpointer)
+            trained = train_epoch(state, images.loaders[0], mix, args, checkpointer)
             if trained.stopped:
                 break
             world.broadcast_buffers(state.net, *filter(None, [state.ema]))
-            val = evaluate(
-                state.evaluated(), val_loader, precision, world, state.layout, stops=checkpointer.stop_requested
-            )
+            val, plain = validate(state, images.loaders[1], world, checkpointer.stop_requested)
             if val.stopped:
                 checkpointer.save(state)
                 break
-            plain = evaluate(state.net, val_loader, precision, world, state.layout) if state.ema else val
             is_best = val.numbers['top1'] > state.best[0] or state.epoch == 0
             state.best = max(state.best, (val.numbers['top1'], val.numbers.get('top5', 100.0)))
             if images.num_classes <= 5:
@@ -261,10 +267,23 @@ def train(args, world, precision, convert=lambda net: net):
             checkpointer.save(state)
             if end < steps:  # --max_steps are done
                 break
+    return end_training(args, config, images, state, checkpointer)
 
+
+def validate(state, loader, world, stops):
+    """Return the results of the network whose accuracy counts, and of the weights themselves."""
+    val = evaluate(state.evaluated(), loader, state.precision, world, state.layout, stops=stops)
+    if val.stopped or not state.ema:
+        return val, val
+    return val, evaluate(state.net, loader, state.precision, world, state.layout)
+
+
+def end_training(args, config, images, state, checkpointer):
+    """Log and draw the results of a training that is done or stopped; return the exit code."""
+    logger, world = checkpointer.logger, checkpointer.world
     if not checkpointer.signal:
         log.info('done: epoch %d of %d, best_top1 %.2f', state.epoch, args.epochs, state.best[0])
-        warn_of_chance(state.best[0], len(val_loader.dataset), images.num_classes)
+        warn_of_chance(state.best[0], len(images.val.samples), images.num_classes)
         logger.record('end', state.epoch, best_top1=state.best[0])
     code = checkpointer.exit_code()
     leave_world(world)

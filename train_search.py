@@ -411,7 +411,7 @@ def open_search(args, state, snapshot, images, target, flags, world):
     header = run_header('search', followed, world.device, **about)
     table = fingerprint(project_file(args.lookup_path, DEFAULT_TABLE))
     header['environment'] |= {'processes': world.size, 'table': table}
-    logger = open_run(world, SEARCH.folders, header, snapshot.without_checkpoint(), images.run_files)
+    logger = open_run(world, SEARCH.folders, header, snapshot, images.run_files)
     logger.start_progress(args.epochs * steps, state.epoch * steps + state.step)
     about = {'environment': header['environment'], CLASS_NAMES: images.names, IMAGES: images.digest}
     about |= {META: make_meta(images, target, args).to_dict()}
@@ -428,6 +428,7 @@ def main(args):
     loaders, num_classes = images.loaders, images.num_classes
     target = read_target(args, world, num_classes)
     state, args, flags = start_search(args, snapshot, images, target, world)
+    snapshot = snapshot.without_checkpoint()  # its weights are copied
     header, logger, checkpointer = open_search(args, state, snapshot, images, target, flags, world)
     recipe, graphs = state.recipe, Graphs(args.cuda_graph, log.info)
 
