@@ -7,7 +7,9 @@ import pytest
 
 from conftest import physical_curves
 from latency_pkl.fit_whole import fit_whole, wild_timings
+from latency_pkl.measured import Turn, whole_times
 from latency_pkl.sampling import random_config
+from latency_pkl.timing import Passes
 from models.latency import LatencyTable
 from models.search_space import SPACE
 
@@ -56,3 +58,19 @@ def test_timings_that_do_not_fit_with_the_others_are_found():
 def test_widths_between_multiples_get_the_latency_of_the_upper_one():
     curve = fit_whole(timed(40, 0.01), 32, SPACE, divisor=8).curves['MBInvertedResBlock_4_40_0_80_k5_s2_swish'][:320]
     assert (curve[::8] == curve[7::8]).all() and len(np.unique(curve)) > 20
+
+
+def test_whole_times_are_free_of_the_speed_of_the_machine_in_their_turn():
+    """A machine that takes twice as long in every other turn, the reference network included."""
+
+    def passes(ms):
+        return Passes(np.full((8, 1), ms), np.full((8, 2), 0.03), whole=True)
+
+    networks, turns = timed(12, 0.0), []
+    for i in range(0, 12, 2):
+        slow = 2.0 if i % 4 else 1.0
+        fitted = [(config, passes(slow * ms)) for config, ms in networks[i : i + 2]]
+        turns.append(Turn(fitted, fitted[0], [passes(slow * 5.0)] * 2))
+    times = np.array([ms for _, ms in whole_times(turns, 1, 0.03)])
+    ratios = times / [ms for _, ms in networks]
+    assert ratios.max() / ratios.min() == pytest.approx(1)
