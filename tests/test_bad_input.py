@@ -150,7 +150,6 @@ FLAGS = [
     ('train_eval.py', {'device_aug': True, 'auto_augment': 'randaugment'}, '--auto_augment randaugment'),
     ('train_eval_amp.py', {'opt_level': 'O5'}, "--opt_level: invalid choice: 'O5'"),
     ('train_eval_amp.py', {'loss_scale': '0'}, '--loss_scale'),
-    ('train_eval_amp.py', {'keep_batchnorm_fp32': 'perhaps'}, "'perhaps' should be True or False"),
     ('test.py', {'weights': '@absent.pth.tar'}, 'absent.pth.tar: cannot be read as a checkpoint'),
     ('test.py', {'weights': '@text.pth.tar'}, 'text.pth.tar: cannot be read as a checkpoint'),
     ('test.py', {'weights': '@truncated.pth.tar'}, 'truncated.pth.tar: cannot be read as a checkpoint'),
