@@ -100,6 +100,16 @@ def test_the_choice_equals_brute_force(seed, divisor):
         assert [logp(arch, state, SMALL_SPACE) for arch in several] == pytest.approx(fitting[:5], abs=1e-9)
 
 
+def test_a_divisor_leaves_the_widths_within_their_bounds():
+    free, coarse = small_target(0), small_target(0, divisor=5)
+    narrower = 0
+    for arch in all_architectures(SMALL_SPACE):
+        (least, most), (low, high) = free.reach(arch), coarse.reach(arch)
+        assert least <= low <= high <= most
+        narrower += (least, most) != (low, high)
+    assert narrower > 400
+
+
 @pytest.mark.parametrize('values', [1, 2])
 def test_ties_equal_brute_force(values):
     """Architecture parameters of few different values, in the small space and by a shipped table."""
